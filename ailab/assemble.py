@@ -1,0 +1,280 @@
+"""parts -> stack: puts the hooks of a cfg around the bare callables, at the compile line and across processes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ailab import dist, tree
+from ailab.build import Parts, build_parts, build_stream, explained
+from ailab.compile import Compiled, compile, lift
+from ailab.core.epoch import PROGRESS, eval_epoch, fresh_progress, tally, train_epoch, workflow
+from ailab.core.grad import ddp_grad, graph_grad, local_grad
+from ailab.core.loss import state_dict_of
+from ailab.core.run import run_epochs
+from ailab.core.step import eval_step, given, split_step, train_step
+from ailab.datasets import Stream
+from ailab.errors import ConfigError
+from ailab.optim.state_dict import torch_state_dict
+from ailab.registry import HOOKS
+from ailab.stack import Middleware, as_hooks, at, core_settings, stack, with_slots
+from ailab.types import Batches, Epoch, Grad, Loss, Mean, Run, RunInfo, Step, TrainState
+
+_PAYS_FROM = 30_000  # training steps from which compiling for a CPU pays: it costs some 25 s and saves up to 1 ms a step
+
+Hook = Middleware[Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, built and checked, that has not begun."""
+
+    info: RunInfo
+    parts: Parts
+    state: TrainState
+    run: Run
+    hooks: Mapping[str, Sequence[Hook]]  # by phase; epoch and run hooks are in each
+    streams: Mapping[str, Stream]
+    steps: Mapping[str, Step]  # by phase, above the compile line, without host hooks
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compiled and how gradients are synchronised."""
+
+    enabled: bool
+    why: str
+    cut: str  # "step", "grad" or "loss"
+    sync: str  # "none", "ddp" or "graph"
+    mode: str | None = None
+    donate: bool = True
+    compiled: list[Compiled] = field(default_factory=list)
+
+
+def assemble(
+    cfg: Mapping[str, Any],
+    device: torch.device,
+    *,
+    say: Callable[[str], None] = print,
+    interrupted: Callable[[], bool] = lambda: False,
+    extra: Callable[[RunInfo], list[Hook]] = lambda run: [],
+    dry: bool = False,
+) -> Job:
+    """Build the run of a completed cfg on this rank, up to its first step.
+
+    Args:
+        cfg: as `check.complete` returns it.
+        device: where the state and the batches live.
+        say: one line to the console.
+        interrupted: asked after each step; True ends the run there.
+        extra: hooks that every run has, put inside those of the cfg.
+        dry: shrink every phase to one step of one epoch.
+
+    Raises:
+        ConfigError: for whatever does not fit; nothing has been written by then.
+        DataError: for an empty dataset, or samples that cannot be read.
+    """
+    if dry:
+        cfg = {**cfg, "total_epochs": 1, "workflow": [{**p, "iters": 1} for p in cfg["workflow"]]}
+    parts = build_parts(cfg, device)
+    rank, world = dist.rank(), dist.world_size()
+    streams = {p["phase"]: build_stream(cfg, p, parts, device, rank, world, report=say) for p in cfg["workflow"]}
+    names: dict[str, tuple[str, ...]] = {}
+    info = _info(cfg, parts, streams, names, device, say)
+    built = [("", h) for h in extra(info)] + _build_hooks(cfg, info)
+    hooks = {p["phase"]: _served(p, built) for p in cfg["workflow"]}
+    _check(hooks, parts)
+    state = parts.state.with_slot(PROGRESS, fresh_progress(device))
+    state = with_slots(state, [h for _, h in built])
+    for phase in streams:
+        names[phase] = _log_names(phase, parts, hooks[phase], state)
+    if "train" in streams:
+        state = with_slots(state, [tally(names["train"])])
+    plan = _plan(cfg, info, parts)
+    steps = {phase: _step(phase, parts, hooks[phase], state, plan, info) for phase in streams}
+    run = _run(info, hooks, streams, steps, interrupted)
+    return Job(info, parts, state, run, hooks, streams, steps, plan)
+
+
+def _info(
+    cfg: Mapping[str, Any],
+    parts: Parts,
+    streams: Mapping[str, Stream],
+    names: Mapping[str, tuple[str, ...]],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> RunInfo:
+    optimizer = parts.optimizer
+    return RunInfo(
+        cfg=cfg,
+        work_dir=Path(cfg["work_dir"]),
+        device=device,
+        seed=cfg["seed"],
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        total_epochs=cfg["total_epochs"],
+        phase_steps={phase: stream.steps for phase, stream in streams.items()},
+        log_names=names,
+        base_lrs=tuple(float(g.hyper["lr"]) for g in optimizer.groups) if optimizer else (),
+        say=say,
+        model_state=state_dict_of(parts.model),
+        optimizer_state=lambda state: torch_state_dict(optimizer, state.opt_state) if optimizer else {},
+    )
+
+
+def _build_hooks(cfg: Mapping[str, Any], info: RunInfo) -> list[tuple[str, Hook]]:
+    built: list[tuple[str, Hook]] = []
+    for name, entry in cfg["hooks"].items():
+        if not entry["enable"]:
+            continue
+        args, path = {k: v for k, v in entry.items() if k != "enable"}, f"cfg.hooks.{name}"
+        built += [(name, h) for h in as_hooks(HOOKS.build(args, path, run=info, name=name), path)]
+    return built
+
+
+def _served(entry: Mapping[str, Any], built: list[tuple[str, Hook]]) -> list[Hook]:
+    """The hooks of one phase: those that the workflow entry does not switch off."""
+    return [h for name, h in built if entry.get(name, {}).get("enable", True)]
+
+
+def _check(hooks: Mapping[str, Sequence[Hook]], parts: Parts) -> None:
+    """Compare what hooks read with what there is, all problems at once."""
+    problems = [
+        problem
+        for phase, mine in hooks.items()
+        for hook in mine
+        if hook.check is not None and phase in (hook.phases or ("train",))
+        for problem in hook.check(parts.fields, phase)
+    ]
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def _outputs(hooks: Sequence[Hook], phase: str, parts: Parts) -> tuple[str, ...]:
+    """The model outputs that host hooks of a phase read."""
+    asked = [n for h in at(hooks, "host", phase) for n in h.core.get("outputs", ())]
+    return tuple(dict.fromkeys(n for n in asked if n in parts.fields and n not in parts.sample))
+
+
+def _log_names(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState) -> tuple[str, ...]:
+    """What a step of this phase reports, found by one shrunk, uncompiled, local step; its result is thrown away."""
+    loss = stack(parts.losses[phase], at(hooks, "loss", phase))
+    if phase == "train":
+        assert parts.optimizer is not None
+        grad = stack(local_grad(loss, parts.trainable), at(hooks, "grad"))
+        step = stack(train_step(grad, parts.optimizer), at(hooks, "step"))
+    else:
+        step = stack(eval_step(loss), at(hooks, "step", phase))
+    sample = dict(parts.sample)
+    with torch.no_grad():
+        after, logs = explained(lambda: step(state, sample), f"the first {phase} step")
+    _same_shape(state, after, phase)
+    return tuple(n for n, m in logs.items() if isinstance(m, Mean))
+
+
+def _same_shape(before: TrainState, after: TrainState, phase: str) -> None:
+    """Refuse a hook that changes the structure of the state."""
+    old, new = dict(tree.items(before)), dict(tree.items(after))
+
+    def spec(leaf: Any) -> Any:
+        return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf)
+
+    changed = [p for p in {**old, **new} if p not in old or p not in new or spec(old[p]) != spec(new[p])]
+    if changed and not any(p.startswith("opt_state.state") for p in changed):  # a class's own optimizer may fill its memory late
+        raise ConfigError(
+            f"a {phase} step changes the structure of the state at: {', '.join(changed[:5])}.\n"
+            "  A hook has to return what it was given, in shape and dtype; make its memory in `init`."
+        )
+
+
+def _plan(cfg: Mapping[str, Any], info: RunInfo, parts: Parts) -> Plan:
+    """Decide what to compile, as a pure function of the cfg and the machine: a resumed run decides the same."""
+    asked = cfg["compile"]
+    options: dict[str, Any] = {k: v for k, v in asked.items() if v is not None} if isinstance(asked, dict) else {}
+    enabled, why = _enabled(asked, info)
+    sync = cfg["dist"]["sync"] if info.world_size > 1 else "none"
+    cut = options.get("cut", "step")
+    if cut == "step" and (sync == "ddp" or (parts.optimizer is not None and not parts.optimizer.traced)):
+        cut = "loss"
+    return Plan(enabled, why, cut, sync, options.get("mode"), options.get("donate", True))
+
+
+def _enabled(asked: Any, info: RunInfo) -> tuple[bool, str]:
+    if asked is False:
+        return False, "compile=False"
+    if asked == "auto" and info.device.type != "cuda":
+        if info.total_steps < _PAYS_FROM:
+            return False, f"auto: does not pay within {info.total_steps} steps on a CPU"
+        if not any(shutil.which(c) for c in ("c++", "g++", "clang++")):
+            return False, "auto: there is no C++ compiler"
+    return True, "auto" if asked == "auto" else f"compile={asked!r}"
+
+
+def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, plan: Plan, info: RunInfo) -> Step:
+    """The step of one phase above the compile line."""
+    loss = stack(parts.losses[phase], at(hooks, "loss", phase))
+    outputs = _outputs(hooks, phase, parts)
+    layers = [*at(hooks, "step", phase), tally(info.log_names[phase])]
+
+    def line(step: Step, *, enabled: bool = plan.enabled, donate: bool = plan.donate) -> Compiled:
+        over = compile(
+            step, enabled=enabled, donate=donate, mode=plan.mode, seed=info.seed, rank=info.rank, name=phase, report=info.say
+        )
+        plan.compiled.append(over)
+        return over
+
+    if phase != "train":
+        return line(stack(eval_step(loss, outputs), layers))
+    assert parts.optimizer is not None
+    grad = _grad(loss, parts, hooks, state, plan)
+    if plan.cut == "step":
+        return line(stack(train_step(grad, parts.optimizer, outputs), layers))
+    finish = line(stack(train_step(given, parts.optimizer, outputs), layers), enabled=plan.enabled and parts.optimizer.traced)
+    if parts.optimizer.closure_update is not None:
+        return line(stack(train_step(grad, parts.optimizer, outputs), layers), enabled=False)
+    return line(split_step(grad, finish), enabled=False, donate=False)
+
+
+def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, plan: Plan) -> Grad:
+    """The gradient core of the plan, in the grad hooks."""
+    if plan.enabled and plan.cut == "loss":
+        loss = lift(loss, "loss")
+    if plan.sync == "ddp":
+        core = ddp_grad(loss, state, parts.trainable, **core_settings(hooks, "ddp"))
+    elif plan.sync == "graph":
+        core = graph_grad(loss, parts.trainable)
+    else:
+        core = local_grad(loss, parts.trainable)
+    if plan.enabled and plan.cut == "grad":
+        core = lift(core, "grad")
+    return stack(core, at(hooks, "grad"))
+
+
+def _run(
+    info: RunInfo,
+    hooks: Mapping[str, Sequence[Hook]],
+    streams: Mapping[str, Stream],
+    steps: Mapping[str, Step],
+    interrupted: Callable[[], bool],
+) -> Run:
+    """The phases as one epoch in the epoch hooks, and the epochs as one run in the run hooks."""
+    phases: dict[str, Epoch] = {}
+    for phase, step in steps.items():
+        fold = train_epoch if phase == "train" else eval_epoch
+        bare = fold(stack(step, at(hooks[phase], "host", phase)), info.log_names[phase], interrupted)
+        phases[phase] = stack(bare, at(hooks[phase], "epoch", phase))
+    outer = next(iter(hooks.values()))
+    epoch = stack(workflow(phases), at(outer, "epoch"))
+
+    def batches(number: int, start: int) -> Batches:
+        return {p: s.epoch(number, start if p == "train" else 0) for p, s in streams.items()}
+
+    return stack(run_epochs(epoch, batches, info.steps_per_epoch, info.total_epochs), at(outer, "run"))
+
+

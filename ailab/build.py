@@ -1,0 +1,213 @@
+"""cfg -> parts: builds every component of a run and checks on a few real samples that they fit together."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ailab import tree
+from ailab.binding import Binding, bind, check_outputs, name_outputs
+from ailab.core.loss import LOSS_PREFIX, Functional, module_state, pure_loss
+from ailab.datasets import Stream
+from ailab.errors import AilabError, ConfigError, nearest
+from ailab.losses.torch_losses import maskable
+from ailab.optim import Optimizer, build_optimizer
+from ailab.registry import DATASETS, LOSSES, MODELS, OPTIMIZERS
+from ailab.rng import mix
+from ailab.types import WEIGHT, Batch, Loss, TrainState
+
+T = TypeVar("T")
+_PROBE = 4  # samples in the shrunk step that checks everything before the first real one
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pure components of a run and its first state, on the device."""
+
+    model: nn.Module
+    optimizer: Optimizer | None
+    trainable: frozenset[str]  # names of the parameters that are differentiated
+    state: TrainState  # without the slots of hooks
+    losses: Mapping[str, Loss]  # by phase, bare
+    datasets: Mapping[str, Any]
+    sample: Batch  # a few real samples
+    fields: tuple[str, ...]  # of a batch, and the names of the model's outputs
+    pad: bool  # whether the loss can mask padding
+
+
+def build_parts(cfg: Mapping[str, Any], device: torch.device) -> Parts:
+    """Build dataset, model, loss and optimizer of a completed cfg.
+
+    Raises:
+        ConfigError: when a component refuses its arguments, a mapping does not fit, or there is nothing to train.
+        DataError: for an empty dataset, or samples that cannot be read.
+    """
+    torch.manual_seed(mix(cfg["seed"]))  # the first weights: the same on every rank
+    phases = [p["phase"] for p in cfg["workflow"]]
+    datasets = {p: DATASETS.build(cfg["data"][p], f"cfg.data.{p}") for p in phases}
+    model, criterion = _modules(cfg, device)
+    state = module_state(model, criterion if isinstance(criterion, nn.Module) else None)
+    state = state.replace(step=state.step.to(device))
+    trainable = _trainable(state, cfg["optimizer"])
+    optimizer = None
+    if "train" in phases:
+        if not trainable:
+            raise ConfigError("cfg.model: there is nothing to train: no parameter requires grad and is not frozen.")
+        optimizer = _optimizer(cfg["optimizer"], state, trainable)
+        state = state.replace(opt_state=optimizer.init(state.params))
+    sample = _sample(cfg, datasets, device)
+    fields, losses, pad = _losses(cfg, model, criterion, state, sample, phases)
+    return Parts(model, optimizer, trainable, state, losses, datasets, sample, fields, pad)
+
+
+def _modules(cfg: Mapping[str, Any], device: torch.device) -> tuple[nn.Module, Any]:
+    model = MODELS.build({k: v for k, v in cfg["model"].items() if k not in ("mapping", "output_keys")}, "cfg.model")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"cfg.model.type: expected a torch.nn.Module, got {type(model).__name__}.")
+    if cfg["loss"] is None:
+        return model.to(device), None
+    criterion = LOSSES.build({k: v for k, v in cfg["loss"].items() if k != "mapping"}, "cfg.loss")
+    return model.to(device), criterion.to(device) if isinstance(criterion, nn.Module) else criterion
+
+
+def _trainable(state: TrainState, optimizer: Mapping[str, Any] | None) -> frozenset[str]:
+    """Names of the parameters that require grad and that no pattern of `optimizer.freeze` matches."""
+    free = {n for n, p in state.params.items() if p.requires_grad}
+    for i, pattern in enumerate((optimizer or {}).get("freeze", ())):
+        hit = {n for n in state.params if fnmatch.fnmatchcase(n, pattern)}
+        if not hit:
+            hint = nearest(pattern, state.params)
+            raise ConfigError(f"cfg.optimizer.freeze[{i}]: no parameter matches {pattern!r}.{hint}")
+        free -= hit
+    return frozenset(free)
+
+
+def _optimizer(cfg: Mapping[str, Any], state: TrainState, trainable: frozenset[str]) -> Optimizer:
+    cls: Any = OPTIMIZERS.get(cfg["type"], "cfg.optimizer.type")
+    hyper = {k: v for k, v in cfg.items() if k not in ("type", "freeze", "param_groups")}
+    frozen = [n for n in state.params if n not in trainable]
+    return build_optimizer(cls, state.params, param_groups=cfg["param_groups"], frozen=frozen, **hyper)
+
+
+def _sample(cfg: Mapping[str, Any], datasets: Mapping[str, Any], device: torch.device) -> Batch:
+    """A few real samples of the first phase, read as its stream will read them."""
+    phase, dataset = next(iter(datasets.items()))
+    collate = cfg["data"][f"{phase}_dataloader"]["collate_fn"]
+
+    def quiet(line: str) -> None:
+        """Bad samples are reported when the run reads them."""
+
+    size = min(_PROBE, len(dataset)) if hasattr(dataset, "__len__") else _PROBE
+    stream = Stream(
+        dataset,
+        batch_size=max(size, 1),
+        shuffle=False,
+        seed=cfg["seed"],
+        pad=False,
+        iters=1,
+        collate_fn=collate,
+        name=f"cfg.data.{phase}",
+        report=quiet,
+        max_bad_frac=1.0,
+    )
+    return tree.to(next(iter(stream.epoch(0))), device)
+
+
+def _losses(
+    cfg: Mapping[str, Any], model: nn.Module, criterion: Any, state: TrainState, sample: Batch, phases: list[str]
+) -> tuple[tuple[str, ...], dict[str, Loss], bool]:
+    """The fields of a run, the bare loss of each phase, and whether it can mask padding."""
+    bound = bind(model, cfg["model"]["mapping"], "cfg.model")
+    _refuse(bound.check(sample))
+    keys, path = cfg["model"]["output_keys"], "cfg.model.output_keys"
+    forwards = {p: Functional(model, training=p == "train") for p in phases}
+    with torch.no_grad():
+        buffers = tree.clone(state.buffers)
+        probed = forwards[phases[0]]
+        result = explained(lambda: probed(state.params, buffers, bound.kwargs(sample)), "cfg.model")
+    outputs = name_outputs(result, keys, path)
+    fields = (*sample, *outputs)
+    problems, losses = check_outputs(list(outputs), list(sample), path), {}
+    for phase in phases:
+        call, loss_bound = _criterion(cfg, criterion, phase == "train")
+        problems += loss_bound.check(fields) if loss_bound else []
+        losses[phase] = pure_loss(forwards[phase], bound, call, loss_bound, keys)
+    _refuse(list(dict.fromkeys(problems)))
+    return fields, losses, _masks(losses[phases[0]], state, sample)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _criterion(cfg: Mapping[str, Any], criterion: Any, training: bool) -> tuple[Any, Binding | None]:
+    """The criterion as a function of (params, buffers, kwargs), and how its parameters are bound.
+
+    torch's own losses call the model's output `input`, and are asked for per-sample values where that is the same mathematics.
+    """
+    if criterion is None:
+        return None, None
+    mapping = cfg["loss"]["mapping"]
+    if not isinstance(criterion, nn.Module):
+        return lambda params, buffers, kwargs: criterion(**kwargs), bind(criterion, mapping, "cfg.loss", defaults={"weight": WEIGHT})
+    builtin = type(criterion).__module__.startswith("torch.nn.")
+    call = Functional(criterion, training=training, prefix=LOSS_PREFIX, via=maskable if builtin else None)
+    defaults = {"input": "output", "weight": WEIGHT} if builtin else {}
+    return call, bind(call.call, mapping, "cfg.loss", defaults=defaults)
+
+
+def _masks(loss: Loss, state: TrainState, sample: Batch) -> bool:
+    """Whether the loss obeys the weights of the samples: with all of them zero nothing is counted."""
+    size = next(v.shape[0] for v in sample.values() if isinstance(v, Tensor) and v.dim() > 0)
+    masked = {**sample, WEIGHT: torch.zeros(size, device=state.step.device)}
+    with torch.no_grad():
+        _, aux = explained(lambda: loss(state.params, state.buffers, masked), "cfg.loss")
+    return float(aux.weight) == 0.0
+
+
+def explained(call: Callable[[], T], where: str) -> T:
+    """The result of user code; what it raises becomes one message that says where.
+
+    Raises:
+        ConfigError: with the exception's own words; the traceback is kept as its cause.
+    """
+    try:
+        return call()
+    except AilabError:
+        raise
+    except Exception as e:  # any class: it is the user's model, loss, metric or hook
+        raise ConfigError(f"{where}: failed on the first samples: {type(e).__name__}: {e}") from e
+
+
+def build_stream(
+    cfg: Mapping[str, Any], entry: Mapping[str, Any], parts: Parts, device: torch.device, rank: int, world_size: int, **more: Any
+) -> Stream:
+    """The batches of one workflow entry on this rank."""
+    phase = entry["phase"]
+    loader = dict(cfg["data"][f"{phase}_dataloader"])
+    if loader["shuffle"] is None:
+        loader["shuffle"] = phase == "train"
+    if loader["persistent_workers"] is None:
+        loader["persistent_workers"] = loader["num_workers"] > 0
+    optional = ("prefetch_factor", "multiprocessing_context", "timeout")
+    loader = {k: v for k, v in loader.items() if k not in optional or (v and loader["num_workers"])}
+    return Stream(
+        parts.datasets[phase],
+        seed=cfg["seed"],
+        rank=rank,
+        world_size=world_size,
+        pad=parts.pad,
+        device=device,
+        iters=entry["iters"],
+        name=f"cfg.data.{phase}",
+        max_bad_frac=cfg["data"]["max_bad_frac"],
+        **loader,
+        **more,
+    )
+

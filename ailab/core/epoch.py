@@ -1,0 +1,116 @@
+"""The bare epochs: fold a step over batches, and a workflow of phases as one epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+
+from ailab import dist
+from ailab.stack import Middleware
+from ailab.types import Batch, Batches, Epoch, Logs, Mean, Step, TrainState, pack
+
+TOTALS = "totals"  # slot: the sums of the running epoch, (names, 2) float64, so that a resumed epoch reports exact means
+PROGRESS = "progress"  # slot: {"epoch": workflow epochs completed, "stop": whether a hook asked to end the run}
+
+
+class Interrupted(Exception):
+    """A request to stop was seen at a step boundary; `state` is whole and belongs to no step in flight."""
+
+    def __init__(self, state: TrainState):
+        super().__init__("interrupted")
+        self.state = state
+
+
+def tally(names: Sequence[str]) -> Middleware[Step]:
+    """Add each step's logs to the epoch's totals in the state, below the compile line: no host work per step.
+
+    Args:
+        names: of the logs that the wrapped step gives, in its order.
+    """
+
+    def init(state: TrainState) -> torch.Tensor:
+        return torch.zeros(len(names), 2, dtype=torch.float64, device=state.step.device)
+
+    def wrap(step: Step) -> Step:
+        def tallied(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+            state, logs = step(state, batch)
+            packed = pack({n: m for n, m in logs.items() if isinstance(m, Mean)})
+            fields = {n: v for n, v in logs.items() if not isinstance(v, Mean)}
+            return state.with_slot(TOTALS, state.slots[TOTALS] + packed), Logs(tuple(names), packed, fields)
+
+        return tallied
+
+    return Middleware(TOTALS, wrap, "step", init, ("train", "val", "test"))
+
+
+def _never() -> bool:
+    return False
+
+
+def train_epoch(step: Step, names: Sequence[str], interrupted: Callable[[], bool] = _never) -> Epoch:
+    """Fold a tallied training step over the batches; the logs are the means over all steps of the epoch.
+
+    The totals start from what the state holds, so an epoch that was cut in two reports what a whole one would.
+
+    Raises:
+        Interrupted: after a step at which `interrupted()` held; carries the state.
+    """
+
+    def epoch(state: TrainState, batches: Iterable[Batch]) -> tuple[TrainState, Logs]:
+        for batch in batches:
+            state, _ = step(state, batch)
+            if interrupted():
+                raise Interrupted(state)
+        return state, Logs(tuple(names), state.slots[TOTALS].clone())
+
+    return epoch
+
+
+def eval_epoch(step: Step, names: Sequence[str], interrupted: Callable[[], bool] = _never) -> Epoch:
+    """Fold a tallied evaluation step over the batches, summed over ranks; the state comes back as it went in."""
+
+    def epoch(state: TrainState, batches: Iterable[Batch]) -> tuple[TrainState, Logs]:
+        zeros = torch.zeros(len(names), 2, dtype=torch.float64, device=state.step.device)
+        working = state.replace(opt_state={}, slots={**state.slots, TOTALS: zeros})
+        for batch in batches:
+            working, _ = step(working, batch)
+            if interrupted():
+                raise Interrupted(state)
+        return state, Logs(tuple(names), dist.all_reduce(working.slots[TOTALS]))
+
+    return epoch
+
+
+def workflow(phases: Mapping[str, Epoch]) -> Epoch:
+    """The phases in order as one epoch over `{phase: batches}`; log names get the phase as prefix: "val_top1"."""
+
+    def epoch(state: TrainState, batches: Batches) -> tuple[TrainState, Logs]:
+        parts: list[Logs] = []
+        for phase, run_phase in phases.items():
+            state, logs = run_phase(state, batches[phase])
+            parts.append(logs.prefixed(f"{phase}_"))
+        # Only now, with every phase done, is the epoch complete: a run resumed before this point reports it again, once.
+        progress = {**state.slots[PROGRESS], "epoch": state.slots[PROGRESS]["epoch"] + 1}
+        slots = {**state.slots, PROGRESS: progress}
+        if TOTALS in slots:
+            slots[TOTALS] = torch.zeros_like(slots[TOTALS])
+        return state.replace(slots=slots), Logs.join(parts)
+
+    return epoch
+
+
+def fresh_progress(device: torch.device) -> dict[str, torch.Tensor]:
+    """The progress of a run that has not begun."""
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    return {"epoch": zero, "stop": zero.clone()}
+
+
+def epochs_done(state: TrainState) -> int:
+    """Workflow epochs completed; one device read."""
+    return int(state.slots[PROGRESS]["epoch"])
+
+
+def ask_to_stop(state: TrainState) -> TrainState:
+    """A state after which the run ends; for epoch hooks (early stopping)."""
+    return state.with_slot(PROGRESS, {**state.slots[PROGRESS], "stop": torch.ones_like(state.slots[PROGRESS]["stop"])})

@@ -1,0 +1,81 @@
+"""The bare training and evaluation steps: `(TrainState, Batch) -> (TrainState, Logs)`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from ailab.compile import FIELD
+from ailab.optim import Optimizer
+from ailab.optim.optimizer import Evaluate
+from ailab.types import Aux, Batch, Grad, Loss, Mean, Params, Step, TrainState
+
+_GRADS, _AUX = "_grads", "_aux"
+
+
+def requested(aux: Aux, outputs: Collection[str]) -> dict[str, object]:
+    """The logs, and the model outputs that a host hook reads."""
+    return {**aux.logs, **{FIELD + n: aux.outputs[n] for n in outputs}}
+
+
+def train_step(grad: Grad, optimizer: Optimizer, outputs: Collection[str] = ()) -> Step:
+    """One optimizer update, pure: the state in is untouched.
+
+    Args:
+        grad: a gradient core, in whatever grad hooks wrap it.
+        optimizer: `(init, update)`.
+        outputs: names of model outputs that shall come out with the logs.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+        grads, aux = grad(state, batch)
+        with torch.no_grad():
+            if optimizer.closure_update is None:
+                params, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            else:
+                params, opt_state = optimizer.closure_update(_closure(grad, state, batch), state.opt_state, state.params)
+            after = TrainState(state.step + 1, params, aux.buffers, opt_state, {**state.slots, **aux.slots})
+        return after, requested(aux, outputs)  # type: ignore[return-value]
+
+    return step
+
+
+def _closure(grad: Grad, state: TrainState, batch: Batch) -> Evaluate:
+    """The loss and its gradient as a function of the parameters alone, for optimizers that look more than once (LBFGS)."""
+
+    def evaluate(params: Params) -> tuple[Tensor, Params]:
+        grads, aux = grad(state.replace(params=params), batch)
+        return aux.logs["loss"].value, grads
+
+    return evaluate
+
+
+def eval_step(loss: Loss, outputs: Collection[str] = ()) -> Step:
+    """The loss and the metrics of one batch; the state comes back as it went in."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+        with torch.no_grad():
+            _, aux = loss(state.params, state.buffers, batch)
+        return state, requested(aux, outputs)  # type: ignore[return-value]
+
+    return step
+
+
+def given(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
+    """A gradient core that was computed before: the second half of a step that is cut at the gradient."""
+    return batch[_GRADS], batch[_AUX]
+
+
+def split_step(grad: Grad, finish: Step) -> Step:
+    """A step cut at the gradient: `grad` on the host (DDP's backward), then `finish`, compiled apart.
+
+    `finish` is `train_step(given, optimizer)` in its step hooks.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+        grads, aux = grad(state, batch)
+        return finish(state, {**batch, _GRADS: grads, _AUX: aux})
+
+    return step

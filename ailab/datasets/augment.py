@@ -1,0 +1,140 @@
+"""Augmentations of a whole batch, on the device, inside the compiled step.
+
+Each is a pure `op(x) -> x` on pictures (B, C, H, W) of any real dtype. Every sample draws its own parameters from torch's global
+generator, which a run seeds before each step from (seed, step, rank).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ailab.registry import TRANSFORMS
+
+
+def _uniform(x: Tensor, low: float, high: float, *shape: int) -> Tensor:
+    """Uniform float32 in [low, high) on the device of `x`: (B, *shape)."""
+    return low + (high - low) * torch.rand((x.shape[0], *shape), device=x.device)
+
+
+def _real(x: Tensor) -> Tensor:
+    """The same values in a floating dtype."""
+    return x if x.is_floating_point() else x.float()
+
+
+@TRANSFORMS.register_module()
+@dataclass(frozen=True)
+class BatchShift:
+    """Move each picture by a whole number of pixels, down and right apart; keeps the dtype.
+
+    Args:
+        pixels: the largest shift either way.
+        fill: the value of what moves in, in the units of the picture.
+    """
+
+    pixels: int
+    fill: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        shift = torch.randint(0, 2 * self.pixels + 1, (2, b, 1), device=x.device)
+        rows = (torch.arange(h, device=x.device) + shift[0])[:, None, :, None]  # (B, 1, H, 1)
+        cols = (torch.arange(w, device=x.device) + shift[1])[:, None, None, :]
+        sample = torch.arange(b, device=x.device)[:, None, None, None]
+        channel = torch.arange(c, device=x.device)[None, :, None, None]
+        return functional.pad(x, [self.pixels] * 4, value=self.fill)[sample, channel, rows, cols]
+
+
+@TRANSFORMS.register_module()
+@dataclass(frozen=True)
+class BatchAffine:
+    """Rotate, shear, scale and move each picture about its centre, bilinear, zeros outside; integers become float32.
+
+    Args:
+        degrees: the largest angle either way.
+        translate: the largest move either way, as a fraction of the height or width.
+        scale: the range of the magnification.
+        shear: the largest shear angle along x either way, in degrees.
+    """
+
+    degrees: float = 0.0
+    translate: float = 0.0
+    scale: Sequence[float] = (1.0, 1.0)
+    shear: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x, (h, w) = _real(x), x.shape[-2:]
+        turn, slant, low, high = math.radians(self.degrees), math.radians(self.shear), *self.scale
+        angle, lean = _uniform(x, -turn, turn), torch.tan(_uniform(x, -slant, slant))
+        size, move = 1 / _uniform(x, low, high), _uniform(x, -2 * self.translate, 2 * self.translate, 2)
+        cos, sin = torch.cos(angle) * size, torch.sin(angle) * size
+        # The inverse map, output to input. A picture spans [-1, 1] both ways, so what mixes x and y is scaled by the aspect.
+        to_x = torch.stack([cos, (cos * lean - sin) * (h / w), move[:, 0]], 1)
+        to_y = torch.stack([sin * (w / h), sin * lean + cos, move[:, 1]], 1)
+        grid = functional.affine_grid(torch.stack([to_x, to_y], 1).to(x.dtype), list(x.shape), align_corners=False)
+        return functional.grid_sample(x, grid, align_corners=False)
+
+
+@TRANSFORMS.register_module()
+@dataclass(frozen=True)
+class BatchFlip:
+    """Mirror each picture left to right with probability `p`; keeps the dtype."""
+
+    p: float = 0.5
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.where(_uniform(x, 0, 1, 1, 1, 1) < self.p, x.flip(-1), x)
+
+
+@TRANSFORMS.register_module()
+@dataclass(frozen=True)
+class BatchErase:
+    """Paint over one rectangle of each picture with probability `p`; keeps the dtype.
+
+    Random erasing (Zhong et al., arXiv:1708.04896): aspect ratio log-uniform in [1/3, 3], cut off at the border.
+
+    Args:
+        p: the chance of each picture.
+        area: the range of the rectangle's share of the picture.
+        fill: the value painted, in the units of the picture.
+    """
+
+    p: float = 0.5
+    area: Sequence[float] = (0.02, 0.2)
+    fill: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        (h, w), (low, high) = x.shape[-2:], self.area
+        share, ratio = _uniform(x, low, high), torch.exp(_uniform(x, -math.log(3), math.log(3)))
+        centre = _uniform(x, 0, 1, 2)
+        half_h, half_w = h * torch.sqrt(share * ratio) / 2, w * torch.sqrt(share / ratio) / 2
+        in_rows = (torch.arange(h, device=x.device) + 0.5 - h * centre[:, :1]).abs() <= half_h[:, None]  # (B, H)
+        in_cols = (torch.arange(w, device=x.device) + 0.5 - w * centre[:, 1:]).abs() <= half_w[:, None]
+        chosen = _uniform(x, 0, 1, 1, 1) < self.p
+        hit = in_rows[:, :, None] & in_cols[:, None, :] & chosen  # (B, H, W)
+        return x.masked_fill(hit[:, None], self.fill)
+
+
+@TRANSFORMS.register_module()
+@dataclass(frozen=True)
+class BatchNormalize:
+    """`(x - mean) / std` with one number for all channels or one for each, in the units of the input; integers become float32."""
+
+    mean: float | Sequence[float]
+    std: float | Sequence[float]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = _real(x)
+        if isinstance(self.mean, (int, float)) and isinstance(self.std, (int, float)):
+            return (x - self.mean) / self.std
+        # Numbers and no constant tensor: a captured CUDA graph cannot copy one from the host.
+        means, stds = (
+            [float(v)] * x.shape[1] if isinstance(v, (int, float)) else list(v) for v in (self.mean, self.std)
+        )
+        planes = zip(x.unbind(1), means, stds, strict=True)
+        return torch.stack([(plane - mean) / std for plane, mean, std in planes], 1)

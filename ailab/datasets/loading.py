@@ -1,0 +1,149 @@
+"""One batch out of a map-style dataset, in a worker or on the host: seeded samples, stand-ins for bad ones, collation."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import default_collate
+
+from ailab import tree
+from ailab.binding import wrap_sample
+from ailab.rng import mix
+from ailab.types import WEIGHT, Batch
+
+_TRIES = 16  # samples looked at for a stand-in when a whole batch is bad
+
+
+class Key(NamedTuple):
+    """What a worker needs to know to make one batch."""
+
+    epoch: int
+    ids: list[int]  # the samples of this rank
+    spare: int  # a sample of the same global batch, for a rank that has none
+
+
+class Bad(NamedTuple):
+    """A sample that could not be read."""
+
+    index: int
+    kind: str  # class of the exception
+    message: str
+
+
+class Loaded(NamedTuple):
+    """What comes back from a worker."""
+
+    batch: Batch | None  # None: `failure` says why
+    read: int  # samples asked for
+    bad: list[Bad]
+    failure: str = ""
+
+
+def narrow(x: torch.Tensor) -> torch.Tensor:
+    """float64 as float32; any other dtype as it is."""
+    return x.float() if x.dtype == torch.float64 else x
+
+
+def start_worker(then: Callable[[int], None] | None, worker: int) -> None:
+    """Leave SIGINT and SIGTERM to the host, which ends its workers itself once the state is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Put the global generators back as they were; without workers the samples are drawn in the host's process."""
+    numpy = sys.modules.get("numpy")
+    kept = torch.default_generator.get_state(), random.getstate(), numpy and numpy.random.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(kept[0])
+        random.setstate(kept[1])
+        if numpy:
+            numpy.random.set_state(kept[2])
+
+
+def _seed_generators(seed: int) -> None:
+    """Seed what user code draws from. Not `torch.manual_seed`, which walks the CUDA devices each time."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed & 0xFFFFFFFF)
+
+
+def _described(index: int, error: Exception) -> Bad:
+    """The error with the line of user code that raised it; short, and safe to print."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{error} ({Path(frame.filename).name}:{frame.lineno})"[:500]
+    return Bad(index, type(error).__name__, "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+class Fetcher(torch.utils.data.Dataset[Loaded]):
+    """A dataset of batches: `fetcher[key]` reads the samples of `key`, each under a seed of (seed, epoch, index).
+
+    A sample that raises is replaced by the first good one of the batch. With `size` every batch has that many slots and the
+    field `_weight`, which is 0 for such a stand-in and for padding; without it a batch has as many slots as samples.
+    """
+
+    def __init__(self, dataset: Any, seed: int, size: int | None, collate_fn: Callable[[list[Any]], Any] | None):
+        self.dataset = dataset
+        self.seed = seed
+        self.size = size
+        self.collate_fn = collate_fn
+
+    def __getitem__(self, index: Any) -> Loaded:
+        key = Key(*index)
+        with _generators_kept():
+            samples, bad = self._read(key.epoch, key.ids)
+            good = next((s for s in samples if s is not None), None)
+            if good is None:
+                good = self._stand_in(key, bad)
+            if good is None:
+                return Loaded(None, len(key.ids), bad, f"no sample of this batch can be read, nor any of the {_TRIES} after it")
+            try:
+                return Loaded(self._collate(samples, good), len(key.ids), bad)
+            except Exception as error:  # user data: any class can come
+                return Loaded(None, len(key.ids), bad, f"samples {key.ids[:8]} do not collate: {_described(0, error).message}")
+
+    def _read(self, epoch: int, ids: Sequence[int]) -> tuple[list[Any], list[Bad]]:
+        samples: list[Any] = []
+        bad: list[Bad] = []
+        for index in ids:
+            try:
+                _seed_generators(mix(self.seed, epoch, index))
+                sample = self.dataset[index]
+                samples.append(sample if self.collate_fn else wrap_sample(sample))
+            except Exception as error:  # user data: any class can come
+                samples.append(None)
+                bad.append(_described(index, error))
+        return samples, bad
+
+    def _stand_in(self, key: Key, bad: list[Bad]) -> Any:
+        """The first sample that can be read from the spare one on, or None."""
+        for offset in range(_TRIES):
+            samples, more = self._read(key.epoch, [(key.spare + offset) % len(self.dataset)])
+            if samples[0] is not None:
+                return samples[0]
+            bad += more
+        return None
+
+    def _collate(self, samples: list[Any], good: Any) -> Batch:
+        slots = max(self.size or len(samples), 1)
+        filled = [good if s is None else s for s in samples] + [good] * (slots - len(samples))
+        joined = wrap_sample(self.collate_fn(filled)) if self.collate_fn else default_collate(filled)
+        batch: Batch = tree.map(narrow, joined)
+        if self.size is not None:
+            real = [float(s is not None) for s in samples]
+            return {**batch, WEIGHT: torch.tensor(real + [0.0] * (slots - len(real)))}
+        return batch if samples else tree.map(lambda t: t[:0], batch)

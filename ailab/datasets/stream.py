@@ -1,0 +1,238 @@
+"""The batches of one phase: a pure function of (seed, epoch, step), whatever the workers, the world size or the resume point."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from ailab import tree
+from ailab.binding import wrap_sample
+from ailab.datasets.loading import Bad, Fetcher, Key, Loaded, narrow, start_worker
+from ailab.errors import DataError
+from ailab.rng import mix
+from ailab.types import WEIGHT, Batch
+
+_MEMORY_SHARE = 0.3  # of the free device memory that an in-memory dataset may take
+_FIRST = 16  # samples that all fail the same way: a programming error, not bad data
+
+
+def _same(loaded: Loaded) -> Loaded:
+    """The collation of the DataLoader: a `Fetcher` has done it. A function of the module, so that it can be spawned."""
+    return loaded
+
+
+class _Plan:
+    """The sampler of the DataLoader: the keys of one epoch from one step on, set before each pass."""
+
+    keys: Iterator[Key] = iter(())
+
+    def __iter__(self) -> Iterator[Key]:
+        keys, self.keys = self.keys, iter(())  # held once: else stream and loader would keep each other, and workers, alive
+        return keys
+
+
+class Stream:
+    """The batches of one phase, on the device.
+
+    Args:
+        dataset: map-style: anything with `__len__` and `__getitem__`, whose samples are tuples or dicts. One with a method
+            `tensors() -> dict[str, Tensor]` (all samples stacked, nothing random), or a `TensorDataset`, is kept on the device
+            and read without workers.
+        batch_size: samples of a global batch, over all ranks.
+        shuffle: another permutation for each epoch; else samples come in their own order.
+        seed: of the order, and with (epoch, index) of each sample's own randomness.
+        rank: which contiguous part of each global batch this stream yields.
+        world_size: number of parts; they differ by at most one sample.
+        drop_last: leave out a last batch that is not full.
+        pad: give every batch the same shape, ceil(batch_size / world_size) slots, and a field `_weight` (slots,) float32, 0 for
+            padding. Without it the last batch is short, and a rank may be given a batch of no samples.
+        device: where batches go.
+        iters: steps of an epoch; past the end of the dataset it goes on with further permutations.
+        name: the split, for messages.
+        report: called with one line about each bad sample.
+        max_bad_frac: share of the dataset that may be unreadable.
+        dataloader_kwargs: the rest goes to `torch.utils.data.DataLoader`.
+
+    Raises:
+        DataError: the dataset is empty, has no length, or has too few samples for one batch with `drop_last`. While iterating:
+            too many samples are bad, or samples do not collate.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        device: torch.device | str = "cpu",
+        pad: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        iters: int | None = None,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        name: str = "data",
+        report: Callable[[str], None] | None = None,
+        max_bad_frac: float = 0.01,
+        **dataloader_kwargs: Any,
+    ):
+        self.batch_size, self.shuffle, self.seed, self.pad = batch_size, shuffle, seed, pad
+        self.rank, self.world_size = rank, world_size
+        self.device = torch.device(device)
+        self.name = name
+        self._report = report or logging.getLogger("ailab.data").warning
+        self._size = _length(dataset, name)
+        self._lap = self._size // batch_size if drop_last else math.ceil(self._size / batch_size)  # steps of one permutation
+        if not self._lap:
+            raise DataError(f"{name}: {self._size} samples make no batch of {batch_size} with drop_last=True.")
+        self.steps = iters if iters is not None else self._lap
+        self._slots = math.ceil(batch_size / world_size)
+        self._bad: dict[int, Bad] = {}
+        self._allowed = math.ceil(max_bad_frac * self._size)
+        self._read = self._failed = 0
+        self._ones: dict[int, Tensor] = {}
+        self._tensors = None if collate_fn else _in_memory(dataset, self.device)
+        if self._tensors is None:
+            self._plan = _Plan()
+            then = dataloader_kwargs.pop("worker_init_fn", None)
+            self._loader: DataLoader[Loaded] = DataLoader(
+                Fetcher(dataset, seed, self._slots if pad else None, collate_fn),
+                sampler=self._plan,  # type: ignore[arg-type]  # a batch is one item
+                batch_size=None,
+                collate_fn=_same,
+                num_workers=num_workers,
+                pin_memory=self.device.type == "cuda" if pin_memory is None else pin_memory and torch.cuda.is_available(),
+                generator=torch.Generator(),  # else each epoch would draw from the global one
+                worker_init_fn=partial(start_worker, then),
+                **dataloader_kwargs,
+            )
+
+    def __len__(self) -> int:
+        return self.steps
+
+    @property
+    def bad(self) -> list[Bad]:
+        """The samples that could not be read so far, (index, kind, message), once each."""
+        return list(self._bad.values())
+
+    def order(self, epoch: int, lap: int = 0) -> Tensor:
+        """The samples in the order of the `lap`-th pass of an epoch: (len(dataset),) int64 on the CPU."""
+        if not self.shuffle:
+            return torch.arange(self._size)
+        return torch.randperm(self._size, generator=torch.Generator().manual_seed(mix(self.seed, epoch, lap)))
+
+    def indices(self, epoch: int, step: int) -> Tensor:
+        """The samples of one global batch, all ranks together: (at most batch_size,) int64."""
+        lap, at = divmod(step, self._lap)
+        return self.order(epoch, lap)[at * self.batch_size : (at + 1) * self.batch_size]
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from step `start` on. Nothing before it is read."""
+        return self._gather(epoch, start) if self._tensors is not None else self._load(epoch, start)
+
+    def _batches(self, epoch: int, start: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """The ids of each global batch, and those of this rank."""
+        lap, chunks = -1, ()
+        for step in range(start, self.steps):
+            if step // self._lap != lap:
+                lap = step // self._lap
+                chunks = self.order(epoch, lap).to(device).split(self.batch_size)
+            ids = chunks[step % self._lap]
+            yield ids, ids if self.world_size == 1 else self._part(ids)
+
+    def _part(self, ids: Tensor) -> Tensor:
+        return ids[len(ids) * self.rank // self.world_size : len(ids) * (self.rank + 1) // self.world_size]
+
+    # In memory: one gather a step.
+
+    def _gather(self, epoch: int, start: int) -> Iterator[Batch]:
+        assert self._tensors is not None
+        home = next(iter(self._tensors.values())).device
+        for ids, mine in self._batches(epoch, start, home):
+            real = len(mine)
+            if self.pad and real < self._slots:
+                mine = torch.cat([mine, (mine if real else ids)[:1].expand(self._slots - real)])
+            batch = {name: values.index_select(0, mine) for name, values in self._tensors.items()}
+            if home != self.device:
+                batch = tree.to(batch, self.device)
+            if self.pad:
+                batch[WEIGHT] = self._weight(real)
+            yield batch
+
+    def _weight(self, real: int) -> Tensor:
+        """(slots,): `real` ones, then zeros. One tensor for all batches alike; nobody writes to a batch."""
+        if real not in self._ones:
+            self._ones[real] = (torch.arange(self._slots, device=self.device) < real).float()
+        return self._ones[real]
+
+    # Any other dataset: a DataLoader whose items are whole batches.
+
+    def _load(self, epoch: int, start: int) -> Iterator[Batch]:
+        self._plan.keys = self._keys(epoch, start)
+        for loaded in self._loader:
+            self._note(loaded)
+            assert loaded.batch is not None
+            yield tree.to(loaded.batch, self.device)
+
+    def _keys(self, epoch: int, start: int) -> Iterator[Key]:
+        for ids, mine in self._batches(epoch, start, torch.device("cpu")):
+            yield Key(epoch, mine.tolist(), int(ids[0]))
+
+    def _note(self, loaded: Loaded) -> None:
+        """Record and report bad samples; stop when there are too many of them."""
+        for bad in loaded.bad:
+            if bad.index not in self._bad:
+                self._bad[bad.index] = bad
+                self._report(f"{self.name}: sample {bad.index} is bad and was replaced: {bad.kind}: {bad.message}")
+        self._read += loaded.read
+        self._failed += len(loaded.bad)
+        kinds = {bad.kind for bad in self.bad}
+        hopeless = self._failed >= min(_FIRST, self._size) and self._failed >= self._read and len(kinds) == 1
+        if loaded.batch is None or hopeless or len(self._bad) > self._allowed:
+            raise DataError(self._verdict(loaded.failure or ("every sample so far failed the same way" if hopeless else "")))
+
+    def _verdict(self, why: str) -> str:
+        kinds = [bad.kind for bad in self.bad]
+        counts = ", ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds)))
+        lines = [f"{self.name}: {why or f'more than {self._allowed} of {self._size} samples are bad'}."]
+        lines += [f"  Bad so far: {counts}; samples {list(self._bad)[:10]}."] if kinds else []
+        return "\n".join(lines + [f"  First: {bad.kind}: {bad.message}" for bad in self.bad[:1]])
+
+
+def _length(dataset: Any, name: str) -> int:
+    """The number of samples.
+
+    Raises:
+        DataError: there are none, or the dataset cannot say.
+    """
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise DataError(f"{name}: {type(dataset).__name__} has no __len__ and __getitem__; batches are read by index.")
+    if not len(dataset):
+        raise DataError(f"{name}: the dataset ({type(dataset).__name__}) is empty.")
+    return len(dataset)
+
+
+def _in_memory(dataset: Any, device: torch.device) -> dict[str, Tensor] | None:
+    """All samples as stacked tensors, on the device if they fit well; None for a dataset that is read by sample."""
+    if type(dataset) is TensorDataset:
+        found = wrap_sample(dataset.tensors)
+    elif hasattr(dataset, "tensors") and callable(dataset.tensors):
+        found = dataset.tensors()
+    else:
+        return None
+    if found is None:
+        return None
+    tensors: dict[str, Tensor] = {name: narrow(t.detach()) for name, t in found.items()}
+    if device.type == "cuda" and tree.nbytes(tensors) > _MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return tensors
+    return {name: t.to(device) for name, t in tensors.items()}

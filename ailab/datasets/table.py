@@ -1,0 +1,134 @@
+"""Tables: one sample a row of a CSV (also compressed) or Excel file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ailab.datasets.base import LabBaseDataset
+from ailab.errors import DataError, nearest
+from ailab.registry import DATASETS
+
+Column = str | int  # a name of the header, or a position; negative ones count from the end
+
+
+class TableAnnotationDataset(LabBaseDataset):
+    """The storage: its raw record is a row, a pandas Series. The table is read once, by pandas.
+
+    Args:
+        table_path: .csv, also compressed, .tsv, .xls or .xlsx.
+        loader_fun: path -> DataFrame, instead of what the ending says.
+        header: whether the first row holds the names of the columns.
+        **read: goes to the pandas reader: `sep`, `sheet_name`, `usecols` and so on.
+
+    Raises:
+        DataError: the file cannot be read as a table.
+    """
+
+    def __init__(
+        self, table_path: str | Path, loader_fun: Callable[..., Any] | None = None, *, header: bool = True, **read: Any
+    ):
+        self.table_path = Path(table_path)
+        self.table: Any = _read(self.table_path, loader_fun, {**read} if header or loader_fun else {"header": None, **read})
+
+    def _len(self) -> int:
+        return len(self.table)
+
+    def _get_raw(self, index: int) -> Any:
+        return self.table.iloc[index]
+
+
+@DATASETS.register_module()
+class TableDataset(TableAnnotationDataset):
+    """A table of numbers: samples `{"input": (columns,) float32, "target": ()}`, held in memory.
+
+    A whole-number target is int64, any other number float32, and text is the index of its class in `classes`.
+
+    Args:
+        table_path: as in `TableAnnotationDataset`, with `header` and `read`.
+        inputs: the columns of the input; all but the target when left out.
+        target: the column of the target, or None for a table without one.
+
+    Raises:
+        DataError: the file cannot be read, has no such column, or an input cell is empty or no number.
+    """
+
+    classes: list[str] | None = None  # the sorted distinct values of a target of text
+
+    def __init__(
+        self,
+        table_path: str | Path,
+        *,
+        inputs: Sequence[Column] | None = None,
+        target: Column | None = -1,
+        header: bool = True,
+        **read: Any,
+    ):
+        super().__init__(table_path, header=header, **read)
+        at = None if target is None else self._column(target)
+        columns = [c for c in self.table.columns if c != at] if inputs is None else [self._column(c) for c in inputs]
+        self._fields: dict[str, Tensor] = {"input": self._numbers(columns)}
+        if at is not None:
+            self._fields["target"] = self._targets(at)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All samples, stacked."""
+        return self._fields
+
+    def _get_raw(self, index: int) -> Any:
+        return {name: values[index] for name, values in self._fields.items()}
+
+    def _get_sample(self, raw: Any) -> Any:
+        return raw
+
+    def _column(self, wanted: Column) -> Any:
+        names = list(self.table.columns)
+        if wanted in names and isinstance(wanted, str):
+            return wanted
+        if isinstance(wanted, int) and -len(names) <= wanted < len(names):
+            return names[wanted]
+        hint = nearest(str(wanted), [str(n) for n in names])
+        raise DataError(f"{self.table_path}: there is no column {wanted!r}.{hint}\n  It has: {names[:20]}")
+
+    def _numbers(self, columns: list[Any]) -> Tensor:
+        import pandas as pd
+
+        part = self.table[columns].apply(pd.to_numeric, errors="coerce")
+        holes = part.isna().to_numpy().nonzero()
+        if len(holes[0]):
+            row, column = int(holes[0][0]), columns[int(holes[1][0])]
+            value = self.table[column].iloc[row]
+            raise DataError(f"{self.table_path}: record {row}, column {column!r}: {value!r} is not a number.")
+        return torch.from_numpy(part.to_numpy("float32", copy=True))
+
+    def _targets(self, column: Any) -> Tensor:
+        import pandas as pd
+
+        values = self.table[column]
+        if values.isna().any():
+            raise DataError(f"{self.table_path}: record {int(values.isna().argmax())}, column {column!r} is empty.")
+        if not pd.api.types.is_numeric_dtype(values):
+            self.classes = sorted(set(values.astype(str)))
+            index = {name: i for i, name in enumerate(self.classes)}
+            return torch.tensor([index[v] for v in values.astype(str)])
+        whole = pd.api.types.is_integer_dtype(values) or pd.api.types.is_bool_dtype(values)
+        return torch.from_numpy(values.to_numpy("int64" if whole else "float32", copy=True))
+
+
+def _read(path: Path, loader: Callable[..., Any] | None, options: dict[str, Any]) -> Any:
+    """The table as a DataFrame."""
+    import pandas as pd
+
+    excel = path.suffix.lower() in (".xls", ".xlsx")
+    if path.suffix.lower() == ".tsv":
+        options = {"sep": "\t", **options}
+    try:
+        return (loader or (pd.read_excel if excel else pd.read_csv))(path, **options)
+    except ImportError as error:
+        raise DataError(f"{path}: reading it needs a package: {error}") from error
+    except (OSError, ValueError, EOFError) as error:  # pandas' own parser errors are ValueErrors
+        raise DataError(f"{path}: not a table that can be read: {type(error).__name__}: {error}") from error

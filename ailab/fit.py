@@ -1,0 +1,270 @@
+"""`torchrun -m ailab.fit cfgs/exp.py optimizer.lr=3e-4`: a cfg to a finished run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ailab import check, config, dist, durable, tree
+from ailab.assemble import Job, assemble
+from ailab.core.epoch import Interrupted
+from ailab.errors import AilabError, ConfigError, Preempted
+from ailab.hooks.log import LoggerHook, ProgressHook, RecordHook
+from ailab.show import picture
+from ailab.types import RunInfo, TrainState
+from ailab.workdir import lock
+
+_AGREE_EVERY = 16  # steps between two agreements of the ranks on whether to stop
+_RECORD_EVERY = 50  # steps between two lines of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind."""
+
+    state: TrainState
+    work_dir: Path
+    metrics: dict[str, float]  # last results, as "val_top1"
+
+
+def fit(cfg: Mapping[str, Any]) -> Result:
+    """Run a cfg to its end and return the last state and results. Can be called several times in a process.
+
+    Raises:
+        AilabError: one of its kinds, each with the exit code that the command line would give.
+    """
+    with _started(cfg) as (full, device, warnings):
+        work_dir = Path(full["work_dir"])
+        with lock(work_dir) if dist.rank() == 0 else nullcontext(), _console(device) as (bar, say), Signals() as signals:
+            for line in warnings:
+                say(f"warning: {line}")
+            job = assemble(full, device, say=say, interrupted=signals, extra=_always(full, bar))
+            if dist.rank() == 0:
+                durable.replace(work_dir / "config.json", json.dumps(config.snapshot(full), indent=1).encode() + b"\n")
+            bar.reset(total=job.info.total_steps)
+            say(_opening(job))
+            try:
+                state = job.run(job.state)
+            except Interrupted as stop:
+                raise Preempted(f"stopped by a signal at step {stop.state.at}; there is no CheckpointHook, nothing is saved.") from None
+            metrics = _results(work_dir)
+            say(_closing(work_dir, metrics))
+            return Result(state, work_dir, {n: last for n, (last, _, _) in metrics.items()})
+
+
+def ailab_train(cfg: Mapping[str, Any]) -> Result:
+    """`fit` for a script of one's own: errors end the process with one message and their exit code, as on the command line."""
+    try:
+        return fit(cfg)
+    except AilabError as e:
+        sys.exit(_told(e))
+
+
+@contextmanager
+def _started(cfg: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], torch.device, list[str]]]:
+    """The completed cfg, the device and the process group; nothing is built before the cfg is checked."""
+    check.check(cfg)
+    full = check.complete(cfg)
+    device = dist.pick_device()
+    warning = dist.start(full["dist"], device)
+    try:
+        yield full, device, [warning] if warning else []
+    finally:
+        dist.stop()
+
+
+class Signals:
+    """Whether SIGTERM or SIGINT came; asked at step boundaries. The handler sets one flag, for it may fire inside autograd."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._asked = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.came = True
+
+    def __call__(self) -> bool:
+        if dist.world_size() == 1:
+            return self.came
+        self._asked += 1
+        if self._asked % _AGREE_EVERY:
+            return False
+        return dist.agree(self.came, dist.pick_device())
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _console(device: torch.device) -> Iterator[tuple[Any, Callable[[str], None]]]:
+    """A progress bar where there is a terminal, and a way to print a line above it; silent on all ranks but 0."""
+    first = dist.rank() == 0
+    bar: Any = tqdm(total=0, unit="step", disable=None if first else True, dynamic_ncols=True, smoothing=0.05)
+
+    def say(line: str) -> None:
+        if first:
+            tqdm.write(line)
+            sys.stdout.flush()
+
+    try:
+        yield bar, say
+    finally:
+        bar.close()
+
+
+def _always(cfg: Mapping[str, Any], bar: Any) -> Callable[[RunInfo], list[Any]]:
+    """The hooks that every run has: the record, the bar, and a logger unless the cfg has one."""
+
+    def extra(run: RunInfo) -> list[Any]:
+        hooks = [*RecordHook(_RECORD_EVERY, run.work_dir / "metrics.jsonl", run)] if run.rank == 0 else []
+        if not bar.disable:
+            hooks += ProgressHook(bar, run)
+        has_logger = any(entry["type"] == "LoggerHook" or entry["type"] is LoggerHook for entry in cfg["hooks"].values())
+        return hooks if has_logger else [*hooks, *LoggerHook(run=run)]
+
+    return extra
+
+
+def _opening(job: Job) -> str:
+    """The report at the start: model, parameters, data sizes, device, world size, precision, what is compiled."""
+    info, parts = job.info, job.parts
+    trained = sum(job.state.params[n].numel() for n in parts.trainable)
+    total = sum(p.numel() for p in job.state.params.values())
+    data = ", ".join(f"{phase} {len(parts.datasets[phase])} samples in {s.steps} steps of {s.batch_size}" for phase, s in job.streams.items())
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in job.state.params.values()})
+    amp = any(h.name == "amp" and h.depth == "loss" for hooks in job.hooks.values() for h in hooks)
+    processes = f", {info.world_size} processes ({job.plan.sync})" if info.world_size > 1 else ""
+    return "\n".join(
+        [
+            f"model     {type(parts.model).__name__}: {total:,} parameters, {trained:,} trained",
+            f"data      {data}",
+            f"device    {_device_name(info.device)}{processes}, torch {torch.__version__}, {'/'.join(dtypes)}{' with autocast' if amp else ''}",
+            f"compile   {'the ' + job.plan.cut if job.plan.enabled else 'no'} ({job.plan.why})",
+            f"work_dir  {info.work_dir}",
+        ]
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def _results(work_dir: Path) -> dict[str, tuple[float, float, int]]:
+    """Last and best value of each result, and the epoch of the best, from metrics.jsonl."""
+    if dist.rank() != 0:
+        return {}
+    rows = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+    found: dict[str, tuple[float, float, int]] = {}
+    for row in (r for r in rows if r["final"]):
+        for name, value in row.items():
+            if name in ("step", "epoch", "phase", "final", "lr") or name.startswith("wall_") or not isinstance(value, float):
+                continue
+            key = f"{row['phase']}_{name}"
+            _, best, when = found.get(key, (value, value, row["epoch"]))
+            better = value < best if "loss" in name else value > best
+            found[key] = (value, value if better else best, row["epoch"] if better else when)
+    return found
+
+
+def _closing(work_dir: Path, metrics: Mapping[str, tuple[float, float, int]]) -> str:
+    rows = [f"  {name:<20} last {last:.4f}   best {best:.4f} (epoch {when})" for name, (last, best, when) in metrics.items()]
+    return "\n".join(["done", *rows, f"  metrics.jsonl, config.json and checkpoints are in {work_dir}"])
+
+
+def dry_run(cfg: Mapping[str, Any]) -> str:
+    """Build everything, run two shrunk steps of each phase, write nothing; the time and memory they took."""
+    with _started(cfg) as (full, device, _):
+        job = assemble(full, device, dry=True)
+        state, lines = job.state, [picture(job)]
+        for phase, step in job.steps.items():
+            batch = next(iter(job.streams[phase].epoch(0)))
+            working = state if phase == "train" else _for_eval(job, state, phase)
+            took: list[float] = []
+            for _ in range(2):
+                start = time.monotonic()
+                working, logs = step(working, batch)
+                loss = float(logs["loss"].value)
+                took.append(time.monotonic() - start)
+            lines.append(f"{phase:<6} first step {took[0]:.2f} s, second {took[1] * 1e3:.1f} ms, loss {loss:.4f}")
+            state = working if phase == "train" else state
+        return "\n".join([*lines, _memory(device, state)])
+
+
+def _for_eval(job: Job, state: TrainState, phase: str) -> TrainState:
+    totals = torch.zeros(len(job.info.log_names[phase]), 2, dtype=torch.float64, device=job.info.device)
+    return state.replace(opt_state={}).with_slot("totals", totals)
+
+
+def _memory(device: torch.device, state: TrainState) -> str:
+    held = f"state {tree.nbytes(state) / 2**20:.1f} MiB"
+    if device.type == "cuda":
+        return f"memory {held}, peak {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB on the device"
+    import resource
+
+    return f"memory {held}, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB of the process"
+
+
+def show(cfg: Mapping[str, Any]) -> str:
+    """The picture of the stack of this cfg; nothing is run or written."""
+    with _started(cfg) as (full, device, _):
+        return picture(assemble(full, device))
+
+
+def _told(e: AilabError) -> int:
+    """Print an error once, on rank 0 for one that every rank makes, and return its exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or not isinstance(e, (ConfigError, Preempted)):
+        print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
+    return e.exit_code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="ailab.fit", description="Train what a cfg file describes.")
+    parser.add_argument("cfg", help="a Python file that defines `cfg`")
+    parser.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="changes to the cfg, such as optimizer.lr=3e-4")
+    parser.add_argument("--show", action="store_true", help="print the stack of this run and stop")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, run one shrunk step of each phase, report")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    try:
+        cfg = config.load(args.cfg, args.overrides)
+        if args.show or args.dry_run:
+            text = show(cfg) if args.show else dry_run(cfg)
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(text)
+        else:
+            fit(cfg)
+    except AilabError as e:
+        if args.debug:
+            raise
+        return _told(e)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

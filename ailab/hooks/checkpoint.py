@@ -1,0 +1,187 @@
+"""CheckpointHook and ResumeHook: the state to files and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ailab import checkpoint, dist
+from ailab.checkpoint import Keep
+from ailab.core.epoch import Interrupted, epochs_done
+from ailab.errors import CheckpointError, ConfigError, Preempted
+from ailab.hooks.lr import restart_lr
+from ailab.registry import HOOKS
+from ailab.stack import Middleware
+from ailab.types import Batch, Epoch, Logs, Mean, Run, RunInfo, Step, TrainState
+
+
+@HOOKS.register_module()
+def CheckpointHook(
+    interval: int = 1,
+    every_steps: int | None = None,
+    save_dir: str | None = None,
+    keep: Mapping[str, Any] | None = None,
+    *,
+    run: RunInfo,
+) -> list[Middleware[Any]]:
+    """Save to `save_dir/step_00001234/` at the end of every `interval`-th epoch, after its last, and when a signal ends the run.
+
+    Written by rank 0, by rename; an epoch's checkpoint is written after all its phases, so it knows its results.
+
+    Args:
+        interval: in workflow epochs.
+        every_steps: also after every so many optimizer steps, in mid-epoch.
+        save_dir: `work_dir/checkpoints` by default.
+        keep: what stays: `dict(last=2, best=1, metric="val_top1", mode="max")`; the newest two by default.
+        run: given by the framework.
+
+    Raises:
+        ConfigError: for an interval below 1.
+        CheckpointError: when a checkpoint cannot be written; it is no observer, the run ends.
+    """
+    if interval < 1 or (every_steps is not None and every_steps < 1):
+        raise ConfigError(f"cfg.hooks.checkpoint: interval={interval}, every_steps={every_steps}; both are at least 1.")
+    directory = _directory(save_dir, run)
+    kept = Keep(**dict(keep or {}))
+
+    def save(state: TrainState, metrics: Mapping[str, float]) -> None:
+        failed = None
+        if run.rank == 0:
+            try:
+                content = contents(state, run)
+                epoch = epochs_done(state)
+                checkpoint.save(directory, content, step=state.at, epoch=epoch, fingerprint=_fingerprint(run), metrics=metrics)
+                checkpoint.retain(directory, kept)
+            except Exception as e:  # the other ranks must hear of it before it ends this one
+                failed = e
+        if dist.agree(failed is not None, run.device):
+            raise failed or CheckpointError("rank 0 could not save a checkpoint; its message says why.")
+
+    def wrap_step(step: Step) -> Step:
+        def saved(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+            state, logs = step(state, batch)
+            assert every_steps is not None
+            # The last step of an epoch is saved with the epoch's results, a few lines below.
+            if state.at % every_steps == 0 and state.at % run.steps_per_epoch:
+                save(state, {})
+            return state, logs
+
+        return saved
+
+    def wrap_epoch(epoch: Epoch) -> Epoch:
+        def saved(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
+            if state.at == 0 and run.rank == 0:
+                _refuse_earlier_run(directory)
+            state, logs = epoch(state, batches)
+            done = epochs_done(state)
+            if done % interval == 0 or done == run.total_epochs or (every_steps and state.at % every_steps == 0):
+                save(state, logs.values_as_floats())
+            return state, logs
+
+        return saved
+
+    def wrap_run(run_all: Run) -> Run:
+        def preemptible(state: TrainState) -> TrainState:
+            try:
+                return run_all(state)
+            except Interrupted as stop:
+                save(stop.state, {})
+                raise Preempted(f"stopped by a signal at step {stop.state.at}; the state is saved in {directory}.") from None
+
+        return preemptible
+
+    hooks: list[Middleware[Any]] = [Middleware("checkpoint", wrap_epoch, "epoch"), Middleware("checkpoint", wrap_run, "run")]
+    return [Middleware("checkpoint", wrap_step, "host"), *hooks] if every_steps else hooks
+
+
+@HOOKS.register_module()
+def ResumeHook(
+    resume_from: str | None = None, resume_lr: str | float = "keep", save_dir: str | None = None, *, run: RunInfo
+) -> Middleware[Run]:
+    """Continue from the newest valid checkpoint of `save_dir`, or from `resume_from`; start afresh where there is none.
+
+    Args:
+        resume_from: a checkpoint folder, or a folder of them; must exist.
+        resume_lr: "keep" goes on with the schedule as it stood; "initial" starts the schedule again at its beginning; a float
+            does so too, with this as the rate of the first parameter group (the others in proportion).
+        save_dir: where the CheckpointHook saves; `work_dir/checkpoints` by default.
+        run: given by the framework.
+
+    Raises:
+        CheckpointError: when there are checkpoints and none is valid or none fits this model.
+    """
+    if resume_lr not in ("keep", "initial") and not isinstance(resume_lr, (int, float)):
+        raise ConfigError(f"cfg.hooks.resume.resume_lr is {resume_lr!r}; it is 'keep', 'initial' or a learning rate.")
+    source = resume_from or run.cfg.get("resume_from")
+    rate = resume_lr if resume_lr != "keep" else run.cfg.get("resume_lr", "keep")
+
+    def wrap(run_all: Run) -> Run:
+        def resumed(state: TrainState) -> TrainState:
+            path = _agreed(_find(source, _directory(save_dir, run), run), run)
+            if path is None:
+                return run_all(state)
+            content, found = checkpoint.load(path)
+            state = checkpoint.restore(state, content["state"])
+            run.say(f"resumed from {path}: step {found.step}, {found.epoch} epochs done")
+            # A run that this checkpoint belongs to goes on as it was; only another one starts its schedule again.
+            if rate != "keep" and (source is not None or found.step):
+                state = restart_lr(state, run.base_lrs, None if rate == "initial" else float(rate))
+            return run_all(state)
+
+        return resumed
+
+    return Middleware("resume", wrap, "run")
+
+
+def contents(state: TrainState, run: RunInfo) -> dict[str, Any]:
+    """What `state.pt` holds: the user's module and optimizer in torch's own formats, and the whole state."""
+    return {
+        "model_state": run.model_state(state),
+        "optimizer_state": run.optimizer_state(state),
+        "state": checkpoint.to_plain(state),
+    }
+
+
+def _refuse_earlier_run(directory: Path) -> None:
+    """A fresh run does not mix its checkpoints with those of another; called before anything is written."""
+    earlier = checkpoint.newest(directory, sweep=False)
+    if earlier is not None:
+        raise ConfigError(
+            f"cfg.work_dir: {directory} holds checkpoints of an earlier run, up to step {earlier.step}.\n"
+            "  To go on from there: hooks.resume = dict(type='ResumeHook'). To start anew: another work_dir."
+        )
+
+
+def _directory(save_dir: str | None, run: RunInfo) -> Path:
+    return Path(save_dir) if save_dir else run.work_dir / "checkpoints"
+
+
+def _find(source: str | None, directory: Path, run: RunInfo) -> Path | None:
+    """The checkpoint to start from, looked for by rank 0 alone."""
+    if run.rank != 0:
+        return None
+    if source is None:
+        found = checkpoint.newest(directory, say=run.say)
+        return found.path if found else None
+    path = Path(source)
+    if (path / "manifest.json").exists():
+        return path
+    found = checkpoint.newest(path, sweep=False, say=run.say) if path.is_dir() else None
+    if found is None:
+        raise CheckpointError(f"resume_from={source!r}: there is no checkpoint there.")
+    return found.path
+
+
+def _agreed(path: Path | None, run: RunInfo) -> Path | None:
+    """Rank 0's path on every rank."""
+    if run.world_size == 1:
+        return path
+    text = dist.broadcast_bytes(str(path).encode() if path else b"", run.device)
+    return Path(text.decode()) if text else None
+
+
+def _fingerprint(run: RunInfo) -> dict[str, Any]:
+    return {"seed": run.seed, "world_size": run.world_size, "device": run.device.type, "torch": torch.__version__}

@@ -1,0 +1,141 @@
+"""Numbers for observers: read the epoch's running means every n steps without stalling the device, and hand them on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ailab.core.epoch import TOTALS, epochs_done
+from ailab.errors import AilabError, ConfigError
+from ailab.optim import lrs
+from ailab.stack import Middleware
+from ailab.types import Batch, Epoch, Logs, Mean, RunInfo, Step, TrainState
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an observer is told: at a step within an epoch, or when a phase of an epoch has ended."""
+
+    step: int  # optimizer updates so far
+    epoch: int  # counted from 1
+    phase: str
+    final: bool  # the epoch's result, not a running mean
+    means: Mapping[str, float]  # means over the epoch so far, by log name
+    samples: float  # counted so far in this epoch: the weight of the loss
+    lrs: tuple[float, ...]  # per parameter group, as last used
+
+
+Emit = Callable[[Report], None]
+_STRIKES = 3
+
+
+def guarded(emit: Callable[[T], None], name: str, run: RunInfo) -> Callable[[T], None]:
+    """`emit`, switched off after three failures: an observer never ends a run. Errors of ailab's own pass."""
+    failures = 0
+
+    def safe(told: T) -> None:
+        nonlocal failures
+        if failures >= _STRIKES:
+            return
+        try:
+            emit(told)
+        except AilabError:
+            raise
+        except Exception as e:  # whatever a writer, a network or a full disk may raise
+            failures += 1
+            off = "; it is switched off now" if failures == _STRIKES else ""
+            run.say(f"warning: hook {name!r} failed: {type(e).__name__}: {e}{off}")
+
+    return safe
+
+
+def observe(
+    name: str, emit: Emit, run: RunInfo, *, every: int, begin: Callable[[TrainState], None] | None = None
+) -> list[Middleware[Any]]:
+    """The two middlewares of an observer: running means every `every` steps, and the results of each phase.
+
+    On rank 0 only. A value is handed on once it has arrived on the host: at once on a CPU, at a later step on a GPU. `begin`
+    is called before the first epoch of this process, with the state it starts from: resumed or fresh.
+    """
+    if run.rank != 0:
+        return []
+    if every < 1:
+        raise ConfigError(f"cfg.hooks.{name}: the interval is {every}; it counts steps, so it is at least 1.")
+    emit, begin = guarded(emit, name, run), guarded(begin, name, run) if begin else None
+    waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def drain(wait: bool) -> None:
+        while waiting and (wait or waiting[0][2] is None or waiting[0][2].query()):
+            step, values, event = waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            emit(_running(step, values, run))
+
+    def wrap(step: Step) -> Step:
+        def observed(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+            state, logs = step(state, batch)
+            if waiting:
+                drain(wait=False)
+            if state.at % every == 0:
+                waiting.append((state.at, *_fetch(state)))
+                drain(wait=False)
+            return state, logs
+
+        return observed
+
+    def wrap_epoch(epoch: Epoch) -> Epoch:
+        def reported(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
+            nonlocal begin
+            if begin is not None:
+                begin(state)
+                begin = None
+            state, logs = epoch(state, batches)
+            drain(wait=True)
+            for report in results(state, logs, run):
+                emit(report)
+            return state, logs
+
+        return reported
+
+    return [Middleware(name, wrap, "host"), Middleware(name, wrap_epoch, "epoch")]
+
+
+def _fetch(state: TrainState) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Totals and learning rates as one host tensor, and the event after which it may be read."""
+    rates = [r.to(torch.float64).reshape(1, 1).expand(1, 2) for r in lrs(state.opt_state)]
+    values = torch.cat([state.slots[TOTALS], *rates])
+    if values.device.type != "cuda":
+        return values, None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def _running(step: int, values: Tensor, run: RunInfo) -> Report:
+    names = run.log_names["train"]
+    rows = values.tolist()
+    means = {n: (total / weight if weight else 0.0) for n, (total, weight) in zip(names, rows, strict=False)}
+    epoch = (step - 1) // run.steps_per_epoch + 1
+    return Report(step, epoch, "train", False, means, rows[0][1], tuple(r[0] for r in rows[len(names) :]))
+
+
+def results(state: TrainState, logs: Logs, run: RunInfo) -> list[Report]:
+    """One final report per phase out of a workflow epoch's logs."""
+    epoch, rates = epochs_done(state), tuple(float(r) for r in lrs(state.opt_state))
+    rows = dict(zip(logs.names, logs.packed.tolist(), strict=True))
+    out: list[Report] = []
+    for phase in run.phase_steps:
+        mine = {n[len(phase) + 1 :]: v for n, v in rows.items() if n.startswith(f"{phase}_")}
+        means = {n: (total / weight if weight else 0.0) for n, (total, weight) in mine.items()}
+        out.append(Report(state.at, epoch, phase, True, means, mine["loss"][1] if "loss" in mine else 0.0, rates))
+    return out

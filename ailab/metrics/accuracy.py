@@ -1,0 +1,58 @@
+"""Pure accuracies: traced with the step, weighted by sample, added up as `Mean`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ailab.registry import METRICS
+from ailab.types import Mean
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """(B, ...) -> (B,): the mean over all dimensions but the first."""
+    return values if values.dim() == 1 else values.flatten(1).mean(1)
+
+
+def class_indices(pred: Tensor, label: Tensor) -> Tensor:
+    """The label as (B, ...) class indices; one score per class, of the shape of `pred`, becomes the highest one's index.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    if pred.dim() > 1 and label.shape == pred.shape:
+        return label.argmax(1)
+    if pred.dim() < 2 or label.shape != pred.shape[:1] + pred.shape[2:]:
+        raise ValueError(
+            f"accuracy of pred {tuple(pred.shape)} and label {tuple(label.shape)}: pred has one score per class, (B, C, ...), "
+            "and label is (B, ...) class indices or one score per class, (B, C, ...)."
+        )
+    return label
+
+
+@METRICS.register_module()
+@dataclass(frozen=True)
+class Accuracy:
+    """The share of samples whose class is among the `topk` highest scores; of fewer than `topk` classes every one is.
+
+    Called with pred (B, C, ...) scores or logits; label (B, ...) int64 class indices, or (B, C, ...) one score per class; weight
+    (B,), 0 for a sample that does not count. A sample with further dimensions (pixels) counts by the share that is right.
+    """
+
+    topk: int = 5
+
+    def __call__(self, pred: Tensor, label: Tensor, weight: Tensor | None = None) -> Mean:
+        label = class_indices(pred, label)
+        top = pred.topk(min(self.topk, pred.shape[1]), dim=1).indices
+        return Mean.of(per_sample((top == label.unsqueeze(1)).any(1).float()), weight)
+
+
+@METRICS.register_module()
+@dataclass(frozen=True)
+class Top1Accuracy:
+    """The share of samples whose class has the highest score; called as `Accuracy` is."""
+
+    def __call__(self, pred: Tensor, label: Tensor, weight: Tensor | None = None) -> Mean:
+        label = class_indices(pred, label)
+        return Mean.of(per_sample((pred.argmax(1) == label).float()), weight)

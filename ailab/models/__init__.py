@@ -1,0 +1,6 @@
+"""Models by name."""
+
+from ailab.models.convnet import ConvNet
+from ailab.models.mlp import MLP
+
+__all__ = ["MLP", "ConvNet"]

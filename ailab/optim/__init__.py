@@ -1,0 +1,7 @@
+"""Optimizers as pure `(init, update)` pairs and learning rates as tables: torch's own mathematics, by torch's own names."""
+
+from ailab.optim.build import build_optimizer as build_optimizer
+from ailab.optim.optimizer import Group as Group
+from ailab.optim.optimizer import Optimizer as Optimizer
+from ailab.optim.optimizer import lrs as lrs
+from ailab.optim.optimizer import with_lrs as with_lrs

@@ -1,0 +1,110 @@
+"""torch.optim as a table: which state each class keeps, and the functional form that updates it.
+
+The mathematics is torch's own (`torch.optim.adam.adam` and so on). A row says only what the functional form cannot: the names,
+the order and the start of its state lists.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Hyper: TypeAlias = Mapping[str, Any]
+Slot: TypeAlias = Callable[[Tensor, Hyper], Tensor | None]  # (parameter, hyper) -> start value, None where it has none
+
+
+@dataclass(frozen=True)
+class Row:
+    """One class of torch.optim. The order of `slots`, `scalars`, step is that of the functional form's list arguments."""
+
+    slots: dict[str, Slot]  # per parameter
+    scalars: dict[str, float] = field(default_factory=dict[str, float])  # per group: equal for all of its parameters
+    counts: bool = True  # takes a list of steps
+    fused: bool = False  # has a fused kernel for the CPU
+    unpack: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])  # tuples that are several arguments
+    from_lr: tuple[str, ...] = ()  # state that starts as the lr of the first update
+    padded: bool = False  # wants None where a parameter has no such state
+
+
+def _zeros(param: Tensor, _: Hyper) -> Tensor:
+    return torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
+def _full(param: Tensor, value: float) -> Tensor:
+    fill = complex(value, value) if param.is_complex() else value
+    return torch.full_like(param, fill, memory_format=torch.preserve_format)
+
+
+def _zeros_if(wanted: Callable[[Hyper], bool]) -> Slot:
+    return lambda param, hyper: _zeros(param, hyper) if wanted(hyper) else None
+
+
+def _row_var(param: Tensor, _: Hyper) -> Tensor | None:
+    return param.new_zeros((*param.shape[:-1], 1)) if param.dim() > 1 else None
+
+
+def _col_var(param: Tensor, _: Hyper) -> Tensor | None:
+    return param.new_zeros((*param.shape[:-2], 1, param.shape[-1])) if param.dim() > 1 else None
+
+
+def _variance(param: Tensor, _: Hyper) -> Tensor | None:
+    return None if param.dim() > 1 else torch.zeros_like(param)
+
+
+_BETAS = {"betas": ("beta1", "beta2")}
+_MOMENTS: dict[str, Slot] = {"exp_avg": _zeros, "exp_avg_sq": _zeros}
+_ADAM = Row({**_MOMENTS, "max_exp_avg_sq": _zeros_if(lambda h: h["amsgrad"])}, fused=True, unpack=_BETAS)
+
+ROWS: dict[str, Row] = {
+    "Adadelta": Row({"square_avg": _zeros, "acc_delta": _zeros}),
+    "Adafactor": Row(
+        {"row_var": _row_var, "col_var": _col_var, "variance": _variance}, unpack={"eps": ("eps1", "eps2")}, padded=True
+    ),
+    "Adagrad": Row({"sum": lambda p, h: _full(p, h["initial_accumulator_value"])}, fused=True),
+    "Adam": _ADAM,
+    "AdamW": _ADAM,
+    "Adamax": Row({"exp_avg": _zeros, "exp_inf": _zeros}, unpack=_BETAS),
+    "ASGD": Row({"ax": _zeros}, {"mu": 1.0, "eta": 0.0}, from_lr=("eta",)),
+    "Muon": Row({"momentum_buffer": _zeros}, counts=False),
+    "NAdam": Row(_MOMENTS, {"mu_product": 1.0}, unpack=_BETAS),
+    "RAdam": Row(_MOMENTS, unpack=_BETAS),
+    "RMSprop": Row(
+        {
+            "square_avg": _zeros,
+            "grad_avg": _zeros_if(lambda h: h["centered"]),
+            "momentum_buffer": _zeros_if(lambda h: h["momentum"] > 0),
+        }
+    ),
+    "Rprop": Row(
+        {"prev": _zeros, "step_size": lambda p, h: _full(p, h["lr"])},
+        unpack={"etas": ("etaminus", "etaplus"), "step_sizes": ("step_size_min", "step_size_max")},
+        from_lr=("step_size",),
+    ),
+    "SGD": Row({"momentum_buffer": _zeros_if(lambda h: h["momentum"] != 0)}, counts=False, fused=True),
+}
+
+
+def functional(name: str) -> Callable[..., None]:
+    """The in-place functional form of the torch.optim class `name`."""
+    lower = name.lower()
+    public = getattr(torch.optim, "functional", None)  # torch >= 2.15
+    if public is not None and hasattr(public, lower):
+        return getattr(public, lower)
+    module = next(m for m in (f"torch.optim.{lower}", f"torch.optim._{lower}") if importlib.util.find_spec(m))
+    return getattr(importlib.import_module(module), lower)
+
+
+def arguments(row: Row, fn: Callable[..., None], hyper: Hyper, has_complex: bool) -> dict[str, Any]:
+    """The keyword arguments that `fn` takes from `hyper`; lr and the choice of implementation are left to the caller."""
+    flat: dict[str, Any] = {"has_complex": has_complex}
+    for key, value in hyper.items():
+        flat.update(zip(row.unpack[key], value, strict=True) if key in row.unpack else [(key, value)])
+    chosen_later = {"lr", "foreach", "fused", "capturable", "differentiable"}
+    return {k: v for k, v in flat.items() if k in inspect.signature(fn).parameters and k not in chosen_later}

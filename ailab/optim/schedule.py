@@ -1,0 +1,161 @@
+"""Learning-rate schedules as tables: torch's own schedulers, run once at the start on an optimizer that is thrown away."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ailab.errors import ConfigError, nearest
+from ailab.optim.groups import check_arguments
+
+Factory: TypeAlias = Callable[[torch.optim.Optimizer], Any]  # optimizer -> scheduler
+
+
+class Get(Protocol):
+    """Looks a scheduler class up, as `Registry.get` does."""
+
+    def __call__(self, type_: Any, path: str) -> Any: ...
+
+
+class WarmupAndCosineAnnealingLR(LRScheduler):
+    """A linear warm-up to the base lr, then half a cosine down to `eta_min`; constant after that.
+
+    In closed form, at position t, with w = warmup_steps, T = total_steps, f = warmup_start_factor:
+
+        t < w:    lr = base * (f + (1 - f) * t / w)
+        t >= w:   lr = eta_min + (base - eta_min) * (1 + cos(pi * min(1, (t - w) / (T - w)))) / 2
+
+    Args:
+        optimizer: whose learning rates are set.
+        warmup_steps: positions before the base lr is reached, 0 <= w < T; in the unit that the schedule is stepped in.
+        total_steps: the position at which `eta_min` is reached.
+        eta_min: the last lr, for every group.
+        warmup_start_factor: the first lr as a part of the base lr, 0 <= f <= 1.
+        last_epoch: as for every torch scheduler.
+
+    Raises:
+        ValueError: when the arguments are outside these ranges.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        warmup_steps: int,
+        total_steps: int,
+        eta_min: float = 0.0,
+        warmup_start_factor: float = 0.0,
+        last_epoch: int = -1,
+    ):
+        if not 0 <= warmup_steps < total_steps:
+            raise ValueError(f"expected 0 <= warmup_steps < total_steps, got {warmup_steps} and {total_steps}")
+        if not 0.0 <= warmup_start_factor <= 1.0:
+            raise ValueError(f"expected 0 <= warmup_start_factor <= 1, got {warmup_start_factor}")
+        self.warmup_steps, self.total_steps = warmup_steps, total_steps
+        self.eta_min, self.warmup_start_factor = eta_min, warmup_start_factor
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rates at `last_epoch`, one per group."""
+        t, w, f = self.last_epoch, self.warmup_steps, self.warmup_start_factor
+        if t < w:
+            return [base * (f + (1 - f) * t / w) for base in self.base_lrs]
+        done = min(1.0, (t - w) / (self.total_steps - w))
+        part = (1 + math.cos(math.pi * done)) / 2
+        return [self.eta_min + (base - self.eta_min) * part for base in self.base_lrs]
+
+
+def torch_scheduler(type_: Any, path: str) -> Any:
+    """A scheduler class of torch.optim.lr_scheduler, or `WarmupAndCosineAnnealingLR`, by name."""
+    known = {n: v for n, v in vars(lr_scheduler).items() if isinstance(v, type) and issubclass(v, LRScheduler) and n[0] != "_"}
+    known = {**known, "WarmupAndCosineAnnealingLR": WarmupAndCosineAnnealingLR}
+    known.pop("LRScheduler")
+    if type_ not in known:
+        raise ConfigError(f"{path}: {type_!r} is no scheduler.{nearest(type_, known)}\n  One of: {', '.join(sorted(known))}.")
+    return known[type_]
+
+
+def throw_away(base_lrs: Sequence[float]) -> torch.optim.Optimizer:
+    """An optimizer with one group per lr. It has momentum, so schedulers that cycle momentum run; their momentum is dropped."""
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in base_lrs]
+    return torch.optim.SGD(groups, lr=base_lrs[0], momentum=0.9)
+
+
+def _scheduler_class(cfg: Mapping[str, Any], path: str, get: Get) -> Any:
+    if "type" not in cfg:
+        raise ConfigError(f"{path}: a scheduler needs a `type`, got {sorted(cfg)}.")
+    return cfg["type"] if isinstance(cfg["type"], type) else get(cfg["type"], path=f"{path}.type")
+
+
+def build_scheduler(cfg: Mapping[str, Any], optimizer: torch.optim.Optimizer, n: int | None, path: str, get: Get) -> Any:
+    """The scheduler that `cfg` describes, with its nested `schedulers`; `total_steps` is `n` where the class wants one.
+
+    Raises:
+        ConfigError: for an unknown class, or an argument that it does not take or refuses.
+    """
+    cls, kwargs = _scheduler_class(cfg, path, get), {k: v for k, v in cfg.items() if k != "type"}
+    check_arguments(cls, kwargs, path, reserved=("optimizer",))
+    for key, value in kwargs.items():
+        if key == "schedulers":
+            parts = cast("Sequence[Mapping[str, Any]]", value)
+            kwargs[key] = [build_scheduler(c, optimizer, n, f"{path}.schedulers[{i}]", get) for i, c in enumerate(parts)]
+    wants = inspect.signature(cls).parameters
+    if "total_steps" in wants and "total_steps" not in kwargs and "epochs" not in kwargs and n is not None:
+        kwargs["total_steps"] = max(1, n)
+    try:
+        # ChainedScheduler has its optimizer as an optional keyword, every other class as its first argument.
+        return cls(optimizer=optimizer, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {cls.__name__} refuses {kwargs}: {error}") from error
+
+
+def lr_table(
+    cfg: Mapping[str, Any] | Factory,
+    base_lrs: Sequence[float],
+    n: int,
+    *,
+    path: str = "cfg.lr_scheduler",
+    get: Get | None = None,
+) -> Tensor:
+    """The learning rate at positions 0..n as torch's own scheduler gives it; (n + 1, groups) float64.
+
+    Row 0 is the lr of the first update, and each row one `scheduler.step()` later. Whether a position is an update or an epoch
+    is the caller's choice. Only lr is scheduled: OneCycleLR and CyclicLR run with momentum or betas, and leave them as they are.
+
+    Args:
+        cfg: `dict(type="CosineAnnealingLR", T_max=10)`, with `schedulers=[dict(...), ...]` for SequentialLR and
+            ChainedScheduler; or a function from an optimizer to a scheduler. `total_steps`, where a class takes it and `cfg` lacks it, is `n`.
+        base_lrs: before any schedule, one per parameter group.
+        n: the last position.
+        path: where the cfg says so, for error messages.
+        get: looks a class up by name; by default in torch.optim.lr_scheduler.
+
+    Raises:
+        ConfigError: for a cfg that does not fit, a schedule that ends before `n`, or one that needs a metric.
+    """
+    optimizer = throw_away(base_lrs)
+    scheduler = cfg(optimizer) if callable(cfg) else build_scheduler(cfg, optimizer, n, path, get or torch_scheduler)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ConfigError(f"{path}: ReduceLROnPlateau depends on a metric, so it cannot be a table; use plateau().")
+    optimizer.step()  # without gradients: torch warns when a scheduler goes first
+    groups = optimizer.param_groups
+    rows = [[float(g["lr"]) for g in groups]]
+    for position in range(1, n + 1):
+        try:
+            scheduler.step()
+        except ValueError as error:
+            raise ConfigError(f"{path}: the schedule ends before position {position} of {n}: {error}") from error
+        rows.append([float(g["lr"]) for g in groups])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def lr_at(table: Tensor, position: Tensor) -> list[Tensor]:
+    """The learning rates at `position`, () integer, one () float64 per group; past the end the last row. No device read."""
+    row = table.index_select(0, position.clamp(0, table.shape[0] - 1).reshape(1))[0]
+    return list(row.unbind())

@@ -1,0 +1,206 @@
+"""`init` and `update` of the torch.optim classes as pure functions over torch's own functional forms."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ailab.optim.adafactor import adafactor
+from ailab.optim.optimizer import Group, Optimizer, OptState
+from ailab.optim.rows import ROWS, Row, arguments, functional
+from ailab.types import Params
+
+
+# The list forms cost one call for all tensors; torch 2.11 has no list form of clone.
+_foreach_clone: Callable[[list[Tensor]], Sequence[Tensor]] = getattr(
+    torch, "_foreach_clone", lambda tensors: [t.clone() for t in tensors]
+)
+_foreach_copy_: Callable[[list[Tensor], list[Tensor]], None] = getattr(torch, "_foreach_copy_")  # noqa: B009
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One group, with everything decided that can be decided before the first step."""
+
+    names: tuple[str, ...]
+    keys: tuple[str, ...]  # of the per-parameter lists, in the order of the functional form
+    row: Row
+    call: Callable[..., None]  # (params, grads, *lists, **how, lr=...): eager
+    traced_call: Callable[..., None]
+    how: dict[str, Any]  # arguments of `call`: hyper-parameters and the choice of implementation
+    traced_how: dict[str, Any]
+    columns: tuple[str, ...]  # every list argument after the gradients, also those that this group leaves empty
+    scratch: list[Tensor]  # eager: where the functional form counts its steps; no part of the state
+    step_as: str | None  # the argument that counts steps: a list of them, or one; or none
+    takes_lr: bool
+    lr_as_float: bool  # eager; on a CPU that is no device read
+    lr_dtype: torch.dtype  # as a tensor: float32 for a GPU kernel beside float32 parameters; on a CPU the digits are free
+    on_cpu: bool
+
+
+def _choose(row: Row, name: str, asked: dict[str, Any], params: Sequence[Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The implementation to run eagerly, and the one to trace; what the user asked for goes first.
+
+    Eager is fused where there is a kernel, else what the device can do without being read. Traced on a CPU it is one tensor at
+    a time: the scalars of all parameters are then equal subgraphs, which the compiler computes once; a GPU wants few kernels.
+    """
+    device = params[0].device.type
+    # Adagrad's fused kernel is younger than the oldest torch served on a GPU.
+    kernel = row.fused and (device == "cpu" or (device == "cuda" and name != "Adagrad"))
+    free = asked.get("fused") is None and asked.get("foreach") is None and all(p.is_floating_point() for p in params)
+    fused = bool(asked.get("fused")) or (kernel and free)
+    many = asked.get("foreach") if asked.get("foreach") is not None else device != "cpu"
+    eager = {"fused": fused, "foreach": many and not fused, "capturable": device != "cpu" and not fused}
+    return eager, {"fused": False, "foreach": many, "capturable": True}
+
+
+def _plan(name: str, group: Group, params: Params) -> _Plan:
+    row, tensors, fn = ROWS[name], [params[n] for n in group.names], functional(name)
+    takes = inspect.signature(fn).parameters
+    kwargs = arguments(row, fn, group.hyper, any(p.is_complex() for p in tensors))
+    # Muon's form takes `foreach` and its class does not.
+    eager, traced = ({k: v for k, v in how.items() if k in takes and (k != "foreach" or k in group.hyper)}
+                     for how in _choose(row, name, group.hyper, tensors))  # fmt: skip
+    held = tuple(k for k, slot in row.slots.items() if row.padded or slot(tensors[0], group.hyper) is not None)
+    damped = name == "SGD" and bool(held) and group.hyper["dampening"] != 0
+    on_cpu = tensors[0].device.type == "cpu"
+    call = _first_undamped(fn) if damped else fn
+    traced_call = adafactor if name == "Adafactor" else call
+    wide = on_cpu or tensors[0].dtype == torch.float64
+    return _Plan(
+        names=group.names,
+        keys=held,
+        row=row,
+        call=call if on_cpu else traced_call,
+        traced_call=traced_call,
+        how=kwargs | eager,
+        traced_how=kwargs | traced,
+        scratch=[torch.zeros((), dtype=torch.float32, device=tensors[0].device) for _ in tensors],
+        columns=(*row.slots, *row.scalars),
+        step_as="state_steps" if row.counts else "step" if damped else None,
+        takes_lr="lr" in takes,
+        # Without capturable or a fused kernel the functional form reads a tensor lr anyway.
+        lr_as_float=on_cpu or not (eager.get("fused") or "capturable" in takes or name == "Adafactor"),
+        lr_dtype=torch.float64 if wide else torch.float32,
+        on_cpu=on_cpu,
+    )
+
+
+def _first_undamped(sgd: Callable[..., None]) -> Callable[..., None]:
+    """SGD whose first momentum is the plain gradient, not (1 - dampening) of it."""
+
+    def stepped(params: list[Tensor], grads: list[Tensor], buffers: list[Any], *, step: Tensor, **how: Any) -> None:
+        first = step == 0
+        if not torch.compiler.is_compiling() and step.device.type == "cpu":
+            if first:
+                buffers[:] = [None] * len(buffers)
+            return sgd(params, grads, buffers, **how)
+        fresh_params, fresh = [p.clone() for p in params], cast("list[Any]", [None] * len(buffers))
+        sgd(fresh_params, grads, fresh, **how)
+        sgd(params, grads, buffers, **how)
+        params[:] = [torch.where(first, a, b) for a, b in zip(fresh_params, params, strict=True)]
+        buffers[:] = [torch.where(first, a, b) for a, b in zip(fresh, buffers, strict=True)]
+
+    return stepped
+
+
+def _copies(columns: list[list[Any]], slow: bool) -> list[list[Any]]:
+    """Columns of equal length, copied. `slow` allows None, and is what traces best: the copies vanish."""
+    if slow:
+        return [[None if t is None else t.clone() for t in column] for column in columns]
+    flat, n = [t for column in columns for t in column], len(columns[0])
+    new = list(_foreach_clone(flat))
+    return [new[i : i + n] for i in range(0, len(new), n)]
+
+
+def _starting_at(lr: Tensor, first: Tensor, column: list[Tensor]) -> list[Tensor]:
+    """State that begins as the learning rate of the first update."""
+    begin = [(torch.complex(lr, lr) if t.is_complex() else lr).to(t.dtype) for t in column]
+    return [torch.where(first, b, t) for b, t in zip(begin, column, strict=True)]
+
+
+def _steps(plan: _Plan, step: Tensor, count: int, traced: bool) -> list[Tensor]:
+    """The shared step once per parameter, for the functional form to count up."""
+    if traced:
+        # Apart, since they are written to. In float32, as on a GPU and in torch, 1 - 0.999**step has 4 digits left.
+        return [step.to(torch.float64) if plan.on_cpu else step.clone() for _ in range(count)]
+    steps = plan.scratch[:count]
+    _foreach_copy_(steps, [step] * count)
+    return steps
+
+
+def _call(
+    plan: _Plan, traced: bool, values: list[Tensor], grads: list[Tensor], columns: list[list[Any]], step: Tensor, lr: Tensor
+) -> None:
+    """Update `values` and `columns` in place with the functional form."""
+    call, how = (plan.traced_call, plan.traced_how.copy()) if traced else (plan.call, plan.how.copy())
+    if plan.takes_lr:
+        how["lr"] = lr.item() if plan.lr_as_float and not traced else lr.to(plan.lr_dtype)
+    if plan.step_as == "state_steps":
+        how["state_steps"] = _steps(plan, step, len(values), traced)
+    elif plan.step_as is not None:
+        how[plan.step_as] = step
+    call(values, grads, *columns, **how)
+
+
+def _update_group(plan: _Plan, at: int, grads: Params, old: OptState, params: Params, new: OptState, out: Params) -> bool:
+    """Write the group's new parameters to `out` and its new state to `new`; False when it has no gradient."""
+    names = [n for n in plan.names if n in grads]
+    if not names:
+        return False
+    row, keys, lr, step = plan.row, plan.keys, old["lr"][at], old["step"]
+    traced = torch.compiler.is_compiling()
+    columns = [[params[n] for n in names]] + [[old[key].get(n) for n in names] for key in keys]
+    values, *columns = _copies(columns, slow=row.padded or traced)
+    lists = dict(zip(keys, columns, strict=True))
+    for key in row.scalars:
+        lists[key] = [old[key][at].clone() for _ in names]
+    for key in row.from_lr:
+        lists[key] = _starting_at(lr, step == 0, lists[key])
+    _call(plan, traced, values, [grads[n] for n in names], [lists.get(key, []) for key in plan.columns], step, lr)
+    out.update(zip(names, values))  # noqa: B905 - strict costs time in every step
+    for key in keys:
+        filled = zip(names, lists[key])  # noqa: B905
+        new[key].update((pair for pair in filled if pair[1] is not None) if row.padded else filled)
+    for key in row.scalars:
+        new[key][at] = lists[key][0]
+    return True
+
+
+def _init(row: Row, groups: Sequence[Group], params: Params) -> OptState:
+    """The state before the first step: zero steps, the base learning rates, torch's own start values."""
+    device = params[groups[0].names[0]].device
+    state: dict[str, Any] = {
+        "step": torch.zeros((), dtype=torch.float32, device=device),
+        "lr": torch.tensor([g.hyper["lr"] for g in groups], dtype=torch.float64, device=device),
+    }
+    for key, slot in row.slots.items():
+        made = {n: slot(params[n].detach(), g.hyper) for g in groups for n in g.names}
+        if held := {n: t for n, t in made.items() if t is not None}:
+            state[key] = held
+    for key, start in row.scalars.items():
+        state[key] = [torch.full((), start, dtype=torch.float32, device=device) for _ in groups]
+    return state
+
+
+def traced_optimizer(name: str, groups: tuple[Group, ...], params: Params) -> Optimizer:
+    """The torch.optim class `name` as pure functions; `groups` are complete and checked."""
+    row, plans = ROWS[name], tuple(_plan(name, group, params) for group in groups)
+
+    def init(params: Params) -> OptState:
+        return _init(row, groups, params)
+
+    def update(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
+        out = dict(params)
+        new: dict[str, Any] = {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in opt_state.items()}
+        touched = [_update_group(plan, i, grads, opt_state, params, new, out) for i, plan in enumerate(plans)]
+        if any(touched):
+            new["step"] = opt_state["step"] + 1
+        return out, new
+
+    return Optimizer(name, groups, init, update, traced=True)

@@ -1,0 +1,238 @@
+"""Names to builders: `@MODELS.register_module()` offers one, `MODELS.build(dict(type="MyModel", ...), path)` calls it.
+
+A `type` is a registered name, a name of torch or torchvision, a dotted path, or the object itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+from ailab.errors import AilabError, ConfigError, nearest
+from ailab.signature import Parameters, check_arguments, listed, name_of, parameters
+
+T = TypeVar("T", bound=Callable[..., Any])
+_NO_KEYS: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class _Entry:
+    builder: Callable[..., Any]
+    file: str  # where it was registered
+    line: int
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """What tells one definition from another. The module's name does not: `__main__` may be imported a second time."""
+        return self.file, str(getattr(self.builder, "__qualname__", self.builder))
+
+
+def _is_class(_: str, obj: Any) -> bool:
+    return inspect.isclass(obj)
+
+
+class Registry:
+    """The components of one kind.
+
+    Args:
+        kind: what one of them is called in messages.
+        home: the package of ailab's own; it is imported when the registry is first used.
+        modules: where torch's own are looked up; a module that is not installed offers nothing.
+        offers: which (name, object) of those modules is a component of this kind.
+    """
+
+    def __init__(self, kind: str, home: str, modules: tuple[str, ...] = (), offers: Callable[[str, Any], bool] = _is_class):
+        self.kind, self.home, self.modules = kind, home, modules
+        self._offers = offers
+        self._entries: dict[str, _Entry] = {}
+
+    def register_module(self, name: str | None = None, *, force: bool = False) -> Callable[[T], T]:
+        """A decorator that offers a class or function under `name`, or else under its own name.
+
+        The same definition executed again (a cfg file that is read twice) replaces the earlier one.
+
+        Raises:
+            ConfigError: when another definition has the name, unless `force`; or the parentheses are missing.
+        """
+        if name is not None and not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"write `@{self.kind.upper()}...register_module()`, with parentheses, over {name_of(name)}")
+        frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage] # where the decorator stands
+        file = os.path.realpath(frame.f_code.co_filename)
+        place = file if os.path.exists(file) else "<interactive>"  # notebooks give every cell a file name of its own
+
+        def registered(builder: T) -> T:
+            self._add(name or name_of(builder), _Entry(builder, place, frame.f_lineno), force)
+            return builder
+
+        return registered
+
+    def _add(self, name: str, entry: _Entry, force: bool) -> None:
+        if not f"{entry.builder.__module__}.".startswith(self.home + "."):
+            importlib.import_module(self.home)  # first come, first served: ailab's own names, then the user's
+        earlier = self._entries.get(name)
+        if earlier is not None and earlier.source != entry.source and not force:
+            raise ConfigError(
+                f"there already is a {self.kind} '{name}', defined at {earlier.file}:{earlier.line}.\n"
+                f"  Register under another name=..., or with force=True to replace it."
+            )
+        self._entries[name] = entry
+
+    def names(self) -> list[str]:
+        """The registered names, ailab's own included."""
+        importlib.import_module(self.home)
+        return sorted(self._entries)
+
+    def get(self, type_: Any, path: str = "type") -> Callable[..., Any]:
+        """The builder that `type_` stands for.
+
+        Raises:
+            ConfigError: when there is none, or its module cannot be imported.
+        """
+        if not isinstance(type_, str):
+            if callable(type_):
+                return type_
+            raise ConfigError(f"{path}: expected a name or something that can be called, got {type(type_).__name__} {type_!r}.")
+        if type_ in self.names():
+            return self._entries[type_].builder
+        if "." in type_ or ":" in type_:
+            return _imported(type_, path)
+        found = self._from_torch(path)
+        if type_ in found:
+            return found[type_]
+        own = self.names()
+        elsewhere = f"a name of {self.modules[0]}, " if found else ""
+        raise ConfigError(
+            f"{path}: there is no {self.kind} '{type_}'.\n"
+            f" {nearest(type_, [*own, *found])} Registered: {listed(own) or 'none'}.\n"
+            f"  Also possible: {elsewhere}a dotted path 'package.module.Name', or the object itself."
+        )
+
+    def _from_torch(self, path: str) -> dict[str, Any]:
+        """What torch and torchvision offer of this kind, by name."""
+        found: dict[str, Any] = {}
+        for module in self.modules:
+            if importlib.util.find_spec(module.partition(".")[0]) is None:
+                continue
+            members = cast("dict[str, Any]", vars(_module(module, path))).items()
+            found.update({n: o for n, o in members if not n.startswith("_") and self._offers(n, o)})
+        return found
+
+    def check(self, cfg: Any, path: str, *, injected: Collection[str] = (), keys: Mapping[str, Any] = _NO_KEYS) -> list[str]:
+        """The problems of `build(cfg, path)`, without building.
+
+        Args:
+            cfg: `dict(type=..., **arguments)`.
+            path: of `cfg`, for messages.
+            injected: arguments that the caller will give; they are neither asked for nor accepted in `cfg`.
+            keys: further keys of `cfg` and their types, meant for the framework and not for the constructor.
+        """
+        if not isinstance(cfg, Mapping):
+            return [f"{path}: expected dict(type=...) of a {self.kind}, got {type(cfg).__name__} {cfg!r}."]
+        given = dict(cast("Mapping[str, Any]", cfg))
+        if "type" not in given:
+            close = "".join(f" Did you mean 'type' by '{k}'?" for k in given if nearest(k, ["type"]))
+            return [f"{path}: there is no `type`.{close}\n  Say which {self.kind}: {listed(self.names())}."]
+        type_ = given.pop("type")
+        try:
+            builder = self.get(type_, f"{path}.type")
+        except ConfigError as e:
+            return [str(e)]
+        what = type_ if isinstance(type_, str) else name_of(type_)
+        ours = Parameters(keys, ())
+        if isinstance(builder, nn.Module):
+            return check_arguments(ours, given, path, f"{what}, which is already built,")
+        own_check = getattr(builder, "check", None)
+        if not inspect.isfunction(builder) or own_check is None:
+            return check_arguments(parameters(builder).without(injected).joined(ours), given, path, what)
+        rest = {k: given.pop(k) for k in list(given) if k not in keys}
+        return [*check_arguments(ours, given, path, what), *own_check(rest, path)]
+
+    def build(self, cfg: Mapping[str, Any], path: str, **injected: Any) -> Any:
+        """Call what `cfg["type"]` stands for with the other entries of `cfg`, by name.
+
+        Args:
+            cfg: `dict(type=..., **arguments)`; it is not changed.
+            path: of `cfg`, for messages.
+            injected: what the framework has to give; passed on where the signature names it.
+
+        Raises:
+            ConfigError: when the arguments do not fit, or the constructor raises a TypeError or ValueError.
+        """
+        problems = self.check(cfg, path, injected=injected)
+        if problems:
+            raise ConfigError("\n".join(problems))
+        builder = self.get(cfg["type"], f"{path}.type")
+        if isinstance(builder, nn.Module):
+            return builder
+        takes = parameters(builder).types
+        extra = {k: v for k, v in injected.items() if k in takes}
+        try:
+            return builder(**{k: v for k, v in cfg.items() if k != "type"}, **extra)
+        except AilabError:
+            raise
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f"{path}: {name_of(builder)} could not be built: {e}") from e
+
+
+def _module(name: str, path: str) -> Any:
+    """An imported module.
+
+    Raises:
+        ConfigError: when it does not exist, or raises while it is imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name and (name == e.name or name.startswith(e.name + ".")):
+            raise ConfigError(f"{path}: there is no module '{e.name}' (for '{name}').") from e
+        raise ConfigError(f"{path}: importing '{name}' failed: {e}.") from e
+    except Exception as e:
+        raise ConfigError(f"{path}: importing '{name}' failed: {type(e).__name__}: {e}") from e
+
+
+def _imported(dotted: str, path: str) -> Callable[..., Any]:
+    """The object at `package.module.Name` or `package.module:Name.inner`."""
+    module, _, names = dotted.partition(":") if ":" in dotted else dotted.rpartition(".")
+    if not module or not names or module.startswith("."):
+        raise ConfigError(f"{path}: '{dotted}' is no path to an object; write 'package.module.Name'.")
+    found = _module(module, path)
+    for name in names.split("."):
+        offered = [n for n in dir(found) if not n.startswith("_")]
+        if not hasattr(found, name):
+            raise ConfigError(f"{path}: '{module}' has no '{names}'.\n {nearest(name, offered)} It has: {listed(offered)}.")
+        found = getattr(found, name)
+    if not callable(found):
+        raise ConfigError(f"{path}: '{dotted}' is {type(found).__name__}, which cannot be called.")
+    return found
+
+
+def _subclass(base: type) -> Callable[[str, Any], bool]:
+    return lambda _, obj: inspect.isclass(obj) and issubclass(obj, base) and obj is not base
+
+
+def _is_model(name: str, obj: Any) -> bool:
+    return inspect.isfunction(obj) and not name.startswith(("get_", "list_"))
+
+
+_VISION = tuple(f"torchvision.models{m}" for m in ("", ".segmentation", ".detection", ".video", ".optical_flow"))
+
+DATASETS = Registry("dataset", "ailab.datasets", ("torchvision.datasets",))
+MODELS = Registry("model", "ailab.models", _VISION, _is_model)
+LOSSES = Registry("loss", "ailab.losses", ("torch.nn",), lambda name, _: name.endswith("Loss"))
+METRICS = Registry("metric", "ailab.metrics")
+HOOKS = Registry("hook", "ailab.hooks")
+OPTIMIZERS = Registry("optimizer", "ailab.optim", ("torch.optim",), _subclass(torch.optim.Optimizer))
+LR_SCHEDULERS = Registry(
+    "lr scheduler", "ailab.optim", ("torch.optim.lr_scheduler",), _subclass(torch.optim.lr_scheduler.LRScheduler)
+)
+TRANSFORMS = Registry("transform", "ailab.datasets", ("torchvision.transforms.v2",))

@@ -1,0 +1,190 @@
+"""What a callable takes, and whether given names and values fit it; nothing is ever dropped or cast."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+import os
+import re
+import sys
+import types
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+
+from torch import Tensor, nn
+
+from ailab.errors import nearest
+
+_SHOWN = 24  # names listed in one message
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """A lower bound of a number: `Annotated[int, AtLeast(1)]`."""
+
+    low: float
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of a callable that can be given by name."""
+
+    types: Mapping[str, Any]  # name -> annotation; `Any` where there is none
+    required: tuple[str, ...]
+    open: bool = False  # has **kwargs
+
+    def without(self, names: Collection[str]) -> Parameters:
+        """What is left for the caller when `names` come from elsewhere."""
+        types_ = {n: t for n, t in self.types.items() if n not in names}
+        return replace(self, types=types_, required=tuple(n for n in self.required if n not in names))
+
+    def joined(self, other: Parameters) -> Parameters:
+        """The parameters of both; `other` wins where a name is in both."""
+        mine = self.without(other.types)
+        return Parameters({**mine.types, **other.types}, mine.required + other.required, self.open or other.open)
+
+
+def parameters(fn: Callable[..., Any]) -> Parameters:
+    """The parameters of a function, a class (those of its constructor) or a callable object."""
+    if inspect.isclass(fn) and issubclass(fn, nn.Module) and fn.__init__ is nn.Module.__init__:
+        return Parameters({}, ())  # nn.Module spells it (*args, **kwargs) and then refuses both
+    try:
+        found = _signature(fn).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return Parameters({}, (), open=True)
+    named = [p for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    needed = [p for p in found if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return Parameters(
+        {p.name: _annotation(p) for p in named},
+        tuple(p.name for p in needed),
+        any(p.kind is p.VAR_KEYWORD for p in found),
+    )
+
+
+def _annotation(parameter: inspect.Parameter) -> Any:
+    if parameter.annotation is parameter.empty:
+        return Any
+    return parameter.annotation if parameter.default is not None else Union[parameter.annotation, None]  # `x: int = None`  # noqa: UP007
+
+
+def _signature(fn: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(fn, eval_str=True)
+    except (NameError, AttributeError, SyntaxError):  # an annotation for type checkers alone: no types are checked
+        if sys.version_info >= (3, 14):
+            from annotationlib import Format
+
+            return inspect.signature(fn, annotation_format=Format.STRING)
+        return inspect.signature(fn)
+
+
+def name_of(fn: Any) -> str:
+    """How a callable is called in messages."""
+    return str(getattr(fn, "__name__", None) or type(fn).__name__)
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names for a message, the first ones of many."""
+    all_names = [str(n) for n in names]
+    more = f" and {len(all_names) - _SHOWN} more" if len(all_names) > _SHOWN else ""
+    return ", ".join(all_names[:_SHOWN]) + more
+
+
+def check_arguments(takes: Parameters, given: Mapping[str, Any], path: str, what: str) -> list[str]:
+    """The problems of calling something with `given` by name: unknown, of a wrong type, missing. Each has at most 3 lines."""
+    problems: list[str] = []
+    for key, value in given.items():
+        if key in takes.types:
+            problems += mismatch(value, takes.types[key], f"{path}.{key}")
+        elif not takes.open:
+            offer = f"{what} takes: {listed(takes.types)}." if takes.types else f"{what} takes no arguments."
+            problems.append(f"{path}.{key}: {what} takes no '{key}'.\n {nearest(key, takes.types)} {offer}")
+    problems += [f"{path}.{n}: {what} needs '{n}', and it was not given." for n in takes.required if n not in given]
+    return problems
+
+
+def mismatch(value: Any, annotation: Any, path: str) -> list[str]:
+    """The problem of giving `value` where `annotation` is asked for, if there is one.
+
+    Only simple annotations are judged: builtins, None, `Literal`, unions and containers of these. Any other accepts all.
+    """
+    if fits(value, annotation):
+        return []
+    came = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    kind = "" if value is None or isinstance(value, bool) else f"{type(value).__name__} "
+    hint = nearest(value, _literals(annotation)) if isinstance(value, str) else ""
+    return [f"{path}: expected {_described(annotation)}, got {kind}{came}." + (f"\n {hint}" if hint else "")]
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether `value` is what a simple annotation asks for. An int is a float; a bool is no int; lists and tuples are one."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, a) for a in args)
+    if origin is Literal:
+        return any(value == a and type(value) is type(a) for a in args)
+    if origin is Annotated:
+        return fits(value, args[0]) and all(value >= a.low for a in args[1:] if isinstance(a, AtLeast))
+    rule = _RULES.get(origin or annotation) if isinstance(annotation, Hashable) else None
+    return rule is None or rule(value, args)
+
+
+def _number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _sequence(value: Any, args: tuple[Any, ...]) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        return False
+    return not args or all(fits(v, args[0]) for v in cast("Sequence[Any]", value))
+
+
+def _tuple(value: Any, args: tuple[Any, ...]) -> bool:
+    if not args or (len(args) == 2 and args[1] is Ellipsis):
+        return _sequence(value, args)
+    return _sequence(value, ()) and len(value) == len(args) and all(fits(v, a) for v, a in zip(value, args, strict=True))
+
+
+def _mapping(value: Any, args: tuple[Any, ...]) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    items = cast("Mapping[Any, Any]", value).items()
+    return not args or all(fits(k, args[0]) and fits(v, args[1]) for k, v in items)
+
+
+_RULES: dict[Any, Callable[[Any, tuple[Any, ...]], bool]] = {
+    None: lambda v, _: v is None,
+    type(None): lambda v, _: v is None,
+    bool: lambda v, _: isinstance(v, bool),
+    int: lambda v, _: _number(v, numbers.Integral),
+    float: lambda v, _: _number(v, numbers.Real),
+    str: lambda v, _: isinstance(v, str),
+    Path: lambda v, _: isinstance(v, (str, os.PathLike)),
+    Tensor: lambda v, _: not isinstance(v, (str, bool)),  # `float | Tensor` would accept any string else
+    list: _sequence,
+    Sequence: _sequence,
+    tuple: _tuple,
+    dict: _mapping,
+    Mapping: _mapping,
+}
+
+
+def _literals(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [x for a in get_args(annotation) for x in _literals(a)]
+
+
+def _described(annotation: Any) -> str:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(repr, args))
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_described, args))
+    if origin is Annotated:
+        return f"{_described(args[0])} >= {args[1].low:g}"
+    if annotation is type(None):
+        return "None"
+    return re.sub(r"\b[a-z_]+\.", "", inspect.formatannotation(annotation))

@@ -1,0 +1,95 @@
+"""Middleware and the one rule of order: each hook wraps everything listed before it, `stack(f, [a, b]) == b(a(f))`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar, cast
+
+from ailab.errors import ConfigError
+from ailab.types import PyTree, TrainState
+
+F = TypeVar("F", bound=Callable[..., Any])
+Depth = Literal["loss", "grad", "step", "host", "epoch", "run"]
+DEPTHS: tuple[Depth, ...] = ("loss", "grad", "step", "host", "epoch", "run")  # from the inside out
+TRACED: frozenset[str] = frozenset({"loss", "grad", "step"})  # below the compile line
+
+
+@dataclass(frozen=True)
+class Middleware(Generic[F]):
+    """A named function that wraps a callable of one depth. Callable itself: `ema(0.99)(step)` is a step.
+
+    `init` makes the hook's memory, `state.slots[name]`, before anything is compiled.
+    """
+
+    name: str
+    wrap: Callable[[F], F]
+    depth: Depth
+    init: Callable[[TrainState], PyTree] | None = None
+    phases: tuple[str, ...] | None = None  # which it serves; None: training, and for an epoch hook the workflow as a whole
+    check: Callable[[Collection[str], str], list[str]] | None = None  # (fields, phase) -> problems, before the first step
+    core: Mapping[str, Any] = field(default_factory=dict)  # settings for the bare callables, e.g. {"ddp": {"bucket_cap_mb": 50}}
+
+    def __call__(self, inner: F) -> F:
+        return self.wrap(inner)
+
+
+def stack(bare: F, hooks: Iterable[Middleware[Any]]) -> F:
+    """Wrap `bare` in every hook, first listed innermost."""
+    for hook in hooks:
+        bare = hook(bare)
+    return bare
+
+
+def at(hooks: Iterable[Middleware[Any]], depth: Depth, phase: str | None = None) -> list[Middleware[Any]]:
+    """The hooks of one depth that serve `phase`, in their order; at epoch depth without a phase, those of the whole workflow."""
+    if depth == "run" or (depth == "epoch" and phase is None):
+        return [h for h in hooks if h.depth == depth and h.phases is None]
+    if depth == "epoch":
+        return [h for h in hooks if h.depth == depth and h.phases is not None and phase in h.phases]
+    return [h for h in hooks if h.depth == depth and (phase or "train") in (h.phases or ("train",))]
+
+
+def with_slots(state: TrainState, hooks: Iterable[Middleware[Any]]) -> TrainState:
+    """The state with the memory of every hook that keeps one.
+
+    Raises:
+        ConfigError: when two hooks claim the same slot.
+    """
+    for hook in hooks:
+        if hook.init is not None:
+            if hook.name in state.slots:
+                raise ConfigError(f"two hooks keep state under the name {hook.name!r}; give one another `name`")
+            state = state.with_slot(hook.name, hook.init(state))
+    return state
+
+
+def core_settings(hooks: Iterable[Middleware[Any]], key: str) -> dict[str, Any]:
+    """What the hooks ask of a bare callable under `key`; a later hook wins."""
+    found: dict[str, Any] = {}
+    for hook in hooks:
+        found.update(hook.core.get(key, {}))
+    return found
+
+
+def unchanged(f: F) -> F:
+    """The identity: the wrap of a hook that only sets something (`core`) or only keeps memory."""
+    return f
+
+
+def as_hooks(built: Any, path: str) -> list[Middleware[Any]]:
+    """What a hook builder returned, as a list.
+
+    Raises:
+        ConfigError: when it is no `Middleware`, or one of a depth that does not exist.
+    """
+    found: Sequence[Any] = built if isinstance(built, (list, tuple)) else [built]
+    for hook in found:
+        if not isinstance(hook, Middleware):
+            raise ConfigError(
+                f"{path}: the builder returned {type(hook).__name__}, not a Middleware.\n"
+                "  Return Middleware(name, wrap, depth) or a list of them."
+            )
+        if hook.depth not in DEPTHS:
+            raise ConfigError(f"{path}: there is no depth {hook.depth!r}; a hook sits at one of: {', '.join(DEPTHS)}.")
+    return cast("list[Middleware[Any]]", list(found))

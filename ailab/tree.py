@@ -1,0 +1,106 @@
+"""Pure maths on nested tensors: dicts, lists, tuples and dataclasses whose leaves are tensors or plain values.
+
+The order of the leaves is the order of insertion, so two trees built the same way zip. Plain Python, so that `torch.compile`
+traces through it and no private pytree API is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def _children(tree: Any) -> list[tuple[str, Any]] | None:
+    """The named children of a node, or None for a leaf."""
+    if isinstance(tree, dict):
+        return [(str(k), v) for k, v in tree.items()]
+    if isinstance(tree, (list, tuple)):
+        return [(str(i), v) for i, v in enumerate(tree)]
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return [(f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree)]
+    return None
+
+
+def _rebuild(tree: Any, values: list[Any]) -> Any:
+    """A node like `tree` with other children."""
+    if isinstance(tree, dict):
+        return dict(zip(tree, values, strict=True))
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*values)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(values)
+    return type(tree)(**{f.name: v for f, v in zip(dataclasses.fields(tree), values, strict=True)})
+
+
+def leaves(tree: Any) -> list[Any]:
+    """Every leaf, tensors and plain values alike, in order."""
+    nodes = _children(tree)
+    return [tree] if nodes is None else [leaf for _, child in nodes for leaf in leaves(child)]
+
+
+def items(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`(dotted path, leaf)` for every leaf, in order."""
+    nodes = _children(tree)
+    if nodes is None:
+        yield prefix, tree
+    else:
+        for name, child in nodes:
+            yield from items(child, f"{prefix}.{name}" if prefix else name)
+
+
+def unflatten(like: Any, new: Sequence[Any]) -> Any:
+    """The tree `like` with its leaves replaced, in order, by `new` (as many as `like` has)."""
+    rest = iter(new)
+
+    def build(node: Any) -> Any:
+        nodes = _children(node)
+        return next(rest) if nodes is None else _rebuild(node, [build(child) for _, child in nodes])
+
+    return build(like)
+
+
+def map(fn: Callable[..., Any], tree: T, *others: Any) -> T:  # noqa: A001 - read as tree.map
+    """Apply `fn` to the tensors of `tree` (and of trees like it); leaves that are no tensors stay as they are."""
+    columns = zip(leaves(tree), *(leaves(o) for o in others), strict=True)
+    return unflatten(tree, [fn(*column) if isinstance(column[0], Tensor) else column[0] for column in columns])
+
+
+def clone(tree: T) -> T:
+    """A copy that shares no memory with `tree`."""
+    return map(lambda t: t.detach().clone(), tree)
+
+
+def to(tree: T, device: torch.device) -> T:
+    """The tree with every tensor on `device`; `non_blocking`, so a pinned source does not stall the host."""
+    return map(lambda t: t.to(device, non_blocking=True), tree)
+
+
+def lerp(start: dict[str, Tensor], end: dict[str, Tensor], weight: Tensor | float) -> dict[str, Tensor]:
+    """`start + weight * (end - start)`, leaf by leaf; integer leaves (counters) are taken from `end`."""
+    return {
+        k: torch.lerp(s, end[k].to(s.dtype), weight if isinstance(weight, float) else weight.to(s.dtype))
+        if s.is_floating_point()
+        else end[k]
+        for k, s in start.items()
+    }
+
+
+def where(condition: Tensor, a: T, b: T) -> T:
+    """`a` where the 0-d bool tensor `condition` holds, else `b`; no device read."""
+    return map(lambda x, y: torch.where(condition, x, y), a, b)
+
+
+def norm(tree: Any) -> Tensor:
+    """The 2-norm of all tensors taken as one vector; () in the tensors' dtype."""
+    return torch.nn.utils.get_total_norm([t for t in leaves(tree) if isinstance(t, Tensor)])
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes held by the tensors of `tree`."""
+    return sum(t.numel() * t.element_size() for t in leaves(tree) if isinstance(t, Tensor))

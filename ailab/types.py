@@ -1,0 +1,211 @@
+"""The values and the callable types of a run: one immutable `TrainState`, `Mean` logs, and one shape at six depths.
+
+    run     (TrainState) -> TrainState
+    epoch   (TrainState, batches) -> (TrainState, Logs)
+    step    (TrainState, Batch) -> (TrainState, Logs)        host above the compile line, traced below it
+    grad    (TrainState, Batch) -> (Params, Aux)
+    loss    (Params, Buffers, Batch) -> (Tensor, Aux)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ailab import tree
+from ailab.errors import DonatedError
+
+PyTree: TypeAlias = Any  # nested dicts, lists, tuples and dataclasses of tensors and plain values
+Params: TypeAlias = dict[str, Tensor]
+Buffers: TypeAlias = dict[str, Tensor]
+Batch: TypeAlias = dict[str, Any]  # fields by name; tensors have the samples along dimension 0
+LOSS_SCALE = "_loss_scale"  # the reserved batch field: (), the loss is differentiated times this and gradients divided by it
+WEIGHT = "_weight"  # the reserved batch field: (B,) float32, 1 for a sample that counts and 0 for padding
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a run remembers; a pytree, so it can be cloned, moved, averaged and saved as one value.
+
+    A compiled step that donates reuses the memory of the state it is given. That state is then emptied, and reading any field
+    of it raises `DonatedError`.
+    """
+
+    step: Tensor  # () int64: optimizer updates so far; the only clock of the run
+    params: Params  # by dotted name, as in Module.named_parameters(); parameters of the loss under "loss."
+    buffers: Buffers  # by dotted name; a step returns new ones and never writes to these
+    opt_state: PyTree
+    slots: dict[str, PyTree] = field(default_factory=dict)  # memory of hooks, by hook name
+
+    @property
+    def at(self) -> int:
+        """`step` as a Python int; no device read for a state that came out of a compiled step."""
+        known = self.__dict__.get("_at")
+        if known is None:
+            known = int(self.step)
+            object.__setattr__(self, "_at", known)
+        return known
+
+    def replace(self, **changes: Any) -> TrainState:
+        """A state with these fields changed; the others are shared."""
+        return replace(self, **changes)
+
+    def with_slot(self, name: str, value: PyTree) -> TrainState:
+        """A state whose slot `name` holds `value`."""
+        return replace(self, slots={**self.slots, name: value})
+
+    def clone(self) -> TrainState:
+        """A copy that shares no memory; the way to keep a state that a compiled step will consume."""
+        return tree.clone(self)
+
+    def consume(self, at: int) -> TrainState:
+        """Move the content to a new state at step `at` and empty this one. For `compile.py` alone."""
+        heir = object.__new__(TrainState)
+        heir.__dict__.update(self.__dict__, _at=at)
+        self.__dict__.clear()
+        self.__dict__["_consumed_by"] = at
+        return heir
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only when normal look-up fails: for a consumed state, or for a name that no state has.
+        if "_consumed_by" in self.__dict__ and name in _FIELDS:
+            raise DonatedError(
+                f"state.{name} was read after step {self.__dict__['_consumed_by']} had consumed this TrainState.\n"
+                "  A compiled step reuses the memory of its input: `state, logs = step(state, batch)`.\n"
+                "  To keep the old state: `kept = state.clone()` before the call, or `compile(step, donate=False)`."
+            )
+        raise AttributeError(f"TrainState has no field {name!r}")
+
+
+_FIELDS = frozenset(f.name for f in fields(TrainState))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean as a monoid: adds over micro-batches, steps and ranks, and is divided once, at the end."""
+
+    total: Tensor  # () weighted sum
+    weight: Tensor  # () sum of the weights; usually the number of samples
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    @property
+    def value(self) -> Tensor:
+        """`total / weight`; 0 where nothing was counted. ()."""
+        return self.total / (self.weight + (self.weight == 0))
+
+    @staticmethod
+    def of(values: Tensor, weight: Tensor | None = None) -> Mean:
+        """The mean of per-sample `values` (B,), each counted with `weight` (B,) or once."""
+        if weight is None:
+            return Mean(values.sum(), torch.full((), float(values.numel()), dtype=values.dtype, device=values.device))
+        weight = weight.to(values.dtype)
+        return Mean(torch.dot(values, weight), weight.sum())
+
+
+@dataclass(frozen=True)
+class Aux:
+    """What a loss or gradient reports beside its value."""
+
+    buffers: Buffers  # after the forward
+    weight: Tensor  # () what the loss total is to be divided by
+    logs: dict[str, Mean]
+    outputs: dict[str, Any] = field(default_factory=dict)  # the model's outputs by name, detached
+    slots: dict[str, PyTree] = field(default_factory=dict)  # new values for slots of hooks at grad depth
+
+
+class Logs(Mapping[str, Mean]):
+    """The numbers of one step, or of many: `logs["loss"].value`. Iterates over the names of the means.
+
+    Below the compile line logs are a plain `dict[str, Mean]`; above it they are this view of one packed tensor, so that a step
+    hands out a single small tensor and a name costs nothing until it is read.
+    """
+
+    __slots__ = ("names", "outputs", "packed")
+
+    def __init__(self, names: tuple[str, ...], packed: Tensor, outputs: dict[str, Any] | None = None):
+        self.names = names
+        self.packed = packed  # (len(names), 2) float64: total, weight
+        self.outputs: dict[str, Any] = outputs or {}  # model outputs that a host hook asked for
+
+    def __getitem__(self, name: str) -> Mean:
+        if name not in self.names:
+            raise KeyError(name)
+        row = self.packed[self.names.index(name)]
+        return Mean(row[0], row[1])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def values_as_floats(self) -> dict[str, float]:
+        """Every mean as a Python float: one device read."""
+        rows = self.packed.tolist()
+        return {name: (total / weight if weight else 0.0) for name, (total, weight) in zip(self.names, rows, strict=True)}
+
+    def prefixed(self, prefix: str) -> Logs:
+        """The same numbers under `prefix + name`."""
+        return Logs(tuple(prefix + n for n in self.names), self.packed, self.outputs)
+
+    @staticmethod
+    def join(parts: Iterable[Logs]) -> Logs:
+        """The numbers of several logs side by side; the names must differ."""
+        parts = list(parts)
+        if not parts:
+            return Logs((), torch.zeros(0, 2, dtype=torch.float64))
+        return Logs(tuple(n for p in parts for n in p.names), torch.cat([p.packed for p in parts]))
+
+
+def pack(logs: Mapping[str, Mean]) -> Tensor:
+    """Logs as one (len(logs), 2) float64 tensor of totals and weights; detached."""
+    if isinstance(logs, Logs):
+        return logs.packed
+    if not logs:
+        return torch.zeros(0, 2, dtype=torch.float64)
+    flat = torch.stack([t.detach() for m in logs.values() for t in (m.total, m.weight.to(m.total.dtype))])
+    return flat.to(torch.float64).view(-1, 2)
+
+
+Loss: TypeAlias = Callable[[Params, Buffers, Batch], tuple[Tensor, Aux]]  # the total, to be divided by aux.weight
+Grad: TypeAlias = Callable[[TrainState, Batch], tuple[Params, Aux]]  # the gradient of total / weight
+Step: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, Mean]]]
+Batches: TypeAlias = Any  # Iterable[Batch], or {phase: Iterable[Batch]} for a whole workflow
+Epoch: TypeAlias = Callable[[TrainState, Batches], tuple[TrainState, Logs]]
+Run: TypeAlias = Callable[[TrainState], TrainState]
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The facts of a run, fixed before the first step; a hook builder with a parameter `run` is given them."""
+
+    cfg: Mapping[str, Any]
+    work_dir: Path
+    device: torch.device
+    seed: int
+    rank: int
+    world_size: int
+    total_epochs: int
+    phase_steps: Mapping[str, int]  # steps of one epoch, by phase, in the order of the workflow
+    log_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what each phase reports
+    base_lrs: tuple[float, ...] = ()  # per parameter group, before any schedule
+    say: Callable[[str], None] = print  # one line to the console, on rank 0
+    model_state: Callable[[TrainState], dict[str, Tensor]] = dict  # by the names of the user's module, to be loaded there
+    optimizer_state: Callable[[TrainState], dict[str, Any]] = dict  # as the torch.optim class would give it
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps of one epoch; 0 without a train phase."""
+        return self.phase_steps.get("train", 0)
+
+    @property
+    def total_steps(self) -> int:
+        """Training steps of the whole run."""
+        return self.steps_per_epoch * self.total_epochs
