@@ -152,7 +152,8 @@ def _opening(job: Job) -> str:
     info, parts = job.info, job.parts
     trained = sum(job.state.params[n].numel() for n in parts.trainable)
     total = sum(p.numel() for p in job.state.params.values())
-    data = ", ".join(f"{phase} {len(parts.datasets[phase])} samples in {s.steps} steps of {s.batch_size}" for phase, s in job.streams.items())
+    sizes = {phase: info.cfg["data"][f"{phase}_dataloader"]["batch_size"] for phase in job.streams}
+    data = ", ".join(f"{p} {len(parts.datasets[p])} samples in {n} steps of {sizes[p]}" for p, n in info.phase_steps.items())
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in job.state.params.values()})
     amp = any(h.name == "amp" and h.depth == "loss" for hooks in job.hooks.values() for h in hooks)
     processes = f", {info.world_size} processes ({job.plan.sync})" if info.world_size > 1 else ""

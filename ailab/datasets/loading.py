@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +60,21 @@ def start_worker(then: Callable[[int], None] | None, worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if then is not None:
         then(worker)
+
+
+def reap(workers: Sequence[BaseProcess]) -> None:
+    """Kill workers that outlive their iterator: they ignore SIGTERM, so at exit the interpreter would wait for them forever."""
+    alive = [w for w in workers if w.is_alive()]
+    if not alive:
+        return
+    on_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if on_main else None  # torch's own would report a death
+    for worker in alive:
+        worker.kill()
+    for worker in alive:
+        worker.join()
+    if on_main:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ailab import tree
 from ailab.binding import wrap_sample
-from ailab.datasets.loading import Bad, Fetcher, Key, Loaded, narrow, start_worker
+from ailab.datasets.loading import Bad, Fetcher, Key, Loaded, narrow, reap, start_worker
+from ailab.datasets.order import Order
 from ailab.errors import DataError
-from ailab.rng import mix
 from ailab.types import WEIGHT, Batch
 
 _MEMORY_SHARE = 0.3  # of the free device memory that an in-memory dataset may take
@@ -28,14 +29,16 @@ def _same(loaded: Loaded) -> Loaded:
     return loaded
 
 
-class _Plan:
-    """The sampler of the DataLoader: the keys of one epoch from one step on, set before each pass."""
+class _Keys:
+    """The sampler of the DataLoader: the keys of one pass. Knows the order and not the stream, which owns the DataLoader."""
 
-    keys: Iterator[Key] = iter(())
+    def __init__(self, order: Order):
+        self.order = order
+        self.epoch = self.start = 0  # of the next pass
 
     def __iter__(self) -> Iterator[Key]:
-        keys, self.keys = self.keys, iter(())  # held once: else stream and loader would keep each other, and workers, alive
-        return keys
+        batches = self.order.batches(self.epoch, self.start)
+        return (Key(epoch, mine.tolist(), int(ids[0])) for epoch in (self.epoch,) for ids, mine in batches)
 
 
 class Stream:
@@ -86,28 +89,27 @@ class Stream:
         max_bad_frac: float = 0.01,
         **dataloader_kwargs: Any,
     ):
-        self.batch_size, self.shuffle, self.seed, self.pad = batch_size, shuffle, seed, pad
-        self.rank, self.world_size = rank, world_size
+        size = _length(dataset, name)
+        lap = size // batch_size if drop_last else math.ceil(size / batch_size)
+        if not lap:
+            raise DataError(f"{name}: {size} samples make no batch of {batch_size} with drop_last=True.")
+        self.order = Order(size, batch_size, shuffle, seed, rank, world_size, lap, lap if iters is None else iters)
+        self.pad = pad
         self.device = torch.device(device)
         self.name = name
-        self._report = report or logging.getLogger("ailab.data").warning
-        self._size = _length(dataset, name)
-        self._lap = self._size // batch_size if drop_last else math.ceil(self._size / batch_size)  # steps of one permutation
-        if not self._lap:
-            raise DataError(f"{name}: {self._size} samples make no batch of {batch_size} with drop_last=True.")
-        self.steps = iters if iters is not None else self._lap
         self._slots = math.ceil(batch_size / world_size)
+        self._report = report or logging.getLogger("ailab.data").warning
         self._bad: dict[int, Bad] = {}
-        self._allowed = math.ceil(max_bad_frac * self._size)
+        self._allowed = math.ceil(max_bad_frac * size)
         self._read = self._failed = 0
-        self._ones: dict[int, Tensor] = {}
+        self._weights: dict[int, Tensor] = {}
         self._tensors = None if collate_fn else _in_memory(dataset, self.device)
         if self._tensors is None:
-            self._plan = _Plan()
+            self._keys = _Keys(self.order)
             then = dataloader_kwargs.pop("worker_init_fn", None)
             self._loader: DataLoader[Loaded] = DataLoader(
                 Fetcher(dataset, seed, self._slots if pad else None, collate_fn),
-                sampler=self._plan,  # type: ignore[arg-type]  # a batch is one item
+                sampler=self._keys,  # type: ignore[arg-type]  # a batch is one item
                 batch_size=None,
                 collate_fn=_same,
                 num_workers=num_workers,
@@ -125,40 +127,25 @@ class Stream:
         """The samples that could not be read so far, (index, kind, message), once each."""
         return list(self._bad.values())
 
-    def order(self, epoch: int, lap: int = 0) -> Tensor:
-        """The samples in the order of the `lap`-th pass of an epoch: (len(dataset),) int64 on the CPU."""
-        if not self.shuffle:
-            return torch.arange(self._size)
-        return torch.randperm(self._size, generator=torch.Generator().manual_seed(mix(self.seed, epoch, lap)))
+    @property
+    def steps(self) -> int:
+        """Steps of one epoch."""
+        return self.order.steps
 
     def indices(self, epoch: int, step: int) -> Tensor:
         """The samples of one global batch, all ranks together: (at most batch_size,) int64."""
-        lap, at = divmod(step, self._lap)
-        return self.order(epoch, lap)[at * self.batch_size : (at + 1) * self.batch_size]
+        return self.order.indices(epoch, step)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from step `start` on. Nothing before it is read."""
         return self._gather(epoch, start) if self._tensors is not None else self._load(epoch, start)
-
-    def _batches(self, epoch: int, start: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """The ids of each global batch, and those of this rank."""
-        lap, chunks = -1, ()
-        for step in range(start, self.steps):
-            if step // self._lap != lap:
-                lap = step // self._lap
-                chunks = self.order(epoch, lap).to(device).split(self.batch_size)
-            ids = chunks[step % self._lap]
-            yield ids, ids if self.world_size == 1 else self._part(ids)
-
-    def _part(self, ids: Tensor) -> Tensor:
-        return ids[len(ids) * self.rank // self.world_size : len(ids) * (self.rank + 1) // self.world_size]
 
     # In memory: one gather a step.
 
     def _gather(self, epoch: int, start: int) -> Iterator[Batch]:
         assert self._tensors is not None
         home = next(iter(self._tensors.values())).device
-        for ids, mine in self._batches(epoch, start, home):
+        for ids, mine in self.order.batches(epoch, start, home):
             real = len(mine)
             if self.pad and real < self._slots:
                 mine = torch.cat([mine, (mine if real else ids)[:1].expand(self._slots - real)])
@@ -171,22 +158,21 @@ class Stream:
 
     def _weight(self, real: int) -> Tensor:
         """(slots,): `real` ones, then zeros. One tensor for all batches alike; nobody writes to a batch."""
-        if real not in self._ones:
-            self._ones[real] = (torch.arange(self._slots, device=self.device) < real).float()
-        return self._ones[real]
+        if real not in self._weights:
+            self._weights[real] = (torch.arange(self._slots, device=self.device) < real).float()
+        return self._weights[real]
 
     # Any other dataset: a DataLoader whose items are whole batches.
 
     def _load(self, epoch: int, start: int) -> Iterator[Batch]:
-        self._plan.keys = self._keys(epoch, start)
-        for loaded in self._loader:
+        self._keys.epoch, self._keys.start = epoch, start
+        batches = iter(self._loader)
+        if workers := getattr(batches, "_workers", ()):
+            Finalize(batches, reap, (workers,), exitpriority=100)  # before multiprocessing joins what is left
+        for loaded in batches:
             self._note(loaded)
             assert loaded.batch is not None
             yield tree.to(loaded.batch, self.device)
-
-    def _keys(self, epoch: int, start: int) -> Iterator[Key]:
-        for ids, mine in self._batches(epoch, start, torch.device("cpu")):
-            yield Key(epoch, mine.tolist(), int(ids[0]))
 
     def _note(self, loaded: Loaded) -> None:
         """Record and report bad samples; stop when there are too many of them."""
@@ -197,14 +183,14 @@ class Stream:
         self._read += loaded.read
         self._failed += len(loaded.bad)
         kinds = {bad.kind for bad in self.bad}
-        hopeless = self._failed >= min(_FIRST, self._size) and self._failed >= self._read and len(kinds) == 1
+        hopeless = self._failed >= min(_FIRST, self.order.size) and self._failed >= self._read and len(kinds) == 1
         if loaded.batch is None or hopeless or len(self._bad) > self._allowed:
             raise DataError(self._verdict(loaded.failure or ("every sample so far failed the same way" if hopeless else "")))
 
     def _verdict(self, why: str) -> str:
         kinds = [bad.kind for bad in self.bad]
         counts = ", ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds)))
-        lines = [f"{self.name}: {why or f'more than {self._allowed} of {self._size} samples are bad'}."]
+        lines = [f"{self.name}: {why or f'more than {self._allowed} of {self.order.size} samples are bad'}."]
         lines += [f"  Bad so far: {counts}; samples {list(self._bad)[:10]}."] if kinds else []
         return "\n".join(lines + [f"  First: {bad.kind}: {bad.message}" for bad in self.bad[:1]])
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 def _mean_square(grad: Tensor, dim: int) -> Tensor:
     """As `(grad * grad).mean(dim)`, without a tensor of that size."""
-    norm = cast("Tensor", torch.linalg.vector_norm(grad, dim=dim, keepdim=True))
+    norm = cast("Tensor", torch.linalg.vector_norm(grad, dim=dim, keepdim=True))  # pyright: ignore[reportUnknownMemberType]
     return norm.square() / grad.size(dim)
 
 

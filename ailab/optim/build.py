@@ -28,10 +28,10 @@ def _resolve(named: Any, path: str) -> type[torch.optim.Optimizer]:
         return known[named]
     if isinstance(named, type) and issubclass(named, torch.optim.Optimizer):
         return named
-    came: object = named
+    near = nearest(str(named), known)  # pyright: ignore[reportUnknownArgumentType]
+    offered = ", ".join(sorted(known))
     raise ConfigError(
-        f"{path}.type: {came!r} is no optimizer.{nearest(str(came), known)}\n"
-        f"  A class derived from torch.optim.Optimizer, or one of: {', '.join(sorted(known))}."
+        f"{path}.type: {named!r} is no optimizer.{near}\n  A class derived from torch.optim.Optimizer, or one of: {offered}."
     )
 
 

@@ -28,7 +28,8 @@ class Optimizer:
     """An optimizer as values: `params, opt_state = update(grads, opt_state, params)`, called under `torch.no_grad()`.
 
     `update` leaves its inputs untouched. Parameters that `grads` lacks, and their state, come back as the same tensors. The
-    structure, shapes and dtypes of a traced optimizer's state never change.
+    structure, shapes and dtypes of a traced optimizer's state never change. It counts its updates once, where torch counts per
+    parameter: a parameter whose first gradient comes late is corrected as if it had been there from the start.
     """
 
     name: str

@@ -125,12 +125,14 @@ def lr_table(
 ) -> Tensor:
     """The learning rate at positions 0..n as torch's own scheduler gives it; (n + 1, groups) float64.
 
-    Row 0 is the lr of the first update, and each row one `scheduler.step()` later. Whether a position is an update or an epoch
-    is the caller's choice. Only lr is scheduled: OneCycleLR and CyclicLR run with momentum or betas, and leave them as they are.
+    Row 0 is the lr of the first update, and each row one `scheduler.step()` later. Whether a position is an update or an
+    epoch is the caller's choice. Only lr is scheduled: OneCycleLR and CyclicLR run with momentum or betas, and leave them as
+    they are.
 
     Args:
         cfg: `dict(type="CosineAnnealingLR", T_max=10)`, with `schedulers=[dict(...), ...]` for SequentialLR and
-            ChainedScheduler; or a function from an optimizer to a scheduler. `total_steps`, where a class takes it and `cfg` lacks it, is `n`.
+            ChainedScheduler; or a function from an optimizer to a scheduler. `total_steps`, where a class takes it and `cfg`
+            lacks it, is `n`.
         base_lrs: before any schedule, one per parameter group.
         n: the last position.
         path: where the cfg says so, for error messages.

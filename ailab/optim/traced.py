@@ -15,7 +15,6 @@ from ailab.optim.optimizer import Group, Optimizer, OptState
 from ailab.optim.rows import ROWS, Row, arguments, functional
 from ailab.types import Params
 
-
 # The list forms cost one call for all tensors; torch 2.11 has no list form of clone.
 _foreach_clone: Callable[[list[Tensor]], Sequence[Tensor]] = getattr(
     torch, "_foreach_clone", lambda tensors: [t.clone() for t in tensors]
@@ -184,7 +183,8 @@ def _init(row: Row, groups: Sequence[Group], params: Params) -> OptState:
         if held := {n: t for n, t in made.items() if t is not None}:
             state[key] = held
     for key, start in row.scalars.items():
-        state[key] = [torch.full((), start, dtype=torch.float32, device=device) for _ in groups]
+        starts = [g.hyper["lr"] if key in row.from_lr else start for g in groups]
+        state[key] = [torch.full((), s, dtype=torch.float32, device=device) for s in starts]
     return state
 
 

@@ -1,0 +1,56 @@
+"""Which samples are in which batch: a pure function of (seed, epoch, step) with nothing to store, replay or restore."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ailab.rng import mix
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a dataset's samples in each epoch.
+
+    An epoch has `steps` batches. A lap is one pass over the dataset, `lap_steps` batches; an epoch that is longer goes on with
+    further laps, each another permutation.
+    """
+
+    size: int  # samples of the dataset
+    batch_size: int  # of the global batch
+    shuffle: bool
+    seed: int
+    rank: int
+    world_size: int
+    lap_steps: int
+    steps: int
+
+    def lap(self, epoch: int, lap: int = 0) -> Tensor:
+        """Every sample once: (size,) int64 on the CPU."""
+        if not self.shuffle:
+            return torch.arange(self.size)
+        return torch.randperm(self.size, generator=torch.Generator().manual_seed(mix(self.seed, epoch, lap)))
+
+    def indices(self, epoch: int, step: int) -> Tensor:
+        """The samples of one global batch: (at most batch_size,) int64."""
+        lap, at = divmod(step, self.lap_steps)
+        return self.lap(epoch, lap)[at * self.batch_size : (at + 1) * self.batch_size]
+
+    def part(self, ids: Tensor) -> Tensor:
+        """This rank's contiguous part of a global batch; parts differ by at most one sample."""
+        if self.world_size == 1:
+            return ids
+        return ids[len(ids) * self.rank // self.world_size : len(ids) * (self.rank + 1) // self.world_size]
+
+    def batches(self, epoch: int, start: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+        """From step `start` on: the ids of the global batch and of this rank's part, on `device`; one permutation a lap."""
+        lap, chunks = -1, ()
+        for step in range(start, self.steps):
+            if step // self.lap_steps != lap:
+                lap = step // self.lap_steps
+                chunks = self.lap(epoch, lap).to(device).split(self.batch_size)
+            ids = chunks[step % self.lap_steps]
+            yield ids, self.part(ids)
