@@ -19,12 +19,11 @@ _HOMES = {
     "get_target_module_state": "ailab.checkpoint",
     "remove_module_prefix": "ailab.checkpoint",
 }
-__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'ailab' has no attribute {name!r}; it offers {', '.join(__all__)}")
+        raise AttributeError(f"module 'ailab' has no attribute {name!r}; it offers {', '.join(_HOMES)}")
     import importlib
 
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from ailab import dist, tree
 from ailab.build import Parts, build_parts, build_stream, explained
 from ailab.compile import Compiled, compile, lift
 from ailab.core.epoch import PROGRESS, eval_epoch, fresh_progress, tally, train_epoch, workflow
-from ailab.core.grad import ddp_grad, graph_grad, local_grad
-from ailab.core.loss import state_dict_of
+from ailab.core.grad import ddp_grad, graph_grad, has_custom_backward, local_grad
+from ailab.core.loss import state_dict_of, unless_empty
 from ailab.core.run import run_epochs
 from ailab.core.step import eval_step, given, split_step, train_step
 from ailab.datasets import Stream
@@ -23,7 +23,7 @@ from ailab.errors import ConfigError
 from ailab.optim.state_dict import torch_state_dict
 from ailab.registry import HOOKS
 from ailab.stack import Middleware, as_hooks, at, core_settings, stack, with_slots
-from ailab.types import Batches, Epoch, Grad, Loss, Mean, Run, RunInfo, Step, TrainState
+from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, Run, RunInfo, Step, TrainState
 
 _PAYS_FROM = 30_000  # training steps from which compiling for a CPU pays: it costs some 25 s and saves up to 1 ms a step
 
@@ -82,13 +82,13 @@ def assemble(
     """
     if dry:
         cfg = {**cfg, "total_epochs": 1, "workflow": [{**p, "iters": 1} for p in cfg["workflow"]]}
-    parts = build_parts(cfg, device)
+    parts = _alike(build_parts(cfg, device))
     rank, world = dist.rank(), dist.world_size()
     streams = {p["phase"]: build_stream(cfg, p, parts, device, rank, world, report=say) for p in cfg["workflow"]}
     names: dict[str, tuple[str, ...]] = {}
     info = _info(cfg, parts, streams, names, device, say)
     built = [("", h) for h in extra(info)] + _build_hooks(cfg, info)
-    hooks = {p["phase"]: _served(p, built) for p in cfg["workflow"]}
+    hooks = {p["phase"]: _served(p, cfg["workflow"], built) for p in cfg["workflow"]}
     _check(hooks, parts)
     state = parts.state.with_slot(PROGRESS, fresh_progress(device))
     state = with_slots(state, [h for _, h in built])
@@ -97,9 +97,20 @@ def assemble(
     if "train" in streams:
         state = with_slots(state, [tally(names["train"])])
     plan = _plan(cfg, info, parts)
+    if plan.enabled and plan.cut != "loss" and "train" in streams:
+        _verify_gradient(parts, state)
     steps = {phase: _step(phase, parts, hooks[phase], state, plan, info) for phase in streams}
     run = _run(info, hooks, streams, steps, interrupted)
     return Job(info, parts, state, run, hooks, streams, steps, plan)
+
+
+def _alike(parts: Parts) -> Parts:
+    """The parts on each of several ranks: rank 0's first values, and losses that know a batch of padding only."""
+    if dist.world_size() == 1:
+        return parts
+    state = parts.state.replace(params=dist.from_first(parts.state.params), buffers=dist.from_first(parts.state.buffers))
+    losses = parts.losses if parts.pad else {phase: unless_empty(loss) for phase, loss in parts.losses.items()}
+    return replace(parts, state=state, losses=losses)
 
 
 def _info(
@@ -118,7 +129,7 @@ def _info(
         seed=cfg["seed"],
         rank=dist.rank(),
         world_size=dist.world_size(),
-        total_epochs=cfg["total_epochs"],
+        total_epochs=cfg["total_epochs"] if "train" in streams else 1,  # what changes nothing is not done twice
         phase_steps={phase: stream.steps for phase, stream in streams.items()},
         log_names=names,
         base_lrs=tuple(float(g.hyper["lr"]) for g in optimizer.groups) if optimizer else (),
@@ -134,13 +145,21 @@ def _build_hooks(cfg: Mapping[str, Any], info: RunInfo) -> list[tuple[str, Hook]
         if not entry["enable"]:
             continue
         args, path = {k: v for k, v in entry.items() if k != "enable"}, f"cfg.hooks.{name}"
-        built += [(name, h) for h in as_hooks(HOOKS.build(args, path, run=info, name=name), path)]
+        made = explained(lambda a=args, p=path, n=name: HOOKS.build(a, p, run=info, name=n), f"{path}: could not be built")
+        built += [(name, h) for h in as_hooks(made, path)]
     return built
 
 
-def _served(entry: Mapping[str, Any], built: list[tuple[str, Hook]]) -> list[Hook]:
-    """The hooks of one phase: those that the workflow entry does not switch off."""
-    return [h for name, h in built if entry.get(name, {}).get("enable", True)]
+def _served(entry: Mapping[str, Any], workflow: Sequence[Mapping[str, Any]], built: list[tuple[str, Hook]]) -> list[Hook]:
+    """The hooks that a phase does not switch off; one around all phases stays unless each of them switches it off."""
+
+    def on(name: str, phase: Mapping[str, Any]) -> bool:
+        return phase.get(name, {}).get("enable", True)
+
+    def around_all(hook: Hook) -> bool:
+        return hook.depth == "run" or (hook.depth == "epoch" and hook.phases is None)
+
+    return [h for n, h in built if (any(on(n, p) for p in workflow) if around_all(h) else on(n, entry))]
 
 
 def _check(hooks: Mapping[str, Sequence[Hook]], parts: Parts) -> None:
@@ -173,7 +192,7 @@ def _log_names(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainStat
         step = stack(eval_step(loss), at(hooks, "step", phase))
     sample = dict(parts.sample)
     with torch.no_grad():
-        after, logs = explained(lambda: step(state, sample), f"the first {phase} step")
+        after, logs = explained(lambda: step(state, sample), f"the first {phase} step failed")
     _same_shape(state, after, phase)
     return tuple(n for n, m in logs.items() if isinstance(m, Mean))
 
@@ -200,8 +219,8 @@ def _plan(cfg: Mapping[str, Any], info: RunInfo, parts: Parts) -> Plan:
     enabled, why = _enabled(asked, info)
     sync = cfg["dist"]["sync"] if info.world_size > 1 else "none"
     cut = options.get("cut", "step")
-    if cut == "step" and (sync == "ddp" or (parts.optimizer is not None and not parts.optimizer.traced)):
-        cut = "loss"
+    if sync == "ddp" or (cut == "step" and parts.optimizer is not None and not parts.optimizer.traced):
+        cut = "loss"  # no graph may hold DDP's backward
     return Plan(enabled, why, cut, sync, options.get("mode"), options.get("donate", True))
 
 
@@ -214,6 +233,25 @@ def _enabled(asked: Any, info: RunInfo) -> tuple[bool, str]:
         if not any(shutil.which(c) for c in ("c++", "g++", "clang++")):
             return False, "auto: there is no C++ compiler"
     return True, "auto" if asked == "auto" else f"compile={asked!r}"
+
+
+def _verify_gradient(parts: Parts, state: TrainState) -> None:
+    """Compare compiled with eager gradients where a custom `autograd.Function` takes part: a wrong one must never be silent."""
+    loss, sample = parts.losses["val"], parts.sample
+    with torch.enable_grad():
+        total, _ = loss(state.params, state.buffers, sample)
+    if not has_custom_backward(total):
+        return
+    grad = local_grad(loss, parts.trainable)
+    with torch.no_grad():
+        (eager, _), (compiled, _) = grad(state, sample), lift(grad, "verify")(state, sample)
+    scale = max(float(g.abs().max()) for g in eager.values()) or 1.0
+    worst = max((float((compiled[n] - g).abs().max()) / scale, n) for n, g in eager.items())
+    if not worst[0] < 1e-2:
+        raise ConfigError(
+            f"cfg.compile: the compiled gradient of {worst[1]!r} is wrong by {worst[0]:.1%}: a custom autograd.Function is not\n"
+            "  honoured by this version of torch. Use compile=dict(cut='loss') or compile=False."
+        )
 
 
 def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, plan: Plan, info: RunInfo) -> Step:
@@ -246,7 +284,10 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     if plan.enabled and plan.cut == "loss":
         loss = lift(loss, "loss")
     if plan.sync == "ddp":
-        core = ddp_grad(loss, state, parts.trainable, **core_settings(hooks, "ddp"))
+        settings = core_settings(hooks, "ddp")
+        if not settings.get("find_unused_parameters"):
+            _refuse_unused(stack(parts.losses["train"], at(hooks, "loss")), state, parts)
+        core = ddp_grad(loss, state, parts.trainable, **settings)
     elif plan.sync == "graph":
         core = graph_grad(loss, parts.trainable)
     else:
@@ -254,6 +295,31 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     if plan.enabled and plan.cut == "grad":
         core = lift(core, "grad")
     return stack(core, at(hooks, "grad"))
+
+
+def _refuse_unused(loss: Loss, state: TrainState, parts: Parts) -> None:
+    """DDP waits for every parameter's gradient; for one that has none it would leave a whole bucket without a reduction."""
+    with torch.no_grad():
+        used, _ = local_grad(loss, parts.trainable)(state, dict(parts.sample))
+    if unused := [n for n in state.params if n in parts.trainable and n not in used]:
+        raise ConfigError(
+            f"cfg.model: the loss does not use {len(unused)} of {len(parts.trainable)} trainable parameters: "
+            f"{', '.join(unused[:8])}{', ...' if len(unused) > 8 else ''}.\n"
+            f"  Freeze them, optimizer.freeze={unused[:8]}, or let DDP look for them in every step:\n"
+            "  hooks.ddp=dict(type='DDPHook', find_unused_parameters=True). dist.sync='graph' needs neither."
+        )
+
+
+def _blaming(step: Step) -> Step:
+    """A step whose failure is a `PeerError` where another process caused it."""
+    if dist.world_size() == 1:
+        return step
+
+    def blamed(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+        with dist.blamed(f"step {state.at + 1}"):
+            return step(state, batch)
+
+    return blamed
 
 
 def _run(
@@ -267,7 +333,7 @@ def _run(
     phases: dict[str, Epoch] = {}
     for phase, step in steps.items():
         fold = train_epoch if phase == "train" else eval_epoch
-        bare = fold(stack(step, at(hooks[phase], "host", phase)), info.log_names[phase], interrupted)
+        bare = fold(_blaming(stack(step, at(hooks[phase], "host", phase))), info.log_names[phase], interrupted)
         phases[phase] = stack(bare, at(hooks[phase], "epoch", phase))
     outer = next(iter(hooks.values()))
     epoch = stack(workflow(phases), at(outer, "epoch"))

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+import os
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ailab import tree
-from ailab.binding import Binding, bind, check_outputs, name_outputs
+from ailab.binding import OUTPUT_KEYS, Binding, bind, check_outputs, name_outputs
 from ailab.core.loss import LOSS_PREFIX, Functional, module_state, pure_loss
 from ailab.datasets import Stream
-from ailab.errors import AilabError, ConfigError, nearest
+from ailab.errors import AilabError, ConfigError, DataError, nearest
 from ailab.losses.torch_losses import maskable
 from ailab.optim import Optimizer, build_optimizer
 from ailab.registry import DATASETS, LOSSES, MODELS, OPTIMIZERS
 from ailab.rng import mix
-from ailab.types import WEIGHT, Batch, Loss, TrainState
+from ailab.types import WEIGHT, Aux, Batch, Buffers, Loss, Params, TrainState
 
 T = TypeVar("T")
+_NO_MAPPING: Mapping[str, str] = MappingProxyType({})
+_LIBRARIES = tuple(os.path.dirname(str(m.__file__)) + os.sep for m in (torch, tree))
 _PROBE = 4  # samples in the shrunk step that checks everything before the first real one
 
 
@@ -33,7 +38,7 @@ class Parts:
     optimizer: Optimizer | None
     trainable: frozenset[str]  # names of the parameters that are differentiated
     state: TrainState  # without the slots of hooks
-    losses: Mapping[str, Loss]  # by phase, bare
+    losses: Mapping[str, Loss]  # by phase, bare; always one for "val"
     datasets: Mapping[str, Any]
     sample: Batch  # a few real samples
     fields: tuple[str, ...]  # of a batch, and the names of the model's outputs
@@ -49,7 +54,7 @@ def build_parts(cfg: Mapping[str, Any], device: torch.device) -> Parts:
     """
     torch.manual_seed(mix(cfg["seed"]))  # the first weights: the same on every rank
     phases = [p["phase"] for p in cfg["workflow"]]
-    datasets = {p: DATASETS.build(cfg["data"][p], f"cfg.data.{p}") for p in phases}
+    datasets = {p: _dataset(cfg["data"][p], f"cfg.data.{p}") for p in phases}
     model, criterion = _modules(cfg, device)
     state = module_state(model, criterion if isinstance(criterion, nn.Module) else None)
     state = state.replace(step=state.step.to(device))
@@ -65,13 +70,25 @@ def build_parts(cfg: Mapping[str, Any], device: torch.device) -> Parts:
     return Parts(model, optimizer, trainable, state, losses, datasets, sample, fields, pad)
 
 
+def _dataset(entry: Mapping[str, Any], path: str) -> Any:
+    try:
+        return DATASETS.build(entry, path)
+    except AilabError:
+        raise
+    except Exception as e:  # any class: it is the user's code that reads the user's files
+        raise DataError(f"{path}: the dataset could not be opened: {_told(e)}") from e
+
+
 def _modules(cfg: Mapping[str, Any], device: torch.device) -> tuple[nn.Module, Any]:
-    model = MODELS.build({k: v for k, v in cfg["model"].items() if k not in ("mapping", "output_keys")}, "cfg.model")
+    entry = {k: v for k, v in cfg["model"].items() if k not in ("mapping", "output_keys")}
+    model = explained(lambda: MODELS.build(entry, "cfg.model"), "cfg.model: could not be built")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"cfg.model.type: expected a torch.nn.Module, got {type(model).__name__}.")
     if cfg["loss"] is None:
         return model.to(device), None
-    criterion = LOSSES.build({k: v for k, v in cfg["loss"].items() if k != "mapping"}, "cfg.loss")
+    criterion = explained(
+        lambda: LOSSES.build({k: v for k, v in cfg["loss"].items() if k != "mapping"}, "cfg.loss"), "cfg.loss: could not be built"
+    )
     return model.to(device), criterion.to(device) if isinstance(criterion, nn.Module) else criterion
 
 
@@ -118,27 +135,69 @@ def _sample(cfg: Mapping[str, Any], datasets: Mapping[str, Any], device: torch.d
     return tree.to(next(iter(stream.epoch(0))), device)
 
 
+def loss_of(
+    model: nn.Module,
+    criterion: Any,
+    *,
+    training: bool = True,
+    mapping: Mapping[str, str] = _NO_MAPPING,
+    loss_mapping: Mapping[str, str] = _NO_MAPPING,
+    output_keys: Sequence[str] = OUTPUT_KEYS,
+) -> Loss:
+    """A module and a criterion as one pure loss over named fields: `total, aux = loss(params, buffers, batch)`.
+
+    Args:
+        model: its `forward` is given the fields that `mapping` {parameter: field} names, or those of its parameters' names.
+        criterion: a module or a callable; a torch.nn loss calls the model's output `input`. None: the model's output "loss".
+        training: the mode of the modules.
+        mapping: of the model.
+        loss_mapping: of the criterion, over the batch and the model's outputs.
+        output_keys: names of the model's outputs.
+    """
+    bound = bind(model, mapping, "cfg.model")
+    call, loss_bound = _criterion(criterion, loss_mapping, training)
+    return pure_loss(Functional(model, training=training), bound, call, loss_bound, output_keys)
+
+
 def _losses(
     cfg: Mapping[str, Any], model: nn.Module, criterion: Any, state: TrainState, sample: Batch, phases: list[str]
 ) -> tuple[tuple[str, ...], dict[str, Loss], bool]:
     """The fields of a run, the bare loss of each phase, and whether it can mask padding."""
-    bound = bind(model, cfg["model"]["mapping"], "cfg.model")
-    _refuse(bound.check(sample))
     keys, path = cfg["model"]["output_keys"], "cfg.model.output_keys"
-    forwards = {p: Functional(model, training=p == "train") for p in phases}
+    mapping, loss_mapping = cfg["model"]["mapping"], cfg["loss"]["mapping"] if cfg["loss"] else _NO_MAPPING
+    bound = bind(model, mapping, "cfg.model")
+    _refuse(bound.check(sample))
     with torch.no_grad():
-        buffers = tree.clone(state.buffers)
-        probed = forwards[phases[0]]
-        result = explained(lambda: probed(state.params, buffers, bound.kwargs(sample)), "cfg.model")
+        forward, buffers = Functional(model, training=phases[0] == "train"), tree.clone(state.buffers)
+        result = explained(lambda: forward(state.params, buffers, bound.kwargs(sample)), "cfg.model: failed on the first samples")
     outputs = name_outputs(result, keys, path)
     fields = (*sample, *outputs)
-    problems, losses = check_outputs(list(outputs), list(sample), path), {}
-    for phase in phases:
-        call, loss_bound = _criterion(cfg, criterion, phase == "train")
-        problems += loss_bound.check(fields) if loss_bound else []
-        losses[phase] = pure_loss(forwards[phase], bound, call, loss_bound, keys)
-    _refuse(list(dict.fromkeys(problems)))
+    problems = check_outputs(list(outputs), list(sample), path)
+    _, loss_bound = _criterion(criterion, loss_mapping, True)
+    _refuse(problems + (loss_bound.check(fields) if loss_bound else []))
+    if criterion is None and "loss" not in outputs:
+        if "train" in phases:
+            raise ConfigError(f"cfg.workflow: the phase 'train' needs cfg.loss; the model gives {', '.join(outputs)} and no 'loss'.")
+        return fields, dict.fromkeys(phases, _unscored(Functional(model, training=False), bound, keys)), True
+    losses = {
+        phase: loss_of(
+            model, criterion, training=phase == "train", mapping=mapping, loss_mapping=loss_mapping, output_keys=keys
+        )
+        for phase in dict.fromkeys([*phases, "val"])  # "val" in any case: a loss without randomness is what checks need
+    }
     return fields, losses, _masks(losses[phases[0]], state, sample)
+
+
+def _unscored(forward: Functional, bound: Binding, keys: Sequence[str]) -> Loss:
+    """The loss depth of an evaluation without a criterion: outputs for the metrics, and no number of its own."""
+
+    def loss(params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
+        after = {n: b.clone() for n, b in buffers.items()}  # a forward may write to what it is given
+        outputs = name_outputs(forward(params, after, bound.kwargs(batch)), keys, "cfg.model.output_keys")
+        nothing = torch.zeros((), device=next(iter(outputs.values())).device)
+        return nothing, Aux(after, nothing, {}, outputs)
+
+    return loss
 
 
 def _refuse(problems: list[str]) -> None:
@@ -146,32 +205,31 @@ def _refuse(problems: list[str]) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _criterion(cfg: Mapping[str, Any], criterion: Any, training: bool) -> tuple[Any, Binding | None]:
+def _criterion(criterion: Any, mapping: Mapping[str, str], training: bool) -> tuple[Any, Binding | None]:
     """The criterion as a function of (params, buffers, kwargs), and how its parameters are bound.
 
     torch's own losses call the model's output `input`, and are asked for per-sample values where that is the same mathematics.
     """
     if criterion is None:
         return None, None
-    mapping = cfg["loss"]["mapping"]
     if not isinstance(criterion, nn.Module):
         return lambda params, buffers, kwargs: criterion(**kwargs), bind(criterion, mapping, "cfg.loss", defaults={"weight": WEIGHT})
     builtin = type(criterion).__module__.startswith("torch.nn.")
     call = Functional(criterion, training=training, prefix=LOSS_PREFIX, via=maskable if builtin else None)
-    defaults = {"input": "output", "weight": WEIGHT} if builtin else {}
+    defaults = {"input": OUTPUT_KEYS[0], "weight": WEIGHT} if builtin else {}
     return call, bind(call.call, mapping, "cfg.loss", defaults=defaults)
 
 
 def _masks(loss: Loss, state: TrainState, sample: Batch) -> bool:
-    """Whether the loss obeys the weights of the samples: with all of them zero nothing is counted."""
+    """Whether the loss, and each part of it, obeys the weights of the samples: with all of them zero nothing is counted."""
     size = next(v.shape[0] for v in sample.values() if isinstance(v, Tensor) and v.dim() > 0)
     masked = {**sample, WEIGHT: torch.zeros(size, device=state.step.device)}
     with torch.no_grad():
-        _, aux = explained(lambda: loss(state.params, state.buffers, masked), "cfg.loss")
-    return float(aux.weight) == 0.0
+        _, aux = explained(lambda: loss(state.params, state.buffers, masked), "cfg.loss: failed on the first samples")
+    return all(float(mean.weight) == 0.0 for mean in aux.logs.values())
 
 
-def explained(call: Callable[[], T], where: str) -> T:
+def explained(call: Callable[[], T], what: str) -> T:
     """The result of user code; what it raises becomes one message that says where.
 
     Raises:
@@ -182,7 +240,15 @@ def explained(call: Callable[[], T], where: str) -> T:
     except AilabError:
         raise
     except Exception as e:  # any class: it is the user's model, loss, metric or hook
-        raise ConfigError(f"{where}: failed on the first samples: {type(e).__name__}: {e}") from e
+        raise ConfigError(f"{what}: {_told(e)}") from e
+
+
+def _told(e: Exception) -> str:
+    """The class and the first lines of an exception, and where it was raised; --debug shows the rest."""
+    frames = traceback.extract_tb(e.__traceback__)
+    frame = ([f for f in frames if not f.filename.startswith(_LIBRARIES)] or frames)[-1]  # the user's own line, if there is one
+    text = [line.strip()[:400] for line in str(e).splitlines() if line.strip()][:2]
+    return "\n  ".join([f"{type(e).__name__}: {text[0] if text else ''}", *text[1:], f"{frame.filename}, line {frame.lineno}"])
 
 
 def build_stream(

@@ -42,7 +42,7 @@ class Compile:
 
 @dataclass
 class Loader:
-    """`cfg.data.<phase>_dataloader`; `batch_size` is that of one rank."""
+    """`cfg.data.<phase>_dataloader`; `batch_size` is that of the global batch, over all ranks."""
 
     batch_size: Positive = 1
     num_workers: Count = 0
@@ -117,7 +117,7 @@ class Cfg:
     work_dir: str | Path = "./work_dir"
     dist: dict[str, Any] = field(default_factory=dict[str, Any])
     workflow: list[dict[str, Any]] | None = None  # None: train, then val, as far as `data` has them
-    total_epochs: Positive = 1
+    total_epochs: Positive = 1  # of a workflow that trains; one that only evaluates runs once
     loss: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
     hooks: dict[str, Any] | list[dict[str, Any]] = field(default_factory=dict[str, Any])
@@ -250,7 +250,12 @@ def _check_workflow(cfg: Mapping[str, Any]) -> list[str]:
         for hook in hooks:
             problems += _section(Switch, entry.get(hook), f"{path}.{hook}")
         problems += _check_needs(entry.get("phase"), cfg, path)
-    return problems
+    phases = [p for p in (_dict(e).get("phase") for e in _workflow(cfg)) if p in PHASES]
+    return problems + [
+        f"cfg.workflow: the phase '{p}' is there {phases.count(p)} times.\n  An epoch runs each phase once; total_epochs repeats."
+        for p in dict.fromkeys(phases)
+        if phases.count(p) > 1
+    ]
 
 
 def _check_needs(phase: Any, cfg: Mapping[str, Any], path: str) -> list[str]:

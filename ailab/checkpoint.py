@@ -59,12 +59,13 @@ def save(
     """Write `content`, which has at least the entry `state` of `to_plain`, and return the folder once it is durable.
 
     `step` and `epoch` count what has been completed. The same content gives the same bytes. A tensor that other entries share
-    with `state` is stored once. If the step is there already and valid, it is kept. Raises `NonFiniteError` naming the first
+    with `state` is stored once. If the step is there already, valid and not of an earlier epoch (a run that was stopped between
+    the training and the evaluation of an epoch saves its last step twice), it is kept. Raises `NonFiniteError` naming the first
     tensor with a NaN or an infinity (in buffers: with a NaN; a mask may hold -inf), and `CheckpointError` when it cannot be
     written; then older checkpoints are untouched.
     """
     try:
-        if (path := commit.committed(directory, step)) is not None:
+        if (path := commit.committed(directory, step, epoch)) is not None:
             return path
         _refuse_non_finite(content["state"])
         stored = _stored({**content, "epoch": epoch, "step": step})

@@ -46,13 +46,13 @@ def step_path(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
 
 
-def committed(directory: Path, step: int) -> Path | None:
-    """The folder of this step if it is there and valid; an invalid one is moved aside."""
+def committed(directory: Path, step: int, epoch: int) -> Path | None:
+    """The folder of this step if it is there, valid and not of an earlier epoch; an invalid one is moved aside."""
     path = step_path(directory, step)
     if not os.path.lexists(path):
         return None
     try:
-        return _in_place(read(path)[0]).path
+        return path if _in_place(read(path)[0]).epoch >= epoch else None
     except DamagedError:
         set_aside(path)
         return None
@@ -65,6 +65,7 @@ def commit(directory: Path, head: Mapping[str, Any], payload: memoryview) -> Pat
     disk is compared with `payload`. Raises OSError or `DamagedError`. Older checkpoints are not touched.
     """
     final, partial = step_path(directory, head["step"]), directory / f".tmp-{head['step']:08d}-{os.getpid()}"
+    grave = _grave(directory, head["step"])
     if not directory.is_dir():
         directory.mkdir(parents=True)
         durable.sync_directory(directory.parent)
@@ -77,6 +78,8 @@ def commit(directory: Path, head: Mapping[str, Any], payload: memoryview) -> Pat
         manifest = seal(head, len(payload), digest.result())
         durable.write(partial / MANIFEST, manifest)
         durable.sync_directory(partial)
+        if os.path.lexists(final):  # of the same step, before its epoch was complete
+            os.rename(final, grave)
         os.replace(partial, final)
     finally:
         with contextlib.suppress(OSError, RuntimeError):
@@ -84,6 +87,7 @@ def commit(directory: Path, head: Mapping[str, Any], payload: memoryview) -> Pat
     durable.sync_directory(directory)
     if not (durable.holds(final / STATE, payload) and durable.holds(final / MANIFEST, manifest)):
         raise DamagedError(f"{set_aside(final)} did not read back as it was written.")
+    _remove(grave)
     return final
 
 
@@ -121,11 +125,17 @@ def retain(directory: Path, keep: Keep, protect: Iterable[Path] = ()) -> list[Pa
     doomed = [c for c in reversed(held) if c.path.resolve() not in spared]
     with explained(f"{directory}: an old checkpoint cannot be removed"):
         for checkpoint in doomed:
-            grave = directory / f".del-{checkpoint.step:08d}-{os.getpid()}"
-            _remove(grave)
+            grave = _grave(directory, checkpoint.step)
             os.rename(checkpoint.path, grave)  # out of sight first: a kill must not leave half a checkpoint
             shutil.rmtree(grave)
     return [c.path for c in doomed]
+
+
+def _grave(directory: Path, step: int) -> Path:
+    """A free name for a folder that is about to be deleted."""
+    grave = directory / f".del-{step:08d}-{os.getpid()}"
+    _remove(grave)
+    return grave
 
 
 def set_aside(path: Path) -> Path:

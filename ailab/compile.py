@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch._dynamo
+import torch._dynamo.exc
+import torch._dynamo.utils
 from torch import Tensor
 
 from ailab import tree
 from ailab.errors import ConfigError
 from ailab.rng import mix, seed_device
-from ailab.types import Batch, Logs, Mean, Step, TrainState, pack
-
-FIELD = "@"  # prefix of model outputs that travel beside the logs because a host hook asked for them
-
+from ailab.types import Batch, Logs, Step, TrainState, seal
 
 def allow_traced_grad() -> Any:
     """A context in which Dynamo traces `torch.autograd.grad`; a private switch, off by default on every supported version."""
@@ -60,6 +59,7 @@ class Compiled:
         self._shapes: set[tuple[Any, ...]] = set()
         self._state: TrainState | None = None  # the state whose leaves are below
         self._leaves: list[Tensor] = []
+        self._tracked: list[bool] = []  # which leaves require grad
         self._run: Callable[..., Any] | None = None
         self._device: torch.device = torch.device("cpu")
 
@@ -75,18 +75,27 @@ class Compiled:
     def _enter(self, state: TrainState) -> None:
         """Flatten a state that did not come out of the previous call."""
         self._device = state.step.device
-        everything = tree.leaves(state)
-        self._leaves = [leaf for leaf in everything if isinstance(leaf, Tensor)]
-        if self.enabled and self._run is None:
+        if not self.enabled:
+            return
+        self._leaves = self._alike([leaf for leaf in tree.leaves(state) if isinstance(leaf, Tensor)])
+        if self._run is None:
             self._run = torch.compile(
                 _flat(self.step, state, self.donate, self.name), fullgraph=True, mode=self.mode, dynamic=False
             )
+
+    def _alike(self, leaves: list[Tensor]) -> list[Tensor]:
+        """The same memory as plain tensors that require grad where those of the first state did: a graph depends on both."""
+        self._tracked = self._tracked or [leaf.requires_grad for leaf in leaves]
+        return [
+            leaf if type(leaf) is Tensor and leaf.requires_grad == tracked else leaf.detach().requires_grad_(tracked)
+            for leaf, tracked in zip(leaves, self._tracked, strict=True)
+        ]
 
     def _eager(self, state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
         at = state.at + 1
         with torch.no_grad():
             after, logs = self.step(state, batch)
-            out = _seal(logs)
+            out = seal(logs)
         if after is not state:
             object.__setattr__(after, "_at", at)
             if self.donate:
@@ -107,7 +116,7 @@ class Compiled:
         if self.donate:
             return state.consume(state.at + 1), Logs(names, packed, outputs)
         after = tree.unflatten(state, _merge(state, leaves))
-        self._leaves = leaves
+        self._leaves = self._alike(leaves)
         return after, Logs(names, packed, outputs)
 
     def _call(self, fields: Batch, known: bool) -> Any:
@@ -116,7 +125,7 @@ class Compiled:
             try:
                 return self._run(self._leaves, fields)
             except torch._dynamo.exc.Unsupported:
-                self._recompiled()  # a guard failed, and the gradient may be traced only inside the switch below
+                pass  # a guard failed, and the gradient can be traced only inside the switch below
         try:
             with allow_traced_grad():
                 return self._run(self._leaves, fields)
@@ -189,11 +198,6 @@ def _merge(state: TrainState, tensors: list[Tensor]) -> list[Any]:
     return [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in tree.leaves(state)]
 
 
-def _seal(logs: Mapping[str, Mean]) -> Logs:
-    means = {n: m for n, m in logs.items() if isinstance(m, Mean)}
-    return Logs(tuple(means), pack(means), {n[len(FIELD) :]: v for n, v in logs.items() if not isinstance(v, Mean)})
-
-
 def _flat(step: Step, like: TrainState, donate: bool, name: str) -> Callable[..., Any]:
     """The step over a flat list of tensors, so that the state is flattened once and not per call."""
     template = tree.unflatten(like, [None if isinstance(leaf, Tensor) else leaf for leaf in tree.leaves(like)])
@@ -202,14 +206,15 @@ def _flat(step: Step, like: TrainState, donate: bool, name: str) -> Callable[...
         rest = iter(leaves)
         state = tree.unflatten(template, [next(rest) if leaf is None else leaf for leaf in tree.leaves(template)])
         after, logs = step(state, batch)
-        out = _seal(logs)
+        out = seal(logs)
         new = [leaf for leaf in tree.leaves(after) if isinstance(leaf, Tensor)]
         if not donate:
             return out.names, out.packed, out.outputs, new
         changed = [(a, b) for a, b in zip(leaves, new, strict=True) if a is not b]
-        # A value that only moved to another place is copied first: its old place may be overwritten before it is read.
-        moved = [b.clone() if any(b is a for a in leaves) else b for _, b in changed]
-        for (old, _), value in zip(changed, moved, strict=True):
+        # Every value is copied before any is written: one may be (a view of) an old leaf, which no tensor tells while it is
+        # traced. The compiler drops the copies that are not needed.
+        values = [b.clone() for _, b in changed]
+        for (old, _), value in zip(changed, values, strict=True):
             old.copy_(value)
         return out.names, out.packed, out.outputs, []
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
-from ailab.errors import ConfigError, PeerError
+from ailab.errors import AilabError, ConfigError, PeerError
 
+_PROBE_S = 1.0  # a broken connection answers at once; a peer that is alive and elsewhere does not answer within this
 
 def active() -> bool:
     """Whether a process group exists."""
@@ -88,20 +91,25 @@ def all_reduce(tensor: Tensor) -> Tensor:
     if world_size() == 1:
         return tensor
     summed = tensor.clone()
-    td.all_reduce(summed)
+    if torch.compiler.is_compiling():
+        td.all_reduce(summed)
+    else:
+        with peers("a sum over all ranks"):
+            td.all_reduce(summed)
     return summed
 
 
-def broadcast_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rank 0's tensors on every rank: one broadcast per dtype."""
+def from_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rank 0's tensors on every rank: one reduction per dtype; traced into the graph when compiled."""
     if world_size() == 1 or not tensors:
         return tensors
     out = dict(tensors)
     for dtype in {t.dtype: None for t in tensors.values()}:
         names = [n for n, t in tensors.items() if t.dtype == dtype]
-        flat = torch.cat([tensors[n].reshape(-1) for n in names])
-        td.broadcast(flat, 0)
-        for n, part in zip(names, flat.split([tensors[n].numel() for n in names]), strict=True):
+        flat = torch.cat([tensors[n].detach().reshape(-1) for n in names])
+        # A sum to which the others add zeros: Dynamo does not trace a broadcast.
+        parts = all_reduce(flat if rank() == 0 else torch.zeros_like(flat)).split([tensors[n].numel() for n in names])
+        for n, part in zip(names, parts, strict=True):
             out[n] = part.view_as(tensors[n])
     return out
 
@@ -116,7 +124,8 @@ def agree(flag: bool, device: torch.device) -> bool:
 def barrier() -> None:
     """Wait for every rank."""
     if active():
-        td.barrier()
+        with peers("a barrier"):
+            td.barrier()
 
 
 def all_gather(tensor: Tensor) -> Tensor:
@@ -125,21 +134,66 @@ def all_gather(tensor: Tensor) -> Tensor:
         return tensor
     length = torch.tensor([tensor.shape[0]], device=tensor.device)
     lengths = [torch.empty_like(length) for _ in range(world_size())]
-    td.all_gather(lengths, length)
-    sizes = [int(n) for n in lengths]
-    padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
-    padded[: tensor.shape[0]] = tensor
-    parts = [torch.empty_like(padded) for _ in sizes]
-    td.all_gather(parts, padded)
+    with peers("a gathering of samples"):
+        td.all_gather(lengths, length)
+        sizes = [int(n) for n in lengths]
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        td.all_gather(parts, padded)
     return torch.cat([p[:n] for p, n in zip(parts, sizes, strict=True)])
 
 
 def broadcast_bytes(data: bytes, device: torch.device) -> bytes:
     """Rank 0's bytes on every rank. Tensors only: nothing is unpickled."""
     length = torch.tensor([len(data)], device=device)
-    td.broadcast(length, 0)
-    content = torch.zeros(int(length), dtype=torch.uint8, device=device)
-    if rank() == 0:
-        content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else content)
-    td.broadcast(content, 0)
+    with peers("a message of rank 0"):
+        td.broadcast(length, 0)
+        content = torch.zeros(int(length), dtype=torch.uint8, device=device)
+        if rank() == 0:
+            content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else content)
+        td.broadcast(content, 0)
     return bytes(content.tolist())
+
+
+@contextmanager
+def peers(what: str) -> Generator[None]:
+    """What torch raises inside, where nothing but collectives runs, as a `PeerError` that says what failed."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as e:  # gloo has no class of its own for it
+        raise _peer_error(what, e) from e
+
+
+@contextmanager
+def blamed(what: str) -> Generator[None]:
+    """What torch raises inside, where collectives run among other things, as a `PeerError` if the group is broken."""
+    try:
+        yield
+    except (AilabError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as e:
+        if world_size() == 1 or not (isinstance(e, td.DistError) or _broken()):
+            raise
+        raise _peer_error(what, e) from e
+
+
+def _peer_error(what: str, e: RuntimeError) -> PeerError:
+    first = (str(e).strip().splitlines() or [type(e).__name__])[0]
+    return PeerError(f"rank {rank()}: {what} failed: another process ended or did not answer in time.\n  {first}")
+
+
+def _broken() -> bool:
+    """Whether a tiny collective fails at once, as it does when a peer is gone."""
+    if td.get_backend() != "gloo":
+        return False  # NCCL's errors have a class of their own
+    try:
+        work: Any = td.all_reduce(torch.zeros(1), async_op=True)
+        until = time.monotonic() + _PROBE_S
+        while not work.is_completed() and time.monotonic() < until:
+            time.sleep(0.01)
+        return bool(work.is_completed() and not work.is_success())
+    except RuntimeError:
+        return True

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ailab import check, config, dist, durable, tree
+from ailab import check, config, dist, tree
 from ailab.assemble import Job, assemble
 from ailab.core.epoch import Interrupted
 from ailab.errors import AilabError, ConfigError, Preempted
-from ailab.hooks.log import LoggerHook, ProgressHook, RecordHook
+from ailab.hooks.log import METRICS, LoggerHook, ProgressHook, RecordHook, is_reserved
 from ailab.show import picture
 from ailab.types import RunInfo, TrainState
 from ailab.workdir import lock
@@ -47,22 +47,26 @@ def fit(cfg: Mapping[str, Any]) -> Result:
         AilabError: one of its kinds, each with the exit code that the command line would give.
     """
     with _started(cfg) as (full, device, warnings):
-        work_dir = Path(full["work_dir"])
-        with lock(work_dir) if dist.rank() == 0 else nullcontext(), _console(device) as (bar, say), Signals() as signals:
+        with _console() as (bar, say), Signals() as signals:
             for line in warnings:
                 say(f"warning: {line}")
+            # Everything is built before the first byte is written: what does not fit harms no work_dir.
             job = assemble(full, device, say=say, interrupted=signals, extra=_always(full, bar))
-            if dist.rank() == 0:
-                durable.replace(work_dir / "config.json", json.dumps(config.snapshot(full), indent=1).encode() + b"\n")
+            work_dir = job.info.work_dir
             bar.reset(total=job.info.total_steps)
-            say(_opening(job))
-            try:
-                state = job.run(job.state)
-            except Interrupted as stop:
-                raise Preempted(f"stopped by a signal at step {stop.state.at}; there is no CheckpointHook, nothing is saved.") from None
-            metrics = _results(work_dir)
+            with lock(work_dir) if dist.rank() == 0 else nullcontext():
+                say(_opening(job))
+                state = _trained(job)
+                metrics = _results(job.info)
             say(_closing(work_dir, metrics))
             return Result(state, work_dir, {n: last for n, (last, _, _) in metrics.items()})
+
+
+def _trained(job: Job) -> TrainState:
+    try:
+        return job.run(job.state)
+    except Interrupted as stop:  # a CheckpointHook would have caught it
+        raise Preempted(f"stopped by a signal at step {stop.state.at}; there is no CheckpointHook, nothing is saved.") from None
 
 
 def ailab_train(cfg: Mapping[str, Any]) -> Result:
@@ -118,7 +122,7 @@ class Signals:
 
 
 @contextmanager
-def _console(device: torch.device) -> Iterator[tuple[Any, Callable[[str], None]]]:
+def _console() -> Iterator[tuple[Any, Callable[[str], None]]]:
     """A progress bar where there is a terminal, and a way to print a line above it; silent on all ranks but 0."""
     first = dist.rank() == 0
     bar: Any = tqdm(total=0, unit="step", disable=None if first else True, dynamic_ncols=True, smoothing=0.05)
@@ -138,9 +142,9 @@ def _always(cfg: Mapping[str, Any], bar: Any) -> Callable[[RunInfo], list[Any]]:
     """The hooks that every run has: the record, the bar, and a logger unless the cfg has one."""
 
     def extra(run: RunInfo) -> list[Any]:
-        hooks = [*RecordHook(_RECORD_EVERY, run.work_dir / "metrics.jsonl", run)] if run.rank == 0 else []
-        if not bar.disable:
-            hooks += ProgressHook(bar, run)
+        hooks = RecordHook(_RECORD_EVERY, run=run)
+        if bar is not None and not bar.disable:
+            hooks = [*hooks, *ProgressHook(bar, run)]
         has_logger = any(entry["type"] == "LoggerHook" or entry["type"] is LoggerHook for entry in cfg["hooks"].values())
         return hooks if has_logger else [*hooks, *LoggerHook(run=run)]
 
@@ -174,15 +178,16 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
-def _results(work_dir: Path) -> dict[str, tuple[float, float, int]]:
-    """Last and best value of each result, and the epoch of the best, from metrics.jsonl."""
-    if dist.rank() != 0:
+def _results(info: RunInfo) -> dict[str, tuple[float, float, int]]:
+    """Last and best value of each result of this run's phases, and the epoch of the best, from metrics.jsonl."""
+    record = info.work_dir / METRICS
+    if info.rank != 0 or not record.exists():  # a finished run that is started again does not write one anew
         return {}
-    rows = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
     found: dict[str, tuple[float, float, int]] = {}
-    for row in (r for r in rows if r["final"]):
+    for row in (r for r in rows if r["final"] and r["phase"] in info.phase_steps):
         for name, value in row.items():
-            if name in ("step", "epoch", "phase", "final", "lr") or name.startswith("wall_") or not isinstance(value, float):
+            if is_reserved(name) or not isinstance(value, float):
                 continue
             key = f"{row['phase']}_{name}"
             _, best, when = found.get(key, (value, value, row["epoch"]))
@@ -199,7 +204,7 @@ def _closing(work_dir: Path, metrics: Mapping[str, tuple[float, float, int]]) ->
 def dry_run(cfg: Mapping[str, Any]) -> str:
     """Build everything, run two shrunk steps of each phase, write nothing; the time and memory they took."""
     with _started(cfg) as (full, device, _):
-        job = assemble(full, device, dry=True)
+        job = assemble(full, device, dry=True, extra=_always(full, None))
         state, lines = job.state, [picture(job)]
         for phase, step in job.steps.items():
             batch = next(iter(job.streams[phase].epoch(0)))
@@ -208,9 +213,9 @@ def dry_run(cfg: Mapping[str, Any]) -> str:
             for _ in range(2):
                 start = time.monotonic()
                 working, logs = step(working, batch)
-                loss = float(logs["loss"].value)
+                values = "".join(f", {n} {float(m.value):.4f}" for n, m in logs.items())
                 took.append(time.monotonic() - start)
-            lines.append(f"{phase:<6} first step {took[0]:.2f} s, second {took[1] * 1e3:.1f} ms, loss {loss:.4f}")
+            lines.append(f"{phase:<6} first step {took[0]:.2f} s, second {took[1] * 1e3:.1f} ms{values}")
             state = working if phase == "train" else state
         return "\n".join([*lines, _memory(device, state)])
 
@@ -232,7 +237,7 @@ def _memory(device: torch.device, state: TrainState) -> str:
 def show(cfg: Mapping[str, Any]) -> str:
     """The picture of the stack of this cfg; nothing is run or written."""
     with _started(cfg) as (full, device, _):
-        return picture(assemble(full, device))
+        return picture(assemble(full, device, extra=_always(full, None)))
 
 
 def _told(e: AilabError) -> int:
@@ -251,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="print the stack of this run and stop")
     parser.add_argument("--dry-run", action="store_true", help="build everything, run one shrunk step of each phase, report")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         cfg = config.load(args.cfg, args.overrides)
         if args.show or args.dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ailab.assemble import Job
 from ailab.stack import DEPTHS, Depth, Middleware, at
@@ -42,7 +43,7 @@ def _hooks(job: Job, depth: Depth) -> str:
     return "; ".join(f"{phase}: {names}" for phase, names in parts.items() if names) or "-"
 
 
-def _names(hooks: Sequence[Middleware[object]]) -> str:
+def _names(hooks: Sequence[Middleware[Any]]) -> str:
     return ", ".join(h.name for h in reversed(hooks))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from ailab.errors import ConfigError
+from ailab.tree import clone
 from ailab.types import PyTree, TrainState
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,7 +61,8 @@ def with_slots(state: TrainState, hooks: Iterable[Middleware[Any]]) -> TrainStat
         if hook.init is not None:
             if hook.name in state.slots:
                 raise ConfigError(f"two hooks keep state under the name {hook.name!r}; give one another `name`")
-            state = state.with_slot(hook.name, hook.init(state))
+            # A copy: memory that begins as the parameters themselves must not be theirs, for a step may write into both.
+            state = state.with_slot(hook.name, clone(hook.init(state)))
     return state
 
 

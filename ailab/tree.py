@@ -84,7 +84,7 @@ def to(tree: T, device: torch.device) -> T:
 def lerp(start: dict[str, Tensor], end: dict[str, Tensor], weight: Tensor | float) -> dict[str, Tensor]:
     """`start + weight * (end - start)`, leaf by leaf; integer leaves (counters) are taken from `end`."""
     return {
-        k: torch.lerp(s, end[k].to(s.dtype), weight if isinstance(weight, float) else weight.to(s.dtype))
+        k: torch.lerp(s, end[k].to(s.dtype), weight.to(s.dtype) if isinstance(weight, Tensor) else weight)
         if s.is_floating_point()
         else end[k]
         for k, s in start.items()
@@ -96,9 +96,14 @@ def where(condition: Tensor, a: T, b: T) -> T:
     return map(lambda x, y: torch.where(condition, x, y), a, b)
 
 
-def norm(tree: Any) -> Tensor:
-    """The 2-norm of all tensors taken as one vector; () in the tensors' dtype."""
-    return torch.nn.utils.get_total_norm([t for t in leaves(tree) if isinstance(t, Tensor)])
+def norm(tree: Any, order: float = 2.0) -> Tensor:
+    """The norm of all tensors taken as one vector; () in the tensors' dtype."""
+    return torch.nn.utils.get_total_norm([t for t in leaves(tree) if isinstance(t, Tensor)], order)
+
+
+def finite(tree: Any) -> Tensor:
+    """Whether every element of every tensor is finite, () bool; no device read."""
+    return torch.isfinite(norm(tree, float("inf")))  # the largest element: it cannot overflow, and NaN stays NaN
 
 
 def nbytes(tree: Any) -> int:

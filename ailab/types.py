@@ -1,16 +1,16 @@
 """The values and the callable types of a run: one immutable `TrainState`, `Mean` logs, and one shape at six depths.
 
-    run     (TrainState) -> TrainState
-    epoch   (TrainState, batches) -> (TrainState, Logs)
-    step    (TrainState, Batch) -> (TrainState, Logs)        host above the compile line, traced below it
-    grad    (TrainState, Batch) -> (Params, Aux)
-    loss    (Params, Buffers, Batch) -> (Tensor, Aux)
+run     (TrainState) -> TrainState
+epoch   (TrainState, batches) -> (TrainState, Logs)
+step    (TrainState, Batch) -> (TrainState, Logs)        host above the compile line, traced below it
+grad    (TrainState, Batch) -> (Params, Aux)
+loss    (Params, Buffers, Batch) -> (Tensor, Aux)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,6 +25,7 @@ Params: TypeAlias = dict[str, Tensor]
 Buffers: TypeAlias = dict[str, Tensor]
 Batch: TypeAlias = dict[str, Any]  # fields by name; tensors have the samples along dimension 0
 LOSS_SCALE = "_loss_scale"  # the reserved batch field: (), the loss is differentiated times this and gradients divided by it
+OUTPUT = "@"  # prefix under which model outputs that a host hook reads travel beside the logs
 WEIGHT = "_weight"  # the reserved batch field: (B,) float32, 1 for a sample that counts and 0 for padding
 
 
@@ -53,11 +54,20 @@ class TrainState:
 
     def replace(self, **changes: Any) -> TrainState:
         """A state with these fields changed; the others are shared."""
-        return replace(self, **changes)
+        return TrainState(**{**self._fields(), **changes})
 
     def with_slot(self, name: str, value: PyTree) -> TrainState:
         """A state whose slot `name` holds `value`."""
-        return replace(self, slots={**self.slots, name: value})
+        return TrainState(self.step, self.params, self.buffers, self.opt_state, {**self.slots, name: value})
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "params": self.params,
+            "buffers": self.buffers,
+            "opt_state": self.opt_state,
+            "slots": self.slots,
+        }
 
     def clone(self) -> TrainState:
         """A copy that shares no memory; the way to keep a state that a compiled step will consume."""
@@ -85,6 +95,11 @@ class TrainState:
 _FIELDS = frozenset(f.name for f in fields(TrainState))
 
 
+def widened(values: Tensor) -> Tensor:
+    """`values`, halves as float32: bfloat16 cannot count past 256, and float16 cannot add past 65504."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
 @dataclass(frozen=True)
 class Mean:
     """A mean as a monoid: adds over micro-batches, steps and ranks, and is divided once, at the end."""
@@ -102,7 +117,8 @@ class Mean:
 
     @staticmethod
     def of(values: Tensor, weight: Tensor | None = None) -> Mean:
-        """The mean of per-sample `values` (B,), each counted with `weight` (B,) or once."""
+        """The mean of per-sample `values` (B,), each counted with `weight` (B,) or once; summed in float32 at least."""
+        values = widened(values)
         if weight is None:
             return Mean(values.sum(), torch.full((), float(values.numel()), dtype=values.dtype, device=values.device))
         weight = weight.to(values.dtype)
@@ -170,13 +186,23 @@ def pack(logs: Mapping[str, Mean]) -> Tensor:
         return logs.packed
     if not logs:
         return torch.zeros(0, 2, dtype=torch.float64)
-    flat = torch.stack([t.detach() for m in logs.values() for t in (m.total, m.weight.to(m.total.dtype))])
-    return flat.to(torch.float64).view(-1, 2)
+    flat = [t.detach() for m in logs.values() for t in (m.total, m.weight)]
+    if len({t.dtype for t in flat}) > 1:
+        flat = [t.to(torch.float64) for t in flat]
+    return torch.stack(flat).to(torch.float64).view(-1, 2)
+
+
+def seal(logs: Mapping[str, Any]) -> Logs:
+    """What a step reported as one packed tensor, and the model outputs that came with it; sealed logs as they are."""
+    if isinstance(logs, Logs):
+        return logs
+    means = {n: m for n, m in logs.items() if isinstance(m, Mean)}
+    return Logs(tuple(means), pack(means), {n.removeprefix(OUTPUT): v for n, v in logs.items() if not isinstance(v, Mean)})
 
 
 Loss: TypeAlias = Callable[[Params, Buffers, Batch], tuple[Tensor, Aux]]  # the total, to be divided by aux.weight
 Grad: TypeAlias = Callable[[TrainState, Batch], tuple[Params, Aux]]  # the gradient of total / weight
-Step: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, Mean]]]
+Step: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, Any]]]  # Means, and outputs under "@"
 Batches: TypeAlias = Any  # Iterable[Batch], or {phase: Iterable[Batch]} for a whole workflow
 Epoch: TypeAlias = Callable[[TrainState, Batches], tuple[TrainState, Logs]]
 Run: TypeAlias = Callable[[TrainState], TrainState]
@@ -197,8 +223,12 @@ class RunInfo:
     log_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what each phase reports
     base_lrs: tuple[float, ...] = ()  # per parameter group, before any schedule
     say: Callable[[str], None] = print  # one line to the console, on rank 0
-    model_state: Callable[[TrainState], dict[str, Tensor]] = dict  # by the names of the user's module, to be loaded there
-    optimizer_state: Callable[[TrainState], dict[str, Any]] = dict  # as the torch.optim class would give it
+    model_state: Callable[[TrainState], dict[str, Tensor]] = lambda state: (
+        state.params
+    )  # by the names of the user's module, to be loaded there
+    optimizer_state: Callable[[TrainState], dict[str, Any]] = lambda state: (
+        state.opt_state
+    )  # as the torch.optim class would give it
 
     @property
     def steps_per_epoch(self) -> int:

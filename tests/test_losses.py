@@ -135,7 +135,7 @@ def test_a_subclass_with_its_own_forward_is_not_taken_for_torchs() -> None:
     """Only the mathematics of torch itself is known; a class that overrides forward gets None."""
 
     class Doubled(nn.MSELoss):
-        def forward(self, input: Tensor, target: Tensor) -> Tensor:  # noqa: A002
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
             return 2 * super().forward(input, target)
 
     assert maskable(Doubled()) is None

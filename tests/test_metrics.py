@@ -13,8 +13,6 @@ from torch import Tensor
 from ailab.metrics import Accuracy, LabBaseMetric, Top1Accuracy
 from ailab.types import Mean
 
-functional = pytest.importorskip("torchmetrics.functional.classification", reason="the oracle is torchmetrics")
-
 
 def drawn(seed: int, samples: int, classes: int, pixels: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
     torch.manual_seed(seed)
@@ -29,6 +27,7 @@ def metric(topk: int) -> Top1Accuracy | Accuracy:
 @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(2, 8), st.integers(1, 8), st.booleans())
 def test_accuracy_equals_torchmetrics(seed: int, samples: int, classes: int, topk: int, dense: bool) -> None:
     """Over any sizes, top-k accuracy is torchmetrics' micro accuracy; so is its mean over pixels."""
+    functional = pytest.importorskip("torchmetrics.functional.classification")
     topk = min(topk, classes)
     pred, label = drawn(seed, samples, classes, (3, 2) if dense and topk == 1 else ())
     oracle = functional.multiclass_accuracy(pred, label, num_classes=classes, average="micro", top_k=topk)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ailab import dist
 from ailab.stack import Middleware
-from ailab.types import Batch, Batches, Epoch, Logs, Mean, Step, TrainState, pack
+from ailab.types import Batch, Batches, Epoch, Logs, Mean, Step, TrainState, seal
 
 TOTALS = "totals"  # slot: the sums of the running epoch, (names, 2) float64, so that a resumed epoch reports exact means
 PROGRESS = "progress"  # slot: {"epoch": workflow epochs completed, "stop": whether a hook asked to end the run}
@@ -35,9 +36,8 @@ def tally(names: Sequence[str]) -> Middleware[Step]:
     def wrap(step: Step) -> Step:
         def tallied(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
             state, logs = step(state, batch)
-            packed = pack({n: m for n, m in logs.items() if isinstance(m, Mean)})
-            fields = {n: v for n, v in logs.items() if not isinstance(v, Mean)}
-            return state.with_slot(TOTALS, state.slots[TOTALS] + packed), Logs(tuple(names), packed, fields)
+            sealed = seal(logs)
+            return state.with_slot(TOTALS, state.slots[TOTALS] + sealed.packed), sealed
 
         return tallied
 
@@ -92,7 +92,7 @@ def workflow(phases: Mapping[str, Epoch]) -> Epoch:
             parts.append(logs.prefixed(f"{phase}_"))
         # Only now, with every phase done, is the epoch complete: a run resumed before this point reports it again, once.
         progress = {**state.slots[PROGRESS], "epoch": state.slots[PROGRESS]["epoch"] + 1}
-        slots = {**state.slots, PROGRESS: progress}
+        slots: dict[str, Any] = {**state.slots, PROGRESS: progress}
         if TOTALS in slots:
             slots[TOTALS] = torch.zeros_like(slots[TOTALS])
         return state.replace(slots=slots), Logs.join(parts)

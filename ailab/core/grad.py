@@ -29,14 +29,18 @@ def _leaf(param: Tensor) -> Tensor:
 
 
 def reciprocal(weight: Tensor) -> Tensor:
-    """`1 / weight`, and 1 where the weight is 0 (a batch in which nothing counts has a zero total)."""
-    return torch.reciprocal(weight + (weight == 0))
+    """`1 / weight`, and something finite where the weight is 0: a batch in which nothing counts has a zero total."""
+    return weight.clamp(min=1e-12).reciprocal()
 
 
 def _cotangent(total: Tensor, aux: Aux, batch: Batch, ranks: int = 1) -> Tensor:
     """What the total is differentiated times: so is it divided by its weight, and scaled, at no cost."""
-    scale = ranks * reciprocal(aux.weight)
-    return (scale * batch[LOSS_SCALE] if LOSS_SCALE in batch else scale).to(total.dtype)
+    scale = reciprocal(aux.weight)
+    if ranks > 1:
+        scale = scale * ranks
+    if LOSS_SCALE in batch:
+        scale = scale * batch[LOSS_SCALE]
+    return scale.to(total.dtype)
 
 
 def _unscaled(grads: Params, batch: Batch) -> Params:
@@ -63,8 +67,10 @@ def local_grad(loss: Loss, trainable: Collection[str] | None = None) -> Grad:
             leaves = {n: _leaf(state.params[n]) for n in names}
             fixed = {n: p.detach() for n, p in state.params.items() if n not in leaves}
             total, aux = loss({**fixed, **leaves}, state.buffers, batch)
-            found = torch.autograd.grad(total, list(leaves.values()), _cotangent(total, aux, batch), allow_unused=True)
-        return _unscaled({n: g.detach() for n, g in zip(leaves, found, strict=True) if g is not None}, batch), aux
+            found: Any = torch.autograd.grad(  # None for a parameter that took no part
+                total, list(leaves.values()), _cotangent(total, aux, batch), allow_unused=True
+            )
+        return _unscaled({n: g for n, g in zip(leaves, found, strict=True) if g is not None}, batch), aux
 
     return grad
 
@@ -96,13 +102,14 @@ def ddp_grad(loss: Loss, state: TrainState, trainable: Collection[str] | None = 
     """
     mine = {n: p for n, p in state.params.items() if trainable is None or n in trainable}
     owner = _Owner(loss, mine)
-    wrapped = DistributedDataParallel(owner, **ddp)
-    own: list[nn.Parameter] = list(owner.own)
+    with dist.peers("the comparison of the models of all ranks"):
+        wrapped = DistributedDataParallel(owner, **ddp)
+    own: list[Tensor] = list(owner.own)
 
     def grad(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
         with torch.no_grad():
             torch._foreach_copy_(own, [state.params[n] for n in owner.keys])
-        fixed = {n: p for n, p in state.params.items() if n not in mine}
+        fixed = {n: p.detach() for n, p in state.params.items() if n not in mine}
         for p in own:
             p.grad = None  # a fresh one each time: gradients handed out earlier stay as they were
         with torch.enable_grad():
@@ -146,12 +153,12 @@ def reduce_aux(aux: Aux) -> Aux:
     summed = dist.all_reduce(torch.stack([t.detach().to(torch.float64) for t in parts])).unbind()
     dtype = aux.weight.dtype
     logs = {n: Mean(summed[1 + 2 * i].to(dtype), summed[2 + 2 * i].to(dtype)) for i, n in enumerate(names)}
-    return replace(aux, weight=summed[0].to(dtype), logs=logs, buffers=dist.broadcast_all(aux.buffers))
+    return replace(aux, weight=summed[0].to(dtype), logs=logs, buffers=dist.from_first(aux.buffers))
 
 
 def has_custom_backward(total: Tensor) -> bool:
     """Whether a custom `autograd.Function` (or a custom operator's `register_autograd`) took part in `total`."""
-    todo, seen = [total.grad_fn], set()
+    todo, seen = [total.grad_fn], set[Any]()
     while todo:
         node = todo.pop()
         if node is None or node in seen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ailab.binding import Binding, name_outputs
 from ailab.errors import ConfigError
-from ailab.types import WEIGHT, Aux, Batch, Buffers, Loss, Mean, Params, TrainState
+from ailab.types import WEIGHT, Aux, Batch, Buffers, Loss, Mean, Params, TrainState, widened
 
 LOSS_PREFIX = "loss."  # of the criterion's own parameters and buffers
 
@@ -30,7 +31,12 @@ class Functional:
     """
 
     def __init__(
-        self, module: nn.Module, *, training: bool, prefix: str = "", via: Callable[[nn.Module], Callable[..., Any] | None] | None = None
+        self,
+        module: nn.Module,
+        *,
+        training: bool,
+        prefix: str = "",
+        via: Callable[[nn.Module], Callable[..., Any] | None] | None = None,
     ):
         memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
         memo.update({id(b): b.detach().to("meta") for b in module.buffers()})
@@ -41,18 +47,25 @@ class Functional:
         self._root = _Root(skeleton, self.call)
         self._names = [("skeleton." + n, prefix + n) for n, _ in tensors]
         self._homes = [(store, key, names[id(t)]) for store, key, t in _homes(skeleton)]
+        self._buffers = {prefix + n: "skeleton." + n for n, _ in skeleton.named_buffers()}
 
     def __call__(self, params: Params, buffers: Buffers, kwargs: Mapping[str, Any]) -> Any:
-        """The module's output for these tensors; buffers are written to where the module does so (BatchNorm)."""
+        """The module's output for these tensors; `buffers` are written to, or get a new tensor, where the module does so."""
         if torch.compiler.is_compiling():
             own = {n: params[name] if name in params else buffers[name] for n, name in self._names}
-            return torch.func.functional_call(self._root, own, (), dict(kwargs))
+            result = torch.func.functional_call(self._root, own, (), dict(kwargs))
+            buffers.update({name: own[n].detach() for name, n in self._buffers.items() if own[n] is not buffers[name]})
+            return result
         # Eager mode: what functional_call does, with its look-ups done once (they cost 5 % of a small step).
         kept = [store[key] for store, key, _ in self._homes]
         try:
             for store, key, name in self._homes:
                 store[key] = params[name] if name in params else buffers[name]
-            return self.call(**kwargs)
+            result = self.call(**kwargs)
+            for store, key, name in self._homes:
+                if name in buffers and store[key] is not buffers[name]:  # assigned to: `self.count = self.count + 1`
+                    buffers[name] = store[key].detach()
+            return result
         finally:
             for (store, key, _), old in zip(self._homes, kept, strict=True):
                 store[key] = old
@@ -60,6 +73,8 @@ class Functional:
 
 class _Root(nn.Module):
     """A skeleton and the callable that stands for it, as one module for `functional_call`."""
+
+    call: Callable[..., Any]
 
     def __init__(self, skeleton: nn.Module, call: Callable[..., Any]):
         super().__init__()
@@ -119,9 +134,12 @@ def as_mean(value: Any, batch: Batch) -> Mean:
     if isinstance(value, Mean):
         return value
     if not isinstance(value, Tensor):
-        raise ConfigError(f"cfg.loss: the criterion returned {type(value).__name__}; return a tensor, a Mean, or a dict of them.")
+        raise ConfigError(
+            f"cfg.loss: the criterion returned {type(value).__name__}; return a tensor, a Mean, or a dict of them."
+        )
     size = batch_size(batch)
     if value.dim() == 0:
+        value = widened(value)
         return Mean(value * size, torch.full_like(value, float(size)).detach())
     if value.shape == (size,):
         return Mean.of(value, batch.get(WEIGHT))
@@ -140,6 +158,22 @@ def _combine(result: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
     weight = batch[WEIGHT].sum() if WEIGHT in batch else float(batch_size(batch))
     total = torch.stack([p.value * weight for p in parts.values()]).sum()
     return Mean(total, torch.as_tensor(weight, dtype=total.dtype, device=total.device)), parts
+
+
+def unless_empty(loss: Loss) -> Loss:
+    """`loss`, which cannot mask padding, on a rank that may have padding only: nothing of such a batch counts.
+
+    Its batches have the field `_weight` only where all of it is 0; the samples in them are stand-ins.
+    """
+
+    def counted(params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
+        total, aux = loss(params, buffers, batch)
+        if WEIGHT not in batch:
+            return total, aux
+        logs = {n: Mean(m.total * 0, m.weight * 0) for n, m in aux.logs.items()}
+        return total * 0, replace(aux, weight=aux.weight * 0, logs=logs)
+
+    return counted
 
 
 def pure_loss(
@@ -164,12 +198,10 @@ def pure_loss(
         else:
             result = criterion(params, after, loss_binding.kwargs({**batch, **outputs}))
         mean, parts = _combine(result, batch)
-        weight = mean.weight.detach()
-        logs = {n: Mean(m.total.detach(), m.weight.detach()) for n, m in {"loss": mean, **parts}.items()}
-        return mean.total, Aux(after, weight, logs, {n: _detached(v) for n, v in outputs.items()})
+        logs = {"loss": Mean(mean.total.detach(), mean.weight.detach())}
+        for name, part in parts.items():
+            logs[name] = Mean(part.total.detach(), part.weight.detach())
+        seen = {n: v.detach() if isinstance(v, Tensor) else v for n, v in outputs.items()}
+        return mean.total, Aux(after, logs["loss"].weight, logs, seen)
 
     return loss
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value

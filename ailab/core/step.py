@@ -7,17 +7,16 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from ailab.compile import FIELD
 from ailab.optim import Optimizer
 from ailab.optim.optimizer import Evaluate
-from ailab.types import Aux, Batch, Grad, Loss, Mean, Params, Step, TrainState
+from ailab.types import OUTPUT, Aux, Batch, Grad, Loss, Mean, Params, Step, TrainState
 
 _GRADS, _AUX = "_grads", "_aux"
 
 
 def requested(aux: Aux, outputs: Collection[str]) -> dict[str, object]:
     """The logs, and the model outputs that a host hook reads."""
-    return {**aux.logs, **{FIELD + n: aux.outputs[n] for n in outputs}}
+    return {**aux.logs, **{OUTPUT + n: aux.outputs[n] for n in outputs}}
 
 
 def train_step(grad: Grad, optimizer: Optimizer, outputs: Collection[str] = ()) -> Step:

@@ -1,7 +1,7 @@
 """Augmentations of a whole batch, on the device, inside the compiled step.
 
-Each is a pure `op(x) -> x` on pictures (B, C, H, W) of any real dtype. Every sample draws its own parameters from torch's global
-generator, which a run seeds before each step from (seed, step, rank).
+Each is a pure `op(x) -> x` on pictures (B, C, H, W) of any real dtype. Every sample draws its own parameters from torch's
+global generator, which a run seeds before each step from (seed, step, rank).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class BatchShift:
     fill: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, H, W), each shifted."""
         b, c, h, w = x.shape
         shift = torch.randint(0, 2 * self.pixels + 1, (2, b, 1), device=x.device)
         rows = (torch.arange(h, device=x.device) + shift[0])[:, None, :, None]  # (B, 1, H, 1)
@@ -68,6 +69,7 @@ class BatchAffine:
     shear: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, H, W), each transformed."""
         x, (h, w) = _real(x), x.shape[-2:]
         turn, slant, low, high = math.radians(self.degrees), math.radians(self.shear), *self.scale
         angle, lean = _uniform(x, -turn, turn), torch.tan(_uniform(x, -slant, slant))
@@ -88,6 +90,7 @@ class BatchFlip:
     p: float = 0.5
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, H, W), some mirrored."""
         return torch.where(_uniform(x, 0, 1, 1, 1, 1) < self.p, x.flip(-1), x)
 
 
@@ -109,6 +112,7 @@ class BatchErase:
     fill: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, H, W), some with a rectangle painted over."""
         (h, w), (low, high) = x.shape[-2:], self.area
         share, ratio = _uniform(x, low, high), torch.exp(_uniform(x, -math.log(3), math.log(3)))
         centre = _uniform(x, 0, 1, 2)
@@ -123,18 +127,17 @@ class BatchErase:
 @TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class BatchNormalize:
-    """`(x - mean) / std` with one number for all channels or one for each, in the units of the input; integers become float32."""
+    """`(x - mean) / std`, one number for all channels or one for each, in the units of the input; integers become float32."""
 
     mean: float | Sequence[float]
     std: float | Sequence[float]
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, H, W), normalized."""
         x = _real(x)
         if isinstance(self.mean, (int, float)) and isinstance(self.std, (int, float)):
             return (x - self.mean) / self.std
         # Numbers and no constant tensor: a captured CUDA graph cannot copy one from the host.
-        means, stds = (
-            [float(v)] * x.shape[1] if isinstance(v, (int, float)) else list(v) for v in (self.mean, self.std)
-        )
+        means, stds = ([float(v)] * x.shape[1] if isinstance(v, (int, float)) else list(v) for v in (self.mean, self.std))
         planes = zip(x.unbind(1), means, stds, strict=True)
         return torch.stack([(plane - mean) / std for plane, mean, std in planes], 1)

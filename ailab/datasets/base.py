@@ -10,13 +10,13 @@ from torch.utils.data import Dataset
 class LabBaseDataset(Dataset[Any]):
     """The base of storages and of tasks; a class that inherits one of each is a dataset.
 
-    A storage overrides `_len` and `_get_raw`, a task `_get_sample`. Both derive from this class, so they compose in either order:
+    A storage overrides `_len` and `_get_raw`, a task `_get_sample`. Both derive from this class, so they compose in any order:
 
         class Leaves(TableAnnotationDataset, RegressionTask):
             def load_input(self, raw): ...
             def load_target(self, raw): ...
 
-    An exception means a bad sample. It is not caught here: the stream puts another in its place, keeps the order and records it.
+    An exception means a bad sample. It is not caught here: the stream puts another in its place, keeps the order and lists it.
     """
 
     def __len__(self) -> int:

@@ -74,7 +74,7 @@ def read_idx(path: Path) -> Tensor:
             content = bytearray(file.read())
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+    if len(content) < 4 or bytes(content[:3]) != b"\x00\x00\x08":
         raise DataError(f"{path}: no IDX file of bytes; it starts with {bytes(content[:4])!r}.")
     start = 4 + 4 * content[3]
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]

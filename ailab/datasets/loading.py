@@ -7,20 +7,23 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate  # pyright: ignore[reportUnknownVariableType]
 
 from ailab import tree
 from ailab.binding import wrap_sample
+from ailab.datasets.bad import Bad
 from ailab.rng import mix
 from ailab.types import WEIGHT, Batch
 
+_SHIELDED = (signal.SIGINT, signal.SIGTERM)
 _TRIES = 16  # samples looked at for a stand-in when a whole batch is bad
 
 
@@ -32,19 +35,11 @@ class Key(NamedTuple):
     spare: int  # a sample of the same global batch, for a rank that has none
 
 
-class Bad(NamedTuple):
-    """A sample that could not be read."""
-
-    index: int
-    kind: str  # class of the exception
-    message: str
-
-
 class Loaded(NamedTuple):
     """What comes back from a worker."""
 
     batch: Batch | None  # None: `failure` says why
-    read: int  # samples asked for
+    asked: int  # samples of the key
     bad: list[Bad]
     failure: str = ""
 
@@ -54,10 +49,21 @@ def narrow(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype == torch.float64 else x
 
 
+@contextmanager
+def signals_held() -> Generator[None]:
+    """Hold SIGINT and SIGTERM back while workers start: one that came before `start_worker` would kill them."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
 def start_worker(then: Callable[[int], None] | None, worker: int) -> None:
     """Leave SIGINT and SIGTERM to the host, which ends its workers itself once the state is saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _SHIELDED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SHIELDED)
     if then is not None:
         then(worker)
 
@@ -78,7 +84,7 @@ def reap(workers: Sequence[BaseProcess]) -> None:
 
 
 @contextmanager
-def _generators_kept() -> Iterator[None]:
+def _generators_kept() -> Generator[None]:
     """Put the global generators back as they were; without workers the samples are drawn in the host's process."""
     numpy = sys.modules.get("numpy")
     kept = torch.default_generator.get_state(), random.getstate(), numpy and numpy.random.get_state()
@@ -103,14 +109,17 @@ def _described(index: int, error: Exception) -> Bad:
     """The error with the line of user code that raised it; short, and safe to print."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{error} ({Path(frame.filename).name}:{frame.lineno})"[:500]
-    return Bad(index, type(error).__name__, "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+    return Bad(
+        index, type(error).__name__, "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    )
 
 
 class Fetcher(torch.utils.data.Dataset[Loaded]):
     """A dataset of batches: `fetcher[key]` reads the samples of `key`, each under a seed of (seed, epoch, index).
 
-    A sample that raises is replaced by the first good one of the batch. With `size` every batch has that many slots and the
-    field `_weight`, which is 0 for such a stand-in and for padding; without it a batch has as many slots as samples.
+    A sample that raises is replaced by a good one of the batch. With `size` every batch has that many slots and the
+    field `_weight`, which is 0 for such a stand-in and for padding; without it a batch has as many slots as samples, and for no
+    samples one that weighs 0.
     """
 
     def __init__(self, dataset: Any, seed: int, size: int | None, collate_fn: Callable[[list[Any]], Any] | None):
@@ -123,10 +132,8 @@ class Fetcher(torch.utils.data.Dataset[Loaded]):
         key = Key(*index)
         with _generators_kept():
             samples, bad = self._read(key.epoch, key.ids)
-            good = next((s for s in samples if s is not None), None)
-            if good is None:
-                good = self._stand_in(key, bad)
-            if good is None:
+            good = [s for s in samples if s is not None] or self._stand_in(key, bad)
+            if not good:
                 return Loaded(None, len(key.ids), bad, f"no sample of this batch can be read, nor any of the {_TRIES} after it")
             try:
                 return Loaded(self._collate(samples, good), len(key.ids), bad)
@@ -146,21 +153,22 @@ class Fetcher(torch.utils.data.Dataset[Loaded]):
                 bad.append(_described(index, error))
         return samples, bad
 
-    def _stand_in(self, key: Key, bad: list[Bad]) -> Any:
-        """The first sample that can be read from the spare one on, or None."""
-        for offset in range(_TRIES):
+    def _stand_in(self, key: Key, bad: list[Bad]) -> list[Any]:
+        """The first sample after those of the batch that can be read; none if all of the next ones are bad."""
+        for offset in range(len(key.ids), len(key.ids) + _TRIES):
             samples, more = self._read(key.epoch, [(key.spare + offset) % len(self.dataset)])
             if samples[0] is not None:
-                return samples[0]
+                return samples
             bad += more
-        return None
+        return []
 
-    def _collate(self, samples: list[Any], good: Any) -> Batch:
+    def _collate(self, samples: list[Any], good: list[Any]) -> Batch:
         slots = max(self.size or len(samples), 1)
-        filled = [good if s is None else s for s in samples] + [good] * (slots - len(samples))
+        turns = cycle(good)
+        filled = [next(turns) if s is None else s for s in [*samples, *[None] * (slots - len(samples))]]
         joined = wrap_sample(self.collate_fn(filled)) if self.collate_fn else default_collate(filled)
         batch: Batch = tree.map(narrow, joined)
-        if self.size is not None:
+        if self.size is not None or not samples:
             real = [float(s is not None) for s in samples]
             return {**batch, WEIGHT: torch.tensor(real + [0.0] * (slots - len(real)))}
-        return batch if samples else tree.map(lambda t: t[:0], batch)
+        return batch

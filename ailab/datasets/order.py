@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,17 +40,19 @@ class Order:
         return self.lap(epoch, lap)[at * self.batch_size : (at + 1) * self.batch_size]
 
     def part(self, ids: Tensor) -> Tensor:
-        """This rank's contiguous part of a global batch; parts differ by at most one sample."""
+        """This rank's contiguous part of a global batch; parts differ by at most one sample, and rank 0's is never empty."""
         if self.world_size == 1:
             return ids
-        return ids[len(ids) * self.rank // self.world_size : len(ids) * (self.rank + 1) // self.world_size]
+        start, end = (-(-len(ids) * rank // self.world_size) for rank in (self.rank, self.rank + 1))  # rounded up
+        return ids[start:end]
 
     def batches(self, epoch: int, start: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
         """From step `start` on: the ids of the global batch and of this rank's part, on `device`; one permutation a lap."""
-        lap, chunks = -1, ()
+        lap = -1
+        chunks: Sequence[Tensor] = ()
         for step in range(start, self.steps):
             if step // self.lap_steps != lap:
                 lap = step // self.lap_steps
-                chunks = self.lap(epoch, lap).to(device).split(self.batch_size)
+                chunks = torch.split(self.lap(epoch, lap).to(device), self.batch_size)
             ids = chunks[step % self.lap_steps]
             yield ids, self.part(ids)

@@ -1,4 +1,4 @@
-"""The batches of one phase: a pure function of (seed, epoch, step), whatever the workers, the world size or the resume point."""
+"""The batches of one phase: a pure function of (seed, epoch, step), whatever the workers, the ranks or the resume point."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ailab import tree
 from ailab.binding import wrap_sample
-from ailab.datasets.loading import Bad, Fetcher, Key, Loaded, narrow, reap, start_worker
+from ailab.datasets.bad import Bad, BadSamples
+from ailab.datasets.loading import Fetcher, Key, Loaded, narrow, reap, signals_held, start_worker
 from ailab.datasets.order import Order
 from ailab.errors import DataError
 from ailab.types import WEIGHT, Batch
 
 _MEMORY_SHARE = 0.3  # of the free device memory that an in-memory dataset may take
-_FIRST = 16  # samples that all fail the same way: a programming error, not bad data
 
 
-def _same(loaded: Loaded) -> Loaded:
+def _same(loaded: Any) -> Any:
     """The collation of the DataLoader: a `Fetcher` has done it. A function of the module, so that it can be spawned."""
     return loaded
 
@@ -55,7 +55,8 @@ class Stream:
         world_size: number of parts; they differ by at most one sample.
         drop_last: leave out a last batch that is not full.
         pad: give every batch the same shape, ceil(batch_size / world_size) slots, and a field `_weight` (slots,) float32, 0 for
-            padding. Without it the last batch is short, and a rank may be given a batch of no samples.
+            padding. Padding repeats the samples of the batch in turn, so that batch statistics stay as they are. Without `pad`
+            the last batch is short; a rank that has no sample of it gets one with `_weight` 0, a field of no other batch then.
         device: where batches go.
         iters: steps of an epoch; past the end of the dataset it goes on with further permutations.
         name: the split, for messages.
@@ -96,28 +97,15 @@ class Stream:
         self.order = Order(size, batch_size, shuffle, seed, rank, world_size, lap, lap if iters is None else iters)
         self.pad = pad
         self.device = torch.device(device)
-        self.name = name
         self._slots = math.ceil(batch_size / world_size)
-        self._report = report or logging.getLogger("ailab.data").warning
-        self._bad: dict[int, Bad] = {}
-        self._allowed = math.ceil(max_bad_frac * size)
-        self._read = self._failed = 0
+        self._bad = BadSamples(name, size, max_bad_frac, report or logging.getLogger("ailab.data").warning)
         self._weights: dict[int, Tensor] = {}
         self._tensors = None if collate_fn else _in_memory(dataset, self.device)
         if self._tensors is None:
+            fetcher = Fetcher(dataset, seed, self._slots if pad else None, collate_fn)
+            pin = self.device.type == "cuda" if pin_memory is None else pin_memory and torch.cuda.is_available()
             self._keys = _Keys(self.order)
-            then = dataloader_kwargs.pop("worker_init_fn", None)
-            self._loader: DataLoader[Loaded] = DataLoader(
-                Fetcher(dataset, seed, self._slots if pad else None, collate_fn),
-                sampler=self._keys,  # type: ignore[arg-type]  # a batch is one item
-                batch_size=None,
-                collate_fn=_same,
-                num_workers=num_workers,
-                pin_memory=self.device.type == "cuda" if pin_memory is None else pin_memory and torch.cuda.is_available(),
-                generator=torch.Generator(),  # else each epoch would draw from the global one
-                worker_init_fn=partial(start_worker, then),
-                **dataloader_kwargs,
-            )
+            self._loader = _loader(fetcher, self._keys, num_workers=num_workers, pin_memory=pin, **dataloader_kwargs)
 
     def __len__(self) -> int:
         return self.steps
@@ -125,7 +113,7 @@ class Stream:
     @property
     def bad(self) -> list[Bad]:
         """The samples that could not be read so far, (index, kind, message), once each."""
-        return list(self._bad.values())
+        return list(self._bad.found.values())
 
     @property
     def steps(self) -> int:
@@ -147,52 +135,51 @@ class Stream:
         home = next(iter(self._tensors.values())).device
         for ids, mine in self.order.batches(epoch, start, home):
             real = len(mine)
-            if self.pad and real < self._slots:
-                mine = torch.cat([mine, (mine if real else ids)[:1].expand(self._slots - real)])
+            slots = self._slots if self.pad else max(real, 1)
+            if real < slots:
+                some = mine if real else ids[:1]
+                mine = some.repeat(math.ceil(slots / len(some)))[:slots]
             batch = {name: values.index_select(0, mine) for name, values in self._tensors.items()}
             if home != self.device:
                 batch = tree.to(batch, self.device)
-            if self.pad:
-                batch[WEIGHT] = self._weight(real)
+            if self.pad or not real:
+                batch[WEIGHT] = self._weight(real, slots)
             yield batch
 
-    def _weight(self, real: int) -> Tensor:
+    def _weight(self, real: int, slots: int) -> Tensor:
         """(slots,): `real` ones, then zeros. One tensor for all batches alike; nobody writes to a batch."""
         if real not in self._weights:
-            self._weights[real] = (torch.arange(self._slots, device=self.device) < real).float()
+            self._weights[real] = (torch.arange(slots, device=self.device) < real).float()
         return self._weights[real]
 
     # Any other dataset: a DataLoader whose items are whole batches.
 
     def _load(self, epoch: int, start: int) -> Iterator[Batch]:
         self._keys.epoch, self._keys.start = epoch, start
-        batches = iter(self._loader)
+        with signals_held():
+            batches = iter(self._loader)
         if workers := getattr(batches, "_workers", ()):
             Finalize(batches, reap, (workers,), exitpriority=100)  # before multiprocessing joins what is left
         for loaded in batches:
-            self._note(loaded)
-            assert loaded.batch is not None
+            self._bad.add(loaded.bad, loaded.asked)
+            if loaded.batch is None:
+                raise self._bad.error(loaded.failure)
             yield tree.to(loaded.batch, self.device)
 
-    def _note(self, loaded: Loaded) -> None:
-        """Record and report bad samples; stop when there are too many of them."""
-        for bad in loaded.bad:
-            if bad.index not in self._bad:
-                self._bad[bad.index] = bad
-                self._report(f"{self.name}: sample {bad.index} is bad and was replaced: {bad.kind}: {bad.message}")
-        self._read += loaded.read
-        self._failed += len(loaded.bad)
-        kinds = {bad.kind for bad in self.bad}
-        hopeless = self._failed >= min(_FIRST, self.order.size) and self._failed >= self._read and len(kinds) == 1
-        if loaded.batch is None or hopeless or len(self._bad) > self._allowed:
-            raise DataError(self._verdict(loaded.failure or ("every sample so far failed the same way" if hopeless else "")))
 
-    def _verdict(self, why: str) -> str:
-        kinds = [bad.kind for bad in self.bad]
-        counts = ", ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds)))
-        lines = [f"{self.name}: {why or f'more than {self._allowed} of {self.order.size} samples are bad'}."]
-        lines += [f"  Bad so far: {counts}; samples {list(self._bad)[:10]}."] if kinds else []
-        return "\n".join(lines + [f"  First: {bad.kind}: {bad.message}" for bad in self.bad[:1]])
+def _loader(
+    fetcher: Fetcher, keys: _Keys, *, worker_init_fn: Callable[[int], None] | None = None, **settings: Any
+) -> DataLoader[Loaded]:
+    """A DataLoader each of whose items is a whole batch."""
+    return DataLoader(
+        fetcher,
+        batch_size=None,
+        sampler=keys,  # pyright: ignore[reportArgumentType]  # it has an order and no length
+        collate_fn=_same,
+        generator=torch.Generator(),  # else each epoch would draw from the global one
+        worker_init_fn=partial(start_worker, worker_init_fn),
+        **settings,
+    )
 
 
 def _length(dataset: Any, name: str) -> int:
@@ -210,12 +197,12 @@ def _length(dataset: Any, name: str) -> int:
 
 def _in_memory(dataset: Any, device: torch.device) -> dict[str, Tensor] | None:
     """All samples as stacked tensors, on the device if they fit well; None for a dataset that is read by sample."""
+    stacked = getattr(dataset, "tensors", None)
+    found: Any
     if type(dataset) is TensorDataset:
-        found = wrap_sample(dataset.tensors)
-    elif hasattr(dataset, "tensors") and callable(dataset.tensors):
-        found = dataset.tensors()
+        found = wrap_sample(stacked)
     else:
-        return None
+        found = stacked() if callable(stacked) else None
     if found is None:
         return None
     tensors: dict[str, Tensor] = {name: narrow(t.detach()) for name, t in found.items()}

@@ -102,7 +102,8 @@ class TableDataset(TableAnnotationDataset):
         if len(holes[0]):
             row, column = int(holes[0][0]), columns[int(holes[1][0])]
             value = self.table[column].iloc[row]
-            raise DataError(f"{self.table_path}: record {row}, column {column!r}: {value!r} is not a number.")
+            what = "is empty" if pd.isna(value) else f"holds {value!r}, which is no number"
+            raise DataError(f"{self.table_path}: record {row}, column {column!r} {what}.")
         return torch.from_numpy(part.to_numpy("float32", copy=True))
 
     def _targets(self, column: Any) -> Tensor:
@@ -121,13 +122,15 @@ class TableDataset(TableAnnotationDataset):
 
 def _read(path: Path, loader: Callable[..., Any] | None, options: dict[str, Any]) -> Any:
     """The table as a DataFrame."""
-    import pandas as pd
+    import pandas
 
+    pd: Any = pandas  # its readers are typed in part
     excel = path.suffix.lower() in (".xls", ".xlsx")
     if path.suffix.lower() == ".tsv":
         options = {"sep": "\t", **options}
+    reader = loader or (pd.read_excel if excel else pd.read_csv)
     try:
-        return (loader or (pd.read_excel if excel else pd.read_csv))(path, **options)
+        return reader(path, **options)
     except ImportError as error:
         raise DataError(f"{path}: reading it needs a package: {error}") from error
     except (OSError, ValueError, EOFError) as error:  # pandas' own parser errors are ValueErrors

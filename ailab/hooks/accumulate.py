@@ -5,22 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ailab import tree
+from ailab import dist, tree
 from ailab.core.grad import reciprocal
 from ailab.core.loss import batch_size
 from ailab.errors import ConfigError
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
-from ailab.types import Aux, Batch, Grad, Params, TrainState
+from ailab.types import WEIGHT, Aux, Batch, Grad, Params, TrainState
 
 
 @HOOKS.register_module()
 def GradAccumulateHook(n: int, name: str = "accumulate") -> Middleware[Grad]:
     """Cut each batch into `n` micro-batches along dimension 0 and add their gradients: sums and weights, divided once.
 
-    The step, the schedule and the logs see one batch. Buffers (BatchNorm) pass from one micro-batch to the next.
+    The step, the schedule and the logs see one batch. Buffers (BatchNorm) and slots pass from one micro-batch to the next.
 
     Raises:
         ConfigError: when n < 1.
@@ -30,17 +31,20 @@ def GradAccumulateHook(n: int, name: str = "accumulate") -> Middleware[Grad]:
 
     def wrap(grad: Grad) -> Grad:
         def accumulated(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
-            parts = _cut(batch, n)
+            parts, sizes = _cut(batch, n)
             if len(parts) == 1:
                 return grad(state, batch)
             grads, total = grad(state, parts[0])
             grads = {k: g * total.weight.to(g.dtype) for k, g in grads.items()}
+            outputs = [total.outputs]
             for part in parts[1:]:
-                more, aux = grad(state.replace(buffers=total.buffers), part)
+                more, aux = grad(state.replace(buffers=total.buffers, slots={**state.slots, **total.slots}), part)
                 grads = {k: g + more[k] * aux.weight.to(g.dtype) for k, g in grads.items()}
                 total = _add(total, aux)
+                outputs.append(aux.outputs)
             scale = reciprocal(total.weight)
-            return {k: g * scale.to(g.dtype) for k, g in grads.items()}, total
+            joined = {name: _joined([o[name] for o in outputs], sizes) for name in total.outputs}
+            return {k: g * scale.to(g.dtype) for k, g in grads.items()}, replace(total, outputs=joined)
 
         return accumulated
 
@@ -48,16 +52,27 @@ def GradAccumulateHook(n: int, name: str = "accumulate") -> Middleware[Grad]:
 
 
 def _cut(batch: Batch, n: int) -> list[Batch]:
-    """The micro-batches; the last one may be short. A field without a sample dimension goes to each of them."""
+    """The micro-batches; the last one may be short. A field without a sample dimension goes to each of them.
+
+    With several processes there are always `n`, so that all ranks make the same reductions, however many samples each has: in
+    place of one that would be empty comes the first one, with weights of 0.
+    """
     size = batch_size(batch)
     each = -(-size // n)
 
     def part(value: Any, start: int) -> Any:
         return value[start : start + each] if isinstance(value, Tensor) and value.dim() > 0 else value
 
-    return [tree.map(lambda v, s=start: part(v, s), batch) for start in range(0, size, each)]
+    parts: list[Batch] = [tree.map(lambda v, s=start: part(v, s), batch) for start in range(0, size, each)]
+    missing = n - len(parts) if dist.world_size() > 1 else 0
+    return parts + [{**parts[0], WEIGHT: torch.zeros(each, device=_device(batch))} for _ in range(missing)]
+
+
+def _device(batch: Batch) -> torch.device:
+    return next(v.device for v in batch.values() if isinstance(v, Tensor))
 
 
 def _add(a: Aux, b: Aux) -> Aux:
-    """The sums of two micro-batches. Model outputs are those of the last one."""
-    return replace(b, weight=a.weight + b.weight, logs={n: a.logs[n] + m for n, m in b.logs.items()})
+    """The sums of two micro-batches; their buffers and slots are those after the second."""
+    logs = {n: a.logs[n] + m for n, m in b.logs.items()}
+    return replace(b, weight=a.weight + b.weight, logs=logs, slots={**a.slots, **b.slots})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -59,15 +60,25 @@ def _dtype(asked: str, device: torch.device) -> torch.dtype | None:
 
 
 def _scaled(init_scale: float, growth_interval: int, name: str) -> list[Middleware[Any]]:
-    """The loss scale: handed to the gradient core, which divides it out again, and adapted at the step."""
+    """The loss scale: handed to the gradient core, which divides it out again, and adapted at the step.
+
+    The gradient is looked at, and not the new parameters: a clip by value or an optimizer that takes signs hides an overflow.
+    """
 
     def init(state: TrainState) -> dict[str, Tensor]:
         device = state.step.device
-        return {"scale": torch.tensor(init_scale, device=device), "growth": torch.zeros((), dtype=torch.int32, device=device)}
+        return {
+            "scale": torch.tensor(init_scale, device=device),
+            "growth": torch.zeros((), dtype=torch.int32, device=device),
+            "finite": torch.ones((), dtype=torch.bool, device=device),  # of all gradients of the step in flight
+        }
 
     def wrap_grad(grad: Grad) -> Grad:
         def scaled(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
-            return grad(state, {**batch, LOSS_SCALE: state.slots[name]["scale"]})
+            memory = state.slots[name]
+            grads, aux = grad(state, {**batch, LOSS_SCALE: memory["scale"]})
+            finite = memory["finite"] & tree.finite(grads)
+            return grads, replace(aux, slots={**aux.slots, name: {**memory, "finite": finite}})
 
         return scaled
 
@@ -75,12 +86,13 @@ def _scaled(init_scale: float, growth_interval: int, name: str) -> list[Middlewa
         def adapted(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
             after, logs = step(state, batch)
             memory = state.slots[name]
-            finite = torch.isfinite(tree.norm(after.params))
+            finite = after.slots[name]["finite"]
             grown = memory["growth"] + 1 >= growth_interval
-            factor = torch.where(finite, torch.where(grown, 2.0, 1.0), 0.5)
+            doubled = torch.where(torch.isfinite(memory["scale"] * 2), memory["scale"] * 2, memory["scale"])
+            scale = torch.where(finite, torch.where(grown, doubled, memory["scale"]), memory["scale"] * 0.5)
             growth = torch.where(finite & ~grown, memory["growth"] + 1, 0).to(torch.int32)
             kept = tree.where(finite, after, state).replace(step=after.step)
-            return kept.with_slot(name, {"scale": memory["scale"] * factor, "growth": growth}), logs
+            return kept.with_slot(name, {"scale": scale, "growth": growth, "finite": memory["finite"]}), logs
 
         return adapted
 

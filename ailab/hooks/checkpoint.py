@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 
 from ailab import checkpoint, dist
 from ailab.checkpoint import Keep
-from ailab.core.epoch import Interrupted, epochs_done
+from ailab.core.epoch import PROGRESS, Interrupted, epochs_done
 from ailab.errors import CheckpointError, ConfigError, Preempted
 from ailab.hooks.lr import restart_lr
+from ailab.manifest import MANIFEST
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import Batch, Epoch, Logs, Mean, Run, RunInfo, Step, TrainState
@@ -44,6 +46,8 @@ def CheckpointHook(
     """
     if interval < 1 or (every_steps is not None and every_steps < 1):
         raise ConfigError(f"cfg.hooks.checkpoint: interval={interval}, every_steps={every_steps}; both are at least 1.")
+    if not run.steps_per_epoch:
+        return []  # nothing new comes out of an evaluation
     directory = _directory(save_dir, run)
     kept = Keep(**dict(keep or {}))
 
@@ -73,8 +77,6 @@ def CheckpointHook(
 
     def wrap_epoch(epoch: Epoch) -> Epoch:
         def saved(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
-            if state.at == 0 and run.rank == 0:
-                _refuse_earlier_run(directory)
             state, logs = epoch(state, batches)
             done = epochs_done(state)
             if done % interval == 0 or done == run.total_epochs or (every_steps and state.at % every_steps == 0):
@@ -85,6 +87,8 @@ def CheckpointHook(
 
     def wrap_run(run_all: Run) -> Run:
         def preemptible(state: TrainState) -> TrainState:
+            if run.rank == 0 and _resume_entry(run) is None:
+                _refuse_earlier_run(directory)
             try:
                 return run_all(state)
             except Interrupted as stop:
@@ -101,7 +105,10 @@ def CheckpointHook(
 def ResumeHook(
     resume_from: str | None = None, resume_lr: str | float = "keep", save_dir: str | None = None, *, run: RunInfo
 ) -> Middleware[Run]:
-    """Continue from the newest valid checkpoint of `save_dir`, or from `resume_from`; start afresh where there is none.
+    """Continue from the newest valid checkpoint of `save_dir`, or start from `resume_from`; start afresh where there is none.
+
+    A run that began with `resume_from` and was interrupted goes on with its own checkpoints. A run without a train phase takes
+    parameters, buffers and the slots that its hooks read, and nothing else.
 
     Args:
         resume_from: a checkpoint folder, or a folder of them; must exist.
@@ -112,22 +119,27 @@ def ResumeHook(
 
     Raises:
         CheckpointError: when there are checkpoints and none is valid or none fits this model.
+        ConfigError: when `resume_from` is given and `save_dir` holds checkpoints of another run.
     """
     if resume_lr not in ("keep", "initial") and not isinstance(resume_lr, (int, float)):
         raise ConfigError(f"cfg.hooks.resume.resume_lr is {resume_lr!r}; it is 'keep', 'initial' or a learning rate.")
-    source = resume_from or run.cfg.get("resume_from")
+    source = _source(resume_from, run)
+    directory = _directory(save_dir, run)
     rate = resume_lr if resume_lr != "keep" else run.cfg.get("resume_lr", "keep")
 
     def wrap(run_all: Run) -> Run:
         def resumed(state: TrainState) -> TrainState:
-            path = _agreed(_find(source, _directory(save_dir, run), run), run)
+            path = _agreed(_find(source, directory, run), run)
             if path is None:
+                if not run.steps_per_epoch:
+                    run.say(f"warning: there is no checkpoint in {directory}: the first weights are evaluated")
                 return run_all(state)
             content, found = checkpoint.load(path)
-            state = checkpoint.restore(state, content["state"])
+            state = checkpoint.restore(state, _fitting(content["state"], state, run))
             run.say(f"resumed from {path}: step {found.step}, {found.epoch} epochs done")
-            # A run that this checkpoint belongs to goes on as it was; only another one starts its schedule again.
-            if rate != "keep" and (source is not None or found.step):
+            # A run that has begun with `resume_from` keeps the schedule that it began then.
+            begun = source is not None and found.manifest["fingerprint"].get("resume_from") == source
+            if rate != "keep" and run.steps_per_epoch and not begun:
                 state = restart_lr(state, run.base_lrs, None if rate == "initial" else float(rate))
             return run_all(state)
 
@@ -159,20 +171,54 @@ def _directory(save_dir: str | None, run: RunInfo) -> Path:
     return Path(save_dir) if save_dir else run.work_dir / "checkpoints"
 
 
+def _resume_entry(run: RunInfo) -> Mapping[str, Any] | None:
+    """The entry of this run's ResumeHook in the cfg."""
+    entries = [e for e in run.cfg["hooks"].values() if e["type"] in ("ResumeHook", ResumeHook) and e["enable"]]
+    return entries[0] if entries else None
+
+
+def _source(resume_from: str | Path | None, run: RunInfo) -> str | None:
+    """Where the cfg says that the run starts, as an absolute path."""
+    source = resume_from or run.cfg.get("resume_from")
+    return os.path.abspath(source) if source else None
+
+
 def _find(source: str | None, directory: Path, run: RunInfo) -> Path | None:
     """The checkpoint to start from, looked for by rank 0 alone."""
     if run.rank != 0:
         return None
+    if source is not None and not run.steps_per_epoch:
+        return _named(source, run)
+    mine = checkpoint.newest(directory, say=run.say)
     if source is None:
-        found = checkpoint.newest(directory, say=run.say)
-        return found.path if found else None
+        return mine.path if mine else None
+    if mine is not None and mine.manifest["fingerprint"].get("resume_from") == source:
+        return mine.path
+    asked = _named(source, run)
+    if mine is not None and mine.path.resolve() != asked.resolve():
+        raise ConfigError(
+            f"cfg.hooks.resume.resume_from: {directory} holds checkpoints of another run, up to step {mine.step}.\n"
+            f"  To start from {asked}: another work_dir, or move those away. To go on with them: no resume_from."
+        )
+    return asked
+
+
+def _named(source: str, run: RunInfo) -> Path:
     path = Path(source)
-    if (path / "manifest.json").exists():
+    if (path / MANIFEST).exists():
         return path
     found = checkpoint.newest(path, sweep=False, say=run.say) if path.is_dir() else None
     if found is None:
         raise CheckpointError(f"resume_from={source!r}: there is no checkpoint there.")
     return found.path
+
+
+def _fitting(saved: Mapping[str, Any], like: TrainState, run: RunInfo) -> Mapping[str, Any]:
+    """What a run takes of a saved state: all of it to train on; to evaluate, what the model and its hooks read."""
+    if run.steps_per_epoch:
+        return saved
+    slots = {n: v for n, v in saved["slots"].items() if n in like.slots}
+    return {**saved, "opt_state": {}, "slots": {**slots, PROGRESS: like.slots[PROGRESS]}}
 
 
 def _agreed(path: Path | None, run: RunInfo) -> Path | None:
@@ -184,4 +230,7 @@ def _agreed(path: Path | None, run: RunInfo) -> Path | None:
 
 
 def _fingerprint(run: RunInfo) -> dict[str, Any]:
-    return {"seed": run.seed, "world_size": run.world_size, "device": run.device.type, "torch": torch.__version__}
+    entry = _resume_entry(run)
+    source = None if entry is None else _source(entry.get("resume_from"), run)
+    facts = {"seed": run.seed, "world_size": run.world_size, "device": run.device.type, "torch": torch.__version__}
+    return {**facts, "resume_from": source}

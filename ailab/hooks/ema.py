@@ -55,6 +55,6 @@ def EMAHook(decay: float = 0.999, warmup: bool = True, eval: bool = True, name: 
 
 
 def _decay(step: Tensor, decay: float, warmup: bool) -> Tensor:
-    n = step.to(torch.float32)
+    n = step.to(torch.float64)  # of 1 - 0.9999 float32 keeps four digits
     full = torch.full_like(n, decay)
     return torch.minimum(full, (1 + n) / (10 + n)) if warmup else full

@@ -1,19 +1,23 @@
-"""LoggerHook: the console and a log file. RecordHook: metrics.jsonl. ProgressHook: the bar. All three are observers."""
+"""LoggerHook: the console and a log file. RecordHook: config.json and metrics.jsonl. ProgressHook: the bar. All observers."""
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ailab import durable
+from ailab.config import snapshot
 from ailab.core.epoch import epochs_done
-from ailab.errors import NonFiniteError
-from ailab.hooks.scalars import Report, observe
+from ailab.errors import ConfigError, NonFiniteError
+from ailab.hooks.scalars import Report, observe, running
 from ailab.hooks.view import Item, View, check_items, read
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
-from ailab.types import Batch, Epoch, Mean, RunInfo, Step, TrainState
+from ailab.types import Batch, Epoch, Mean, Run, RunInfo, Step, TrainState
 from ailab.workdir import Lines
 
 
@@ -40,7 +44,8 @@ def LoggerHook(
     Raises:
         ConfigError: before the first step, for a path that leads nowhere.
     """
-    items: Mapping[str, Item] = {"lr": "optimizer.param_groups.0.lr"} if log_items is None else log_items
+    usual: dict[str, Item] = {"lr": "optimizer.param_groups.0.lr"} if run.base_lrs else {}
+    items: Mapping[str, Item] = usual if log_items is None else log_items
     file = Path(log_dir or run.work_dir) / "train.log"
     latest: dict[str, float] = {}
     clock = _Clock()
@@ -58,7 +63,7 @@ def LoggerHook(
 
     hooks = observe(name, emit, run, every=interval)
 
-    def checked(run_all: Any) -> Any:
+    def checked(run_all: Run) -> Run:
         check_items(items, run, f"cfg.hooks.{name}.log_items")
         return run_all
 
@@ -94,33 +99,65 @@ def _number(value: Any) -> str:
     return f"{value:.4f}" if 1e-2 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
 
 
-def RecordHook(interval: int, path: Path, run: RunInfo) -> list[Middleware[Any]]:
-    """`metrics.jsonl`: one JSON object per line with step, epoch, phase and every log by name; part of every run.
+METRICS, CONFIG = "metrics.jsonl", "config.json"  # in the work_dir
+_KEYS = ("step", "epoch", "phase", "final", "lr")
+
+
+def is_reserved(key: str) -> bool:
+    """Whether a key of a line of metrics.jsonl is no result."""
+    return key in _KEYS or key.startswith("wall_")
+
+
+def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
+    """`config.json`, and `metrics.jsonl`: one JSON object per line with step, epoch, phase and every log by name; part of every run.
 
     A resumed run drops what the interrupted one wrote after its checkpoint, so that the file ends up the same, byte for byte,
-    as that of a run that was never interrupted; only keys that start with `wall_` differ.
+    as that of a run that was never interrupted; only keys that start with `wall_` differ. A run without a train phase adds its
+    lines to those that are there.
 
     Raises:
+        ConfigError: when a log is called like one of the other keys of a line.
         NonFiniteError: when the loss of a line is NaN or infinite.
     """
-    lines = Lines(path)
+    lines: Lines | None = None
     started = time.monotonic()
 
     def begin(state: TrainState) -> None:
+        nonlocal lines
+        _write_config(run)
+        lines = Lines(run.work_dir / METRICS)
         epoch, step = epochs_done(state), state.at
-        lines.rewind(lambda row: row["epoch"] <= epoch or (not row["final"] and row["step"] <= step))
+        training = run.steps_per_epoch > 0
+        lines.rewind(lambda row: not training or row["epoch"] <= epoch or (not row["final"] and row["step"] < step))
+        if training and step > epoch * run.steps_per_epoch and step % interval == 0:
+            emit(running(state, run))  # its line may not have come before the checkpoint: on a GPU numbers arrive later
 
     def emit(report: Report) -> None:
         head = {"step": report.step, "epoch": report.epoch, "phase": report.phase, "final": report.final}
-        lines.append({**head, **report.means, "lr": list(report.lrs), "wall_seconds": round(time.monotonic() - started, 3)})
+        if lines is not None:
+            lines.append({**head, **report.means, "lr": list(report.lrs), "wall_seconds": round(time.monotonic() - started, 3)})
         loss = report.means.get("loss", 0.0)
-        if loss != loss or abs(loss) == float("inf"):
+        if not math.isfinite(loss):
             raise NonFiniteError(
                 f"the {report.phase} loss of epoch {report.epoch} is {loss} at step {report.step}.\n"
                 "  Lower optimizer.lr, or put hooks.clip = dict(type='GradClipHook', max_norm=1.0) or SkipNonFiniteHook in."
             )
 
-    return observe("record", emit, run, every=interval, begin=begin)
+    def checked(run_all: Run) -> Run:
+        taken = sorted({n for names in run.log_names.values() for n in names if is_reserved(n)})
+        if taken:
+            raise ConfigError(f"metrics.jsonl has other uses for the key {taken[0]!r}; give that metric or loss another name.")
+        return run_all
+
+    return [*observe("record", emit, run, every=interval, begin=begin), Middleware("record", checked, "run")]
+
+
+def _write_config(run: RunInfo) -> None:
+    """The cfg of this run as JSON; an evaluation leaves that of the training alone."""
+    path = run.work_dir / CONFIG
+    text = json.dumps(snapshot(run.cfg), indent=1).encode() + b"\n"
+    if not path.exists() or (run.steps_per_epoch and path.read_bytes() != text):
+        durable.replace(path, text)
 
 
 def ProgressHook(bar: Any, run: RunInfo) -> list[Middleware[Any]]:

@@ -24,7 +24,7 @@ SLOT = "lr_scheduler"
 @HOOKS.register_module()
 def LrSchedulerHook(
     scheduler: Mapping[str, Any], by: Literal["epoch", "step"] = "epoch", metric: str = "val_loss", *, run: RunInfo
-) -> Middleware[Any]:
+) -> Middleware[Any] | list[Middleware[Any]]:
     """Any `torch.optim.lr_scheduler` class by name, or `WarmupAndCosineAnnealingLR`; also chained and sequential ones.
 
     The schedule is tabulated once by running torch's own class, so that the rate at a step is a look-up: it needs no memory,
@@ -42,19 +42,21 @@ def LrSchedulerHook(
     path = "cfg.hooks.lr_scheduler.scheduler"
     if by not in ("epoch", "step"):
         raise ConfigError(f"cfg.hooks.lr_scheduler.by is {by!r}; a schedule counts by 'epoch' or by 'step'.")
+    if not run.steps_per_epoch:
+        return []  # nothing is trained
     if scheduler.get("type") == "ReduceLROnPlateau":
         return _plateau(scheduler, metric, run, path)
     every = run.steps_per_epoch if by == "epoch" else 1
-    table = lr_table(scheduler, run.base_lrs, run.total_steps // max(every, 1), path=path, get=LR_SCHEDULERS.get).to(run.device)
+    table = lr_table(scheduler, run.base_lrs, run.total_steps // max(every, 1), path=path).to(run.device)
 
     def init(state: TrainState) -> dict[str, Tensor]:
-        return {"origin": torch.zeros_like(state.step), "scale": torch.ones_like(table[0, 0])}
+        return {"origin": torch.zeros_like(state.step), "scale": torch.ones_like(table[0, :1])}
 
     def wrap(step: Step) -> Step:
         def scheduled(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
             memory = state.slots[SLOT]
             position = torch.div(state.step - memory["origin"], every, rounding_mode="floor")
-            rates = [rate * memory["scale"] for rate in lr_at(table, position)]
+            rates = [rate * memory["scale"][0] for rate in lr_at(table, position)]
             return step(state.replace(opt_state=with_lrs(state.opt_state, rates)), batch)
 
         return scheduled
@@ -75,7 +77,7 @@ def restart_lr(state: TrainState, base_lrs: tuple[float, ...], lr: float | None)
 
 def _plateau(scheduler: Mapping[str, Any], metric: str, run: RunInfo, path: str) -> Middleware[Epoch]:
     """Lower the rate when a result stops improving; looks at the end of each epoch."""
-    rule = plateau(scheduler, run.base_lrs, path=path, get=LR_SCHEDULERS.get)
+    rule = plateau(scheduler, run.base_lrs, path=path)
 
     def wrap(epoch: Epoch) -> Epoch:
         def watched(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
@@ -95,7 +97,18 @@ def _plateau(scheduler: Mapping[str, Any], metric: str, run: RunInfo, path: str)
 def _check(entry: Mapping[str, Any], path: str) -> list[str]:
     problems = check_arguments(parameters(LrSchedulerHook).without(("run",)), entry, path, "LrSchedulerHook")
     scheduler = entry.get("scheduler")
-    return problems + (LR_SCHEDULERS.check(scheduler, f"{path}.scheduler", injected=("optimizer", "total_steps")) if isinstance(scheduler, dict) else [])
+    if not isinstance(scheduler, Mapping):
+        return problems
+    return problems + LR_SCHEDULERS.check(_with_total_steps(scheduler), f"{path}.scheduler", injected=("optimizer",))
+
+
+def _with_total_steps(scheduler: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entry as the run will complete it."""
+    try:
+        takes = parameters(LR_SCHEDULERS.get(scheduler.get("type"))).types
+    except ConfigError:  # the check says so
+        return scheduler
+    return {"total_steps": 1, **scheduler} if "total_steps" in takes else scheduler
 
 
 LrSchedulerHook.check = _check  # type: ignore[attr-defined]

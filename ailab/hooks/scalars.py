@@ -16,7 +16,6 @@ from ailab.optim import lrs
 from ailab.stack import Middleware
 from ailab.types import Batch, Epoch, Logs, Mean, RunInfo, Step, TrainState
 
-
 T = TypeVar("T")
 
 
@@ -65,10 +64,11 @@ def observe(
     On rank 0 only. A value is handed on once it has arrived on the host: at once on a CPU, at a later step on a GPU. `begin`
     is called before the first epoch of this process, with the state it starts from: resumed or fresh.
     """
-    if run.rank != 0:
-        return []
     if every < 1:
         raise ConfigError(f"cfg.hooks.{name}: the interval is {every}; it counts steps, so it is at least 1.")
+    if run.rank != 0:
+        return []
+    phases = [p["phase"] for p in run.cfg["workflow"] if p.get(name, {}).get("enable", True)]
     emit, begin = guarded(emit, name, run), guarded(begin, name, run) if begin else None
     waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
@@ -100,7 +100,8 @@ def observe(
             state, logs = epoch(state, batches)
             drain(wait=True)
             for report in results(state, logs, run):
-                emit(report)
+                if report.phase in phases:
+                    emit(report)
             return state, logs
 
         return reported
@@ -121,6 +122,14 @@ def _fetch(state: TrainState) -> tuple[Tensor, torch.cuda.Event | None]:
     return host, event
 
 
+def running(state: TrainState, run: RunInfo) -> Report:
+    """The running means of the training phase at this state; waits for the device."""
+    values, event = _fetch(state)
+    if event is not None:
+        event.synchronize()
+    return _running(state.at, values, run)
+
+
 def _running(step: int, values: Tensor, run: RunInfo) -> Report:
     names = run.log_names["train"]
     rows = values.tolist()
@@ -131,7 +140,7 @@ def _running(step: int, values: Tensor, run: RunInfo) -> Report:
 
 def results(state: TrainState, logs: Logs, run: RunInfo) -> list[Report]:
     """One final report per phase out of a workflow epoch's logs."""
-    epoch, rates = epochs_done(state), tuple(float(r) for r in lrs(state.opt_state))
+    epoch, rates = epochs_done(state), tuple(float(r) for r in lrs(state.opt_state)) if run.base_lrs else ()
     rows = dict(zip(logs.names, logs.packed.tolist(), strict=True))
     out: list[Report] = []
     for phase in run.phase_steps:

@@ -31,7 +31,8 @@ def TensorboardHook(
         nonlocal writer
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(log_dir or str(run.work_dir / "tensorboard"), purge_step=state.at + 1 if state.at else None)
+        purge = state.at + 1 if state.at and run.steps_per_epoch else None  # an evaluation adds to what is there
+        writer = SummaryWriter(log_dir or str(run.work_dir / "tensorboard"), purge_step=purge)
 
     def emit(report: Report) -> None:
         if writer is None:

@@ -41,8 +41,8 @@ PerSample = Callable[..., Tensor | Mean]
 def maskable(criterion: nn.Module) -> PerSample | None:
     """A function with the parameters of `criterion.forward` that returns what the criterion takes the mean of.
 
-    It returns (B,) per-sample values, whose plain mean is the criterion's. For a loss over class indices, where targets count by
-    their class weight and not at all at `ignore_index`, it returns the `Mean`; its further keyword `weight`, (B,), says how
+    It returns (B,) per-sample values, whose plain mean is the criterion's. For a loss over class indices, where targets count
+    by their class weight and not at all at `ignore_index`, it returns the `Mean`; its further keyword `weight`, (B,), says how
     often each sample counts. Values of shape (B,) are for the caller to weigh.
 
     From then on the criterion has `reduction="none"`; so call this once. Its buffers and parameters are read at each call.
@@ -62,7 +62,7 @@ def maskable(criterion: nn.Module) -> PerSample | None:
         call = _sum_of_each
     else:
         return None
-    criterion.reduction = "none"
+    criterion.reduction = "none"  # type: ignore[assignment]
     return _signed(call, criterion)
 
 
@@ -89,16 +89,18 @@ def _sum_of_each(criterion: nn.Module, *args: Any, weight: Tensor | None = None,
     return values if values.dim() == 1 else values.flatten(1).sum(1)
 
 
-def _of_classes(criterion: Any, input: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor | Mean:  # noqa: A002
+def _of_classes(criterion: Any, input: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor | Mean:
     """Cross-entropy and NLL. With probabilities for a target torch divides by the samples, whatever the class weights."""
     values = criterion.forward(input, target)
     if target.is_floating_point():
         return values if values.dim() == 1 else values.flatten(1).mean(1)
-    counted = target != criterion.ignore_index
-    shares = counted.to(values.dtype)
+    shares = (target != criterion.ignore_index).to(values.dtype)  # an ignored target has the value 0 already
     if criterion.weight is not None:
-        shares = shares * criterion.weight[torch.where(counted, target, 0)]
-    if weight is not None:
-        by_sample = weight.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
-        values, shares = values * by_sample, shares * by_sample
-    return Mean(values.sum(), shares.sum())
+        shares = shares * criterion.weight[torch.where(shares > 0, target, 0)]
+    if weight is None:
+        return Mean(values.sum(), shares.sum())
+    weight = weight.to(values.dtype)
+    if values.dim() > 1:
+        weight = weight.view(-1, *[1] * (values.dim() - 1)).expand_as(values).reshape(-1)
+        values, shares = values.reshape(-1), shares.reshape(-1)
+    return Mean(torch.dot(values, weight), torch.dot(shares, weight))

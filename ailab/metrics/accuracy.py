@@ -36,13 +36,14 @@ def class_indices(pred: Tensor, label: Tensor) -> Tensor:
 class Accuracy:
     """The share of samples whose class is among the `topk` highest scores; of fewer than `topk` classes every one is.
 
-    Called with pred (B, C, ...) scores or logits; label (B, ...) int64 class indices, or (B, C, ...) one score per class; weight
-    (B,), 0 for a sample that does not count. A sample with further dimensions (pixels) counts by the share that is right.
+    Called with pred (B, C, ...) scores or logits; label (B, ...) int64 class indices, or (B, C, ...) one score per class;
+    weight (B,), 0 for a sample that does not count. A sample with more dimensions (pixels) counts by its share that is right.
     """
 
     topk: int = 5
 
     def __call__(self, pred: Tensor, label: Tensor, weight: Tensor | None = None) -> Mean:
+        """The hits and how many samples count, as a `Mean`."""
         label = class_indices(pred, label)
         top = pred.topk(min(self.topk, pred.shape[1]), dim=1).indices
         return Mean.of(per_sample((top == label.unsqueeze(1)).any(1).float()), weight)
@@ -54,5 +55,6 @@ class Top1Accuracy:
     """The share of samples whose class has the highest score; called as `Accuracy` is."""
 
     def __call__(self, pred: Tensor, label: Tensor, weight: Tensor | None = None) -> Mean:
+        """The hits and how many samples count, as a `Mean`."""
         label = class_indices(pred, label)
         return Mean.of(per_sample((pred.argmax(1) == label).float()), weight)

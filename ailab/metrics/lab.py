@@ -8,8 +8,8 @@ from typing import Any
 class LabBaseMetric:
     """A metric that gathers samples and is computed at the end of a phase; torchmetrics have the same interface.
 
-    `update` is given the fields that `mapping` names, without padding. A metric that is a mean over samples is better a function
-    that returns a `Mean`: that is traced with the step and exact over ranks.
+    `update` is given the fields that `mapping` names, without padding. A metric that is a mean over samples is better a
+    function that returns a `Mean`: that is traced with the step and exact over ranks.
     """
 
     def reset(self) -> None:

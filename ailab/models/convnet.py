@@ -25,7 +25,7 @@ class ConvNet(nn.Module):
         in_channels: channels of a picture, C.
         num_classes: logits per picture.
         widths: channels of each stage; the picture is halved before every stage but the first.
-        depth: blocks per stage.
+        depth: blocks per stage; one number for all stages or one for each.
         mean: per channel, or one for all; in the units of the input (0..255 for uint8 pictures).
         std: as `mean`.
         dropout: probability of dropping a feature before the linear layer.
@@ -39,7 +39,7 @@ class ConvNet(nn.Module):
         in_channels: int = 1,
         num_classes: int = 10,
         widths: Sequence[int] = (32, 64, 128),
-        depth: int = 2,
+        depth: int | Sequence[int] = 2,
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
         dropout: float = 0.0,
@@ -49,17 +49,18 @@ class ConvNet(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1))
         layers: list[nn.Module] = []
         channels = in_channels
-        for i, width in enumerate(widths):
+        depths = [depth] * len(widths) if isinstance(depth, int) else depth
+        for i, (width, blocks) in enumerate(zip(widths, depths, strict=True)):
             if i:
                 layers.append(nn.MaxPool2d(2))
-            for _ in range(depth):
+            for _ in range(blocks):
                 layers.append(block(channels, width))
                 channels = width
         self.features = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(channels, num_classes)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the field's name in the seed's cfg
+    def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) uint8 or float -> (B, num_classes) logits."""
         x = (input.to(self.mean.dtype) - self.mean) / self.std
         return self.head(self.dropout(self.features(x).mean((2, 3))))

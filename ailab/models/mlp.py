@@ -27,7 +27,7 @@ class MLP(nn.Module):
             layers.append(nn.Linear(inputs, outputs))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the field's name in the seed's cfg
+    def forward(self, input: Tensor) -> Tensor:
         """(B, ...) of any real dtype -> (B, sizes[-1])."""
         x = input.flatten(1)
         return self.layers(x if x.is_floating_point() else x.float())

@@ -5,3 +5,4 @@ from ailab.optim.optimizer import Group as Group
 from ailab.optim.optimizer import Optimizer as Optimizer
 from ailab.optim.optimizer import lrs as lrs
 from ailab.optim.optimizer import with_lrs as with_lrs
+from ailab.optim.schedule import WarmupAndCosineAnnealingLR as WarmupAndCosineAnnealingLR

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ailab.optim.schedule import Get, build_scheduler, throw_away, torch_scheduler
+from ailab.optim.schedule import build_scheduler, throw_away
 
 Memory: TypeAlias = dict[str, Tensor]
 _COUNTS = ("num_bad_epochs", "cooldown_counter", "last_epoch")
@@ -25,7 +25,7 @@ class Plateau:
 
 
 def plateau(
-    cfg: Mapping[str, Any], base_lrs: Sequence[float], *, path: str = "cfg.lr_scheduler", get: Get | None = None
+    cfg: Mapping[str, Any], base_lrs: Sequence[float], *, path: str = "cfg.lr_scheduler"
 ) -> Plateau:
     """torch's own ReduceLROnPlateau, its memory set before each step and read after it.
 
@@ -33,13 +33,12 @@ def plateau(
         cfg: `dict(type="ReduceLROnPlateau", factor=0.5, patience=3)`; every argument of the class.
         base_lrs: before any schedule, one per parameter group.
         path: where the cfg says so, for error messages.
-        get: looks a class up by name; by default in torch.optim.lr_scheduler.
 
     Raises:
         ConfigError: for an argument that the class does not take or refuses.
     """
     optimizer = throw_away(base_lrs)
-    scheduler: ReduceLROnPlateau = build_scheduler(cfg, optimizer, None, path, get or torch_scheduler)
+    scheduler: ReduceLROnPlateau = build_scheduler(cfg, optimizer, None, path)
 
     def memory() -> Memory:
         counts = {k: torch.tensor(getattr(scheduler, k), dtype=torch.int64) for k in _COUNTS}

@@ -5,25 +5,20 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ailab.errors import ConfigError, nearest
+from ailab.errors import ConfigError
 from ailab.optim.groups import check_arguments
+from ailab.registry import LR_SCHEDULERS
 
 Factory: TypeAlias = Callable[[torch.optim.Optimizer], Any]  # optimizer -> scheduler
 
 
-class Get(Protocol):
-    """Looks a scheduler class up, as `Registry.get` does."""
-
-    def __call__(self, type_: Any, path: str) -> Any: ...
-
-
+@LR_SCHEDULERS.register_module()
 class WarmupAndCosineAnnealingLR(LRScheduler):
     """A linear warm-up to the base lr, then half a cosine down to `eta_min`; constant after that.
 
@@ -71,40 +66,27 @@ class WarmupAndCosineAnnealingLR(LRScheduler):
         return [self.eta_min + (base - self.eta_min) * part for base in self.base_lrs]
 
 
-def torch_scheduler(type_: Any, path: str) -> Any:
-    """A scheduler class of torch.optim.lr_scheduler, or `WarmupAndCosineAnnealingLR`, by name."""
-    known = {n: v for n, v in vars(lr_scheduler).items() if isinstance(v, type) and issubclass(v, LRScheduler) and n[0] != "_"}
-    known = {**known, "WarmupAndCosineAnnealingLR": WarmupAndCosineAnnealingLR}
-    known.pop("LRScheduler")
-    if type_ not in known:
-        raise ConfigError(f"{path}: {type_!r} is no scheduler.{nearest(type_, known)}\n  One of: {', '.join(sorted(known))}.")
-    return known[type_]
-
-
 def throw_away(base_lrs: Sequence[float]) -> torch.optim.Optimizer:
     """An optimizer with one group per lr. It has momentum, so schedulers that cycle momentum run; their momentum is dropped."""
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in base_lrs]
     return torch.optim.SGD(groups, lr=base_lrs[0], momentum=0.9)
 
 
-def _scheduler_class(cfg: Mapping[str, Any], path: str, get: Get) -> Any:
-    if "type" not in cfg:
-        raise ConfigError(f"{path}: a scheduler needs a `type`, got {sorted(cfg)}.")
-    return cfg["type"] if isinstance(cfg["type"], type) else get(cfg["type"], path=f"{path}.type")
-
-
-def build_scheduler(cfg: Mapping[str, Any], optimizer: torch.optim.Optimizer, n: int | None, path: str, get: Get) -> Any:
+def build_scheduler(cfg: Mapping[str, Any], optimizer: torch.optim.Optimizer, n: int | None, path: str) -> Any:
     """The scheduler that `cfg` describes, with its nested `schedulers`; `total_steps` is `n` where the class wants one.
 
     Raises:
         ConfigError: for an unknown class, or an argument that it does not take or refuses.
     """
-    cls, kwargs = _scheduler_class(cfg, path, get), {k: v for k, v in cfg.items() if k != "type"}
+    if "type" not in cfg:
+        raise ConfigError(f"{path}: a scheduler needs a `type`, got {sorted(cfg)}.")
+    cls: Any = LR_SCHEDULERS.get(cfg["type"], f"{path}.type")
+    kwargs = {k: v for k, v in cfg.items() if k != "type"}
     check_arguments(cls, kwargs, path, reserved=("optimizer",))
     for key, value in kwargs.items():
         if key == "schedulers":
             parts = cast("Sequence[Mapping[str, Any]]", value)
-            kwargs[key] = [build_scheduler(c, optimizer, n, f"{path}.schedulers[{i}]", get) for i, c in enumerate(parts)]
+            kwargs[key] = [build_scheduler(c, optimizer, n, f"{path}.schedulers.{i}") for i, c in enumerate(parts)]
     wants = inspect.signature(cls).parameters
     if "total_steps" in wants and "total_steps" not in kwargs and "epochs" not in kwargs and n is not None:
         kwargs["total_steps"] = max(1, n)
@@ -121,7 +103,6 @@ def lr_table(
     n: int,
     *,
     path: str = "cfg.lr_scheduler",
-    get: Get | None = None,
 ) -> Tensor:
     """The learning rate at positions 0..n as torch's own scheduler gives it; (n + 1, groups) float64.
 
@@ -136,13 +117,12 @@ def lr_table(
         base_lrs: before any schedule, one per parameter group.
         n: the last position.
         path: where the cfg says so, for error messages.
-        get: looks a class up by name; by default in torch.optim.lr_scheduler.
 
     Raises:
         ConfigError: for a cfg that does not fit, a schedule that ends before `n`, or one that needs a metric.
     """
     optimizer = throw_away(base_lrs)
-    scheduler = cfg(optimizer) if callable(cfg) else build_scheduler(cfg, optimizer, n, path, get or torch_scheduler)
+    scheduler = cfg(optimizer) if callable(cfg) else build_scheduler(cfg, optimizer, n, path)
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ConfigError(f"{path}: ReduceLROnPlateau depends on a metric, so it cannot be a table; use plateau().")
     optimizer.step()  # without gradients: torch warns when a scheduler goes first

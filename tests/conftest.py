@@ -1,0 +1,22 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def aot_eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`torch.compile` traces and functionalizes as always, and runs the graph without generating code: seconds less a graph."""
+    compile = torch.compile
+
+    def compiled(fn: Any, **options: Any) -> Any:
+        return compile(fn, **{**options, "backend": "aot_eager", "mode": None})
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    yield
+    torch._dynamo.reset()

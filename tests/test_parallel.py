@@ -1,0 +1,594 @@
+"""Several processes: the numbers of one, state that agrees bit for bit, and a clear end. Gloo ranks on a CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ailab import check, checkpoint, dist, tree
+from ailab.assemble import Job, assemble
+from ailab.compile import graphs_compiled
+from ailab.core.epoch import Interrupted
+from ailab.errors import AilabError, ConfigError, PeerError
+from ailab.metrics import LabBaseMetric
+from ailab.stack import Middleware
+from ailab.types import WEIGHT, RunInfo, TrainState
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+WORLDS = (2, 3)
+CORES = ("ddp", "graph")
+
+
+# Ranks: forked from a process that has imported everything, joined once, and told what to run.
+
+
+def _serve(pipe: Any, rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+        dist.start({"backend": "gloo", "init_method": f"file://{folder}/store{os.getppid()}_{world}", "timeout_s": 60}, CPU)
+    while True:
+        try:
+            job, args, kwargs = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            os._exit(0)
+        try:
+            answer = job(*args, **kwargs)
+        except Exception as error:
+            answer = error if isinstance(error, AilabError) else RuntimeError(traceback.format_exc())
+        pipe.send_bytes(pickle.dumps(answer))
+
+
+class Ranks:
+    """`world` warm processes; `ranks(job, ...)` runs `job(...)` on each and returns what each gave."""
+
+    def __init__(self, world: int, folder: Path):
+        forker = multiprocessing.get_context("forkserver")
+        forker.set_forkserver_preload(["ailab.fit", "torch.nn.parallel", "test_parallel"])
+        pipes = [forker.Pipe() for _ in range(world)]
+        self.pipes = [ours for ours, _ in pipes]
+        self.processes = [
+            forker.Process(target=_serve, args=(theirs, rank, world, str(folder)), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process, (_, theirs) in zip(self.processes, pipes, strict=True):
+            process.start()
+            theirs.close()
+
+    def send(self, job: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        for pipe in self.pipes:
+            pipe.send_bytes(pickle.dumps((job, args, kwargs)))
+
+    def answer(self, rank: int, limit: float = 120) -> Any:
+        assert self.pipes[rank].poll(limit), f"rank {rank} gave no answer within {limit} s"
+        return pickle.loads(self.pipes[rank].recv_bytes())
+
+    def __call__(self, job: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        self.send(job, *args, **kwargs)
+        answers = [self.answer(rank) for rank in range(len(self.pipes))]
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    def stop(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(5)
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+    folder, made = tmp_path_factory.mktemp("ranks"), {}
+
+    def of(world: int) -> Ranks:
+        if world not in made:
+            made[world] = Ranks(world, folder)
+        return made[world]
+
+    yield of
+    for one in made.values():
+        one.stop()
+
+
+# What they run.
+
+
+class Net(nn.Module):
+    """A classifier of points, in float64 unless asked otherwise; its BatchNorm can be `still`, in eval mode for good."""
+
+    def __init__(
+        self,
+        double: bool = True,
+        norm: bool = False,
+        still: bool = False,
+        dropout: float = 0.0,
+        unused: bool = False,
+        draw: bool = False,
+    ):
+        super().__init__()
+        self.still = still
+        if draw:
+            torch.manual_seed(os.getpid())  # a careless model
+        layers = [nn.Linear(6, 16), *([nn.BatchNorm1d(16)] if norm else []), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 4)]
+        self.body = nn.Sequential(*layers)
+        if unused:
+            self.spare = nn.Linear(3, 3)
+        self.double() if double else self.float()
+
+    def train(self, mode: bool = True) -> Net:
+        super().train(mode)
+        if self.still:
+            self.body[1].eval()
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.body(input.to(self.body[0].weight.dtype))
+
+
+class Points:
+    """`size` points of four classes with their ids; `bad` of them is not a number."""
+
+    def __init__(self, size: int, bad: int | None = None):
+        random = torch.Generator().manual_seed(size)
+        inputs = torch.randn(size, 6, generator=random)
+        if bad is not None:
+            inputs[bad] = float("nan")
+        self.fields = {"input": inputs, "target": torch.randint(4, (size,), generator=random), "id": torch.arange(size)}
+
+    def __len__(self) -> int:
+        return len(self.fields["id"])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: values[index] for name, values in self.fields.items()}
+
+
+class PointsInMemory(Points):
+    def tensors(self) -> dict[str, Tensor]:
+        return self.fields
+
+
+class ScalarLoss:
+    """A user's loss: a mean over the samples, which cannot be masked."""
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(output, target)
+
+
+class Ordered(LabBaseMetric):
+    """A number that changes with any sample, and with their order."""
+
+    def reset(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def update(self, pred: Tensor, id: Tensor) -> None:
+        self.seen += list(zip(id.tolist(), pred.argmax(1).tolist(), strict=True))
+
+    def compute(self) -> float:
+        return float(sum((place + 1) * (10 * index + label) for place, (index, label) in enumerate(self.seen)))
+
+
+METRICS = dict(
+    type="MetricHook",
+    top1=dict(type="Top1Accuracy", mapping={"pred": "output", "label": "target"}),
+    ordered=dict(type=Ordered, mapping={"pred": "output", "id": "id"}),
+)
+
+
+def config(
+    size: int = 17,
+    batch_size: int = 8,
+    *,
+    model: Mapping[str, Any] | None = None,
+    loss: Any = "CrossEntropyLoss",
+    optimizer: Mapping[str, Any] | None = None,
+    dataset: Mapping[str, Any] | None = None,
+    val: int = 7,
+    epochs: int = 4,
+    sync: str = "ddp",
+    hooks: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """A run of 12 steps over 17 points: each epoch has batches of 8, 8 and 1, so that in its last one ranks have padding only."""
+    return dict(
+        seed=3,
+        work_dir="/nonexistent",
+        total_epochs=epochs,
+        compile=more.pop("compile", False),
+        dist=dict(sync=sync),
+        model=dict(type=Net, **(model or {})),
+        loss=loss if isinstance(loss, dict) else dict(type=loss),
+        optimizer=dict(type="SGD", lr=0.3, momentum=0.9, **(optimizer or {})),
+        data=dict(
+            train={"type": PointsInMemory, "size": size, **(dataset or {})},
+            val=dict(type=PointsInMemory, size=val),
+            train_dataloader=dict(batch_size=batch_size),
+            val_dataloader=dict(batch_size=3),
+        ),
+        hooks=dict(metrics=METRICS, **(hooks or {})),
+        **more,
+    )
+
+
+def digest(state: Any) -> str:
+    """The bytes of every tensor of a tree, with their names."""
+    found = hashlib.sha256()
+    for name, leaf in tree.items(state):
+        found.update(f"{name}{getattr(leaf, 'dtype', leaf)}".encode())
+        if isinstance(leaf, Tensor):
+            found.update(leaf.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if leaf.numel() else b"")
+    return found.hexdigest()
+
+
+class Spy:
+    """What happened in a run: ids, logs, outputs and the state's bytes."""
+
+    def __init__(self) -> None:
+        self.ids: list[list[int]] = []
+        self.step_bytes: list[str] = []
+        self.epoch_bytes: list[str] = []
+        self.logs: list[dict[str, tuple[float, float]]] = []
+
+    def hooks(self, run: RunInfo) -> list[Middleware[Any]]:
+        def wrap(step: Any) -> Any:
+            def seen(state: TrainState, batch: Any) -> Any:
+                ids = batch["id"][batch[WEIGHT] > 0] if WEIGHT in batch else batch["id"]
+                self.ids.append(ids.tolist())
+                state, logs = step(state, batch)
+                self.step_bytes.append(digest((state.params, state.buffers)))
+                return state, logs
+
+            return seen
+
+        def wrap_epoch(epoch: Any) -> Any:
+            def seen(state: TrainState, batches: Any) -> Any:
+                state, logs = epoch(state, batches)
+                self.epoch_bytes.append(digest(state))
+                self.logs.append(dict(zip(logs.names, map(tuple, logs.packed.tolist()), strict=True)))
+                return state, logs
+
+            return seen
+
+        return [Middleware("spy", wrap, "host"), Middleware("spy", wrap_epoch, "epoch")]
+
+
+def built(cfg: Mapping[str, Any], **more: Any) -> Job:
+    check.check(cfg)
+    return assemble(check.complete(cfg), CPU, say=lambda line: None, **more)
+
+
+def trained(cfg: Mapping[str, Any], stop_at: int | None = None) -> dict[str, Any]:
+    """Run a cfg on this rank."""
+    spy, steps, graphs = Spy(), 0, graphs_compiled()
+
+    def interrupted() -> bool:
+        nonlocal steps
+        steps += 1
+        return steps == stop_at
+
+    job = built(cfg, extra=spy.hooks, interrupted=interrupted)
+    first = digest(job.state.params)
+    try:
+        state = job.run(job.state)
+    except Interrupted as stop:
+        state = stop.state
+    return {
+        "first": first,
+        "state": state,
+        "ids": spy.ids,
+        "steps": spy.step_bytes,
+        "epochs": spy.epoch_bytes,
+        "logs": spy.logs,
+        "bytes": digest(state),
+        "global": [job.streams["train"].indices(*divmod(n, len(job.streams["train"]))).tolist() for n in range(len(spy.ids))]
+        if "train" in job.streams
+        else [],
+        "graphs": graphs_compiled() - graphs,
+        "recompiles": sum(c.recompiles for c in job.plan.compiled),
+    }
+
+
+def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """The largest difference of two dicts of tensors, each relative to the largest value of its tensor."""
+    assert list(a) == list(b)
+    return max((float((a[n] - b[n]).abs().max() / b[n].abs().max().clamp(min=1e-30)) for n in a), default=0.0)
+
+
+_alone: dict[str, dict[str, Any]] = {}
+
+
+def alone(ranks: Any, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The run of one process; runs that differ in nothing but `dist` share it."""
+    key = repr({k: v for k, v in cfg.items() if k != "dist"})
+    if key not in _alone:
+        [_alone[key]] = ranks(1)(trained, cfg)
+    return _alone[key]
+
+
+def compared(ranks: Any, world: int, cfg: Mapping[str, Any], reference: Mapping[str, Any] | None = None) -> float:
+    """The distance of the parameters after a run of `world` ranks and of one; everything else that must agree is asserted."""
+    one, all_of_them = reference or alone(ranks, cfg), ranks(world)(trained, cfg)
+    for other in all_of_them[1:]:
+        assert other["steps"] == all_of_them[0]["steps"], "parameters or buffers differ between ranks after a step"
+        assert other["epochs"] == all_of_them[0]["epochs"], "the state differs between ranks after an epoch"
+        assert other["logs"] == all_of_them[0]["logs"]
+    together = [sum(parts, []) for parts in zip(*(r["ids"] for r in all_of_them), strict=True)]
+    assert together == one["ids"] == one["global"]
+    for mine, theirs in zip(all_of_them[0]["logs"], one["logs"], strict=True):
+        assert list(mine) == list(theirs)
+    ours, his = all_of_them[0]["state"], one["state"]
+    slots = {n: s for n, s in ours.slots.items() if n == "ema"}
+    for name, slot in slots.items():
+        assert distance(slot, his.slots[name]) < 1e-5
+    return distance(ours.params, his.params)
+
+
+def log_distance(ranks: Any, world: int, cfg: Mapping[str, Any]) -> float:
+    """The largest relative difference of a reported number."""
+    pairs = zip(ranks(world)(trained, cfg)[0]["logs"], alone(ranks, cfg)["logs"], strict=True)
+    return max(abs(a - b) / max(abs(b), 1e-30) for ours, his in pairs for n in his for a, b in zip(ours[n], his[n], strict=True))
+
+
+# One process and many.
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulate": {"hooks": dict(accumulate=dict(type="GradAccumulateHook", n=3))},
+    "clip": {"hooks": dict(clip=dict(type="GradClipHook", max_norm=0.3))},
+    "ema": {"hooks": dict(ema=dict(type="EMAHook", decay=0.9))},
+    "skip": {"dataset": dict(bad=5), "hooks": dict(skip=dict(type="SkipNonFiniteHook"))},
+    "loader": {"dataset": dict(type=Points)},
+    "all": {
+        "dataset": dict(bad=5),
+        "hooks": dict(
+            accumulate=dict(type="GradAccumulateHook", n=3),
+            clip=dict(type="GradClipHook", max_norm=0.3),
+            skip=dict(type="SkipNonFiniteHook"),
+            ema=dict(type="EMAHook", decay=0.9),
+        ),
+    },
+    "six": {"size": 22},  # a tail of 6 samples
+    "scalar": {"loss": ScalarLoss},
+    "scalar, accumulate": {"loss": ScalarLoss, "hooks": dict(accumulate=dict(type="GradAccumulateHook", n=3))},
+    "scalar, loader": {"loss": ScalarLoss, "dataset": dict(type=Points)},
+    "class weights": {"loss": dict(type="CrossEntropyLoss", weight=torch.tensor([1.0, 0.2, 3.0, 0.7]).double())},
+    "frozen": {"optimizer": dict(freeze=["body.0.*"])},
+    "unused": {"model": dict(unused=True), "hooks": dict(ddp=dict(type="DDPHook", find_unused_parameters=True))},
+    "norm in eval": {"model": dict(norm=True, still=True)},
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("sync", CORES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ranks_equal_one_process(ranks: Any, variant: str, sync: str, world: int) -> None:
+    """Over 12 steps the same samples in every step; parameters within 1e-9 in float64; logs within 1e-12; the ranks bitwise alike."""
+    cfg = config(sync=sync, **VARIANTS[variant])
+    assert compared(ranks, world, cfg) < 1e-9
+    assert log_distance(ranks, world, cfg) < 1e-12
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("sync", CORES)
+@pytest.mark.parametrize("variant", ["plain", "all", "scalar", "norm in eval"])
+def test_ranks_equal_one_process_in_float32(ranks: Any, variant: str, sync: str, world: int) -> None:
+    """In float32 the parameters agree within 1e-5 after 12 steps of SGD with momentum."""
+    settings = VARIANTS[variant]
+    cfg = config(sync=sync, **{**settings, "model": {**settings.get("model", {}), "double": False}})
+    assert compared(ranks, world, cfg) < 1e-5
+    assert log_distance(ranks, world, cfg) < 1e-5
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("sync", CORES)
+def test_bf16_autocast_equals_micro_batches_of_one_process(ranks: Any, sync: str, world: int) -> None:
+    """bf16 rounds each rank's gradient: equal (1e-5) to one process that adds up the same parts, near (2 %) to the joint batch."""
+    amp = dict(amp=dict(type="AMPHook", dtype="bf16"))
+    cfg = config(6 * world, 3 * world, model=dict(double=False), sync=sync, epochs=5, hooks=amp)
+    parts = {**cfg, "hooks": {**cfg["hooks"], "accumulate": dict(type="GradAccumulateHook", n=world)}}
+    assert compared(ranks, world, cfg, alone(ranks, parts)) < 1e-5
+    assert 0 < compared(ranks, world, cfg) < 2e-2
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("sync", CORES)
+def test_batch_norm_sees_its_own_part(ranks: Any, sync: str, world: int) -> None:
+    """In training each rank normalises with its own samples: not as the joint batch does, but as micro-batches of one process."""
+    cfg = config(4 * world, 2 * world, model=dict(norm=True), sync=sync)
+    parts = {**cfg, "hooks": {**cfg["hooks"], "accumulate": dict(type="GradAccumulateHook", n=world)}}
+    assert compared(ranks, world, cfg, alone(ranks, parts)) < 1e-9
+    assert compared(ranks, world, cfg) > 1e-3
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("sync", CORES)
+def test_a_run_that_was_cut_in_two_has_the_same_bytes(ranks: Any, sync: str, world: int, tmp_path: Path) -> None:
+    """Stopped in mid-epoch and resumed from a checkpoint, the state of several ranks ends bit for bit as without the stop."""
+    hooks = dict(checkpoint=dict(type="CheckpointHook"), resume=dict(type="ResumeHook"), ema=dict(type="EMAHook"))
+    cfg = config(model=dict(norm=True, double=False), sync=sync, hooks=hooks) | {"work_dir": str(tmp_path / "cut")}
+    whole = ranks(world)(trained, {**cfg, "work_dir": str(tmp_path / "whole")})
+    with pytest.raises(AilabError, match="stopped by a signal at step 5"):
+        ranks(world)(trained, cfg, stop_at=5)
+    again = ranks(world)(trained, cfg)
+    assert [a["bytes"] for a in again] == [w["bytes"] for w in whole]
+    assert [w["ids"][5:] for w in whole] == [a["ids"] for a in again]
+    assert again[0]["logs"] == whole[0]["logs"][1:]
+
+
+@pytest.mark.parametrize("sync", CORES)
+def test_unused_parameters_are_named(ranks: Any, sync: str) -> None:
+    """Under ddp a trainable parameter that the loss does not use is an error that names it, unless it is frozen; graph takes it."""
+    cfg = config(sync=sync, model=dict(unused=True))
+    if sync == "ddp":
+        with pytest.raises(ConfigError, match=r"does not use 2 of 6 trainable parameters: spare\.weight, spare\.bias\."):
+            ranks(2)(trained, cfg)
+        cfg = config(sync=sync, model=dict(unused=True), optimizer=dict(freeze=["spare.*"]))
+    assert compared(ranks, 2, cfg) < 1e-9
+
+
+@pytest.mark.parametrize("sync", CORES)
+def test_compiled_equals_eager(ranks: Any, sync: str) -> None:
+    """With compile=True, ddp cut at the loss and graph with its reductions inside give eager's numbers (1e-5) with no recompile."""
+    cfg = config(16, model=dict(double=False, norm=True), sync=sync, epochs=2, val=3)
+    eager = ranks(2)(trained, cfg)
+    compiled = ranks(2)(trained, {**cfg, "compile": True})
+    assert compiled[0]["steps"] == compiled[1]["steps"]
+    assert compiled[0]["epochs"] == compiled[1]["epochs"]
+    for name in ("params", "buffers"):
+        assert distance(getattr(compiled[0]["state"], name), getattr(eager[0]["state"], name)) < 1e-5
+    assert compiled[0]["recompiles"] == 0
+    assert compiled[0]["graphs"] == (3 if sync == "ddp" else 2)  # loss, update, evaluation; step, evaluation
+
+
+# Evaluation.
+
+
+def evaluated(sizes: list[int], loss: Any) -> list[dict[str, tuple[float, float]]]:
+    """The logs of an evaluation of each size."""
+    found = []
+    for size in sizes:
+        cfg = config(val=size, loss=loss, model=dict(double=False), workflow=[{"phase": "val"}], epochs=1)
+        found.append(trained({**cfg, "optimizer": None})["logs"][0])
+    return found
+
+
+@pytest.mark.parametrize("loss", ["CrossEntropyLoss", ScalarLoss], ids=["maskable", "scalar"])
+def test_evaluation_is_exact(ranks: Any, loss: Any) -> None:
+    """For 1..7 samples over 1..3 ranks: hits, counts and class-style metrics equal, the loss within 1e-6."""
+    sizes = list(range(1, 8))
+    one, *others = (ranks(world)(evaluated, sizes, loss) for world in (1, *WORLDS))
+    assert [logs["val_top1"][1] for logs in one[0]] == sizes
+    for answers in others:
+        assert all(answer == answers[0] for answer in answers)
+        for ours, his in zip(answers[0], one[0], strict=True):
+            assert {n: v for n, v in ours.items() if n != "val_loss"} == {n: v for n, v in his.items() if n != "val_loss"}
+            assert ours["val_loss"] == pytest.approx(his["val_loss"], rel=1e-6)
+
+
+# Randomness.
+
+
+def noise(cfg: Mapping[str, Any]) -> tuple[str, Tensor]:
+    """The first weights, and the outputs of one training step without its update."""
+    job = built(cfg)
+    seen: list[Tensor] = []
+    job.parts.model  # the module's own weights are the state's
+    batch = next(iter(job.streams["train"].epoch(0)))
+    _, logs = job.steps["train"](job.state.clone(), {**batch, "input": torch.ones_like(batch["input"])})
+    seen.append(logs.packed)
+    return digest(job.state.params), torch.cat(seen)
+
+
+class Masks(nn.Module):
+    """A model that reports its own dropout mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(64))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, input: Tensor) -> dict[str, Tensor]:
+        mask = self.drop(torch.ones(64)) * self.scale
+        return {"output": input[:, :4] + mask.sum(), "mask": mask.expand(len(input), -1)}
+
+
+class Kept(LabBaseMetric):
+    """The share of mask elements on which the two halves of the samples (two ranks) agree."""
+
+    def reset(self) -> None:
+        self.rows: list[Tensor] = []
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def update(self, pred: Tensor) -> None:
+        self.rows.append(pred)
+
+    def compute(self) -> float:
+        return sum(float((rows[0] == rows[-1]).double().mean()) for rows in self.rows) / len(self.rows)
+
+
+@pytest.mark.parametrize("sync", CORES)
+def test_dropout_differs_between_ranks(ranks: Any, sync: str) -> None:
+    """In the same step each rank draws its own dropout mask, and the same one when the step is run again."""
+    cfg = config(16, sync=sync, optimizer=dict(lr=0.0))
+    cfg |= {"model": dict(type=Masks, output_keys=["output", "mask"])}
+    cfg["hooks"] = dict(metrics=dict(type="MetricHook", alike=dict(type=Kept, mapping={"pred": "mask"}, phases=["train"])))
+    one, again = ranks(2)(trained, cfg), ranks(2)(trained, cfg)
+    shares = [logs["train_alike"][0] for logs in one[0]["logs"]]
+    assert all(0.2 < share < 0.8 for share in shares)
+    assert one[0]["logs"] == one[1]["logs"] == again[0]["logs"]
+    assert all(logs["train_alike"][0] == 1 for logs in alone(ranks, cfg)["logs"])
+
+
+@pytest.mark.parametrize("sync", CORES)
+def test_first_weights_are_those_of_rank_0(ranks: Any, sync: str) -> None:
+    """Ranks start from the same weights: those of one process, and rank 0's where a model draws without the seed."""
+    plain, careless = (ranks(3)(trained, config(sync=sync, epochs=1, model=dict(draw=draw))) for draw in (False, True))
+    assert {run["first"] for run in plain} == {alone(ranks, config(epochs=1, model=dict(draw=False)))["first"]}
+    assert len({run["first"] for run in careless}) == 1
+    assert len({run["bytes"] for run in careless}) == 1
+
+
+# The end of a peer.
+
+
+def dying(cfg: Mapping[str, Any], how: str) -> Any:
+    """Run a cfg in which rank 1 ends in its 5th step."""
+    steps = 0
+
+    def interrupted() -> bool:
+        nonlocal steps
+        steps += 1
+        if steps == 4 and dist.rank() == 1:
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("the user's own mistake")
+        return False
+
+    return trained_until(cfg, interrupted)
+
+
+def trained_until(cfg: Mapping[str, Any], interrupted: Callable[[], bool]) -> Any:
+    job = built(cfg, interrupted=interrupted)
+    return job.run(job.state)
+
+
+@pytest.mark.parametrize("sync", CORES)
+def test_a_killed_peer_is_a_peer_error(ranks: Any, sync: str, tmp_path: Path) -> None:
+    """When a rank is killed the others end within seconds with a PeerError, exit code 7, that names the step."""
+    three = Ranks(3, tmp_path)
+    try:
+        three.send(dying, config(sync=sync), "kill")
+        for rank in (0, 2):
+            error = three.answer(rank, 15)
+            assert isinstance(error, PeerError), error
+            assert error.exit_code == 7
+            assert re.search(rf"rank {rank}: .*step 5", str(error))
+    finally:
+        three.stop()
