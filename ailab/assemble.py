@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,17 @@ from ailab import dist, tree
 from ailab.build import Parts, build_parts, build_stream, explained
 from ailab.compile import Compiled, compile, lift
 from ailab.core.epoch import PROGRESS, eval_epoch, fresh_progress, tally, train_epoch, workflow
-from ailab.core.grad import ddp_grad, graph_grad, has_custom_backward, local_grad
+from ailab.core.grad import ddp_grad, graph_grad, local_grad
 from ailab.core.loss import state_dict_of, unless_empty
 from ailab.core.run import run_epochs
 from ailab.core.step import eval_step, given, split_step, train_step
 from ailab.datasets import Stream
 from ailab.errors import ConfigError
 from ailab.optim.state_dict import torch_state_dict
+from ailab.plan import Plan, planned, verify_gradient
 from ailab.registry import HOOKS
 from ailab.stack import Middleware, as_hooks, at, core_settings, stack, with_slots
 from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, Run, RunInfo, Step, TrainState
-
-_PAYS_FROM = 30_000  # training steps from which compiling for a CPU pays: it costs some 25 s and saves up to 1 ms a step
 
 Hook = Middleware[Any]
 
@@ -44,19 +42,6 @@ class Job:
     plan: Plan
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is compiled and how gradients are synchronised."""
-
-    enabled: bool
-    why: str
-    cut: str  # "step", "grad" or "loss"
-    sync: str  # "none", "ddp" or "graph"
-    mode: str | None = None
-    donate: bool = True
-    compiled: list[Compiled] = field(default_factory=list)
-
-
 def assemble(
     cfg: Mapping[str, Any],
     device: torch.device,
@@ -64,7 +49,6 @@ def assemble(
     say: Callable[[str], None] = print,
     interrupted: Callable[[], bool] = lambda: False,
     extra: Callable[[RunInfo], list[Hook]] = lambda run: [],
-    dry: bool = False,
 ) -> Job:
     """Build the run of a completed cfg on this rank, up to its first step.
 
@@ -74,14 +58,11 @@ def assemble(
         say: one line to the console.
         interrupted: asked after each step; True ends the run there.
         extra: hooks that every run has, put inside those of the cfg.
-        dry: shrink every phase to one step of one epoch.
 
     Raises:
         ConfigError: for whatever does not fit; nothing has been written by then.
         DataError: for an empty dataset, or samples that cannot be read.
     """
-    if dry:
-        cfg = {**cfg, "total_epochs": 1, "workflow": [{**p, "iters": 1} for p in cfg["workflow"]]}
     parts = _alike(build_parts(cfg, device))
     rank, world = dist.rank(), dist.world_size()
     streams = {p["phase"]: build_stream(cfg, p, parts, device, rank, world, report=say) for p in cfg["workflow"]}
@@ -96,11 +77,11 @@ def assemble(
         names[phase] = _log_names(phase, parts, hooks[phase], state)
     if "train" in streams:
         state = with_slots(state, [tally(names["train"])])
-    plan = _plan(cfg, info, parts)
+    plan = planned(cfg, info, parts)
     if plan.enabled and plan.cut != "loss" and "train" in streams:
-        _verify_gradient(parts, state)
+        verify_gradient(parts, state)
     steps = {phase: _step(phase, parts, hooks[phase], state, plan, info) for phase in streams}
-    run = _run(info, hooks, streams, steps, interrupted)
+    run = _run(info, hooks, streams, steps, interrupted, lean=not plan.enabled)
     return Job(info, parts, state, run, hooks, streams, steps, plan)
 
 
@@ -205,52 +186,12 @@ def _same_shape(before: TrainState, after: TrainState, phase: str) -> None:
         return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf)
 
     changed = [p for p in {**old, **new} if p not in old or p not in new or spec(old[p]) != spec(new[p])]
-    if changed and not any(p.startswith("opt_state.state") for p in changed):  # a class's own optimizer may fill its memory late
+    if changed and not any(
+        p.startswith("opt_state.state") for p in changed
+    ):  # a class's own optimizer may fill its memory late
         raise ConfigError(
             f"a {phase} step changes the structure of the state at: {', '.join(changed[:5])}.\n"
             "  A hook has to return what it was given, in shape and dtype; make its memory in `init`."
-        )
-
-
-def _plan(cfg: Mapping[str, Any], info: RunInfo, parts: Parts) -> Plan:
-    """Decide what to compile, as a pure function of the cfg and the machine: a resumed run decides the same."""
-    asked = cfg["compile"]
-    options: dict[str, Any] = {k: v for k, v in asked.items() if v is not None} if isinstance(asked, dict) else {}
-    enabled, why = _enabled(asked, info)
-    sync = cfg["dist"]["sync"] if info.world_size > 1 else "none"
-    cut = options.get("cut", "step")
-    if sync == "ddp" or (cut == "step" and parts.optimizer is not None and not parts.optimizer.traced):
-        cut = "loss"  # no graph may hold DDP's backward
-    return Plan(enabled, why, cut, sync, options.get("mode"), options.get("donate", True))
-
-
-def _enabled(asked: Any, info: RunInfo) -> tuple[bool, str]:
-    if asked is False:
-        return False, "compile=False"
-    if asked == "auto" and info.device.type != "cuda":
-        if info.total_steps < _PAYS_FROM:
-            return False, f"auto: does not pay within {info.total_steps} steps on a CPU"
-        if not any(shutil.which(c) for c in ("c++", "g++", "clang++")):
-            return False, "auto: there is no C++ compiler"
-    return True, "auto" if asked == "auto" else f"compile={asked!r}"
-
-
-def _verify_gradient(parts: Parts, state: TrainState) -> None:
-    """Compare compiled with eager gradients where a custom `autograd.Function` takes part: a wrong one must never be silent."""
-    loss, sample = parts.losses["val"], parts.sample
-    with torch.enable_grad():
-        total, _ = loss(state.params, state.buffers, sample)
-    if not has_custom_backward(total):
-        return
-    grad = local_grad(loss, parts.trainable)
-    with torch.no_grad():
-        (eager, _), (compiled, _) = grad(state, sample), lift(grad, "verify")(state, sample)
-    scale = max(float(g.abs().max()) for g in eager.values()) or 1.0
-    worst = max((float((compiled[n] - g).abs().max()) / scale, n) for n, g in eager.items())
-    if not worst[0] < 1e-2:
-        raise ConfigError(
-            f"cfg.compile: the compiled gradient of {worst[1]!r} is wrong by {worst[0]:.1%}: a custom autograd.Function is not\n"
-            "  honoured by this version of torch. Use compile=dict(cut='loss') or compile=False."
         )
 
 
@@ -271,9 +212,11 @@ def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
         return line(stack(eval_step(loss, outputs), layers))
     assert parts.optimizer is not None
     grad = _grad(loss, parts, hooks, state, plan)
+    traced = plan.enabled and parts.optimizer.traced
+    in_place = plan.donate and not traced and not any(h.looks_back for h in layers)  # below the line donation is compile's
     if plan.cut == "step":
-        return line(stack(train_step(grad, parts.optimizer, outputs), layers))
-    finish = line(stack(train_step(given, parts.optimizer, outputs), layers), enabled=plan.enabled and parts.optimizer.traced)
+        return line(stack(train_step(grad, parts.optimizer, outputs, donate=in_place), layers))
+    finish = line(stack(train_step(given, parts.optimizer, outputs, donate=in_place), layers), enabled=traced)
     if parts.optimizer.closure_update is not None:
         return line(stack(train_step(grad, parts.optimizer, outputs), layers), enabled=False)
     return line(split_step(grad, finish), enabled=False, donate=False)
@@ -310,16 +253,29 @@ def _refuse_unused(loss: Loss, state: TrainState, parts: Parts) -> None:
         )
 
 
-def _blaming(step: Step) -> Step:
-    """A step whose failure is a `PeerError` where another process caused it."""
-    if dist.world_size() == 1:
-        return step
+class _Blame:
+    """Makes the failure of a run, where another process caused it, a `PeerError` that says how far the run had come."""
 
-    def blamed(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
-        with dist.blamed(f"step {state.at + 1}"):
+    def __init__(self) -> None:
+        self.phase, self.at = "start", 0
+
+    def step(self, step: Step, phase: str) -> Step:
+        """`step`, watched."""
+
+        def watched(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+            self.phase, self.at = phase, state.at
             return step(state, batch)
 
-    return blamed
+        return watched
+
+    def run(self, run: Run) -> Run:
+        """`run`, explained."""
+
+        def explained(state: TrainState) -> TrainState:
+            with dist.blamed(lambda: f"step {self.at + 1}" if self.phase == "train" else f"{self.phase} after step {self.at}"):
+                return run(state)
+
+        return explained
 
 
 def _run(
@@ -328,19 +284,23 @@ def _run(
     streams: Mapping[str, Stream],
     steps: Mapping[str, Step],
     interrupted: Callable[[], bool],
+    *,
+    lean: bool,
 ) -> Run:
     """The phases as one epoch in the epoch hooks, and the epochs as one run in the run hooks."""
+    blame = _Blame()
     phases: dict[str, Epoch] = {}
     for phase, step in steps.items():
         fold = train_epoch if phase == "train" else eval_epoch
-        bare = fold(_blaming(stack(step, at(hooks[phase], "host", phase))), info.log_names[phase], interrupted)
+        hosted = stack(step, at(hooks[phase], "host", phase))
+        hosted = blame.step(hosted, phase) if info.world_size > 1 else hosted
+        bare = fold(hosted, info.log_names[phase], interrupted)
         phases[phase] = stack(bare, at(hooks[phase], "epoch", phase))
     outer = next(iter(hooks.values()))
     epoch = stack(workflow(phases), at(outer, "epoch"))
 
     def batches(number: int, start: int) -> Batches:
-        return {p: s.epoch(number, start if p == "train" else 0) for p, s in streams.items()}
+        return {p: s.epoch(number, start if p == "train" else 0, lean=lean) for p, s in streams.items()}
 
-    return stack(run_epochs(epoch, batches, info.steps_per_epoch, info.total_epochs), at(outer, "run"))
-
-
+    run = stack(run_epochs(epoch, batches, info.steps_per_epoch, info.total_epochs), at(outer, "run"))
+    return blame.run(run) if info.world_size > 1 else run

@@ -87,7 +87,8 @@ def _modules(cfg: Mapping[str, Any], device: torch.device) -> tuple[nn.Module, A
     if cfg["loss"] is None:
         return model.to(device), None
     criterion = explained(
-        lambda: LOSSES.build({k: v for k, v in cfg["loss"].items() if k != "mapping"}, "cfg.loss"), "cfg.loss: could not be built"
+        lambda: LOSSES.build({k: v for k, v in cfg["loss"].items() if k != "mapping"}, "cfg.loss"),
+        "cfg.loss: could not be built",
     )
     return model.to(device), criterion.to(device) if isinstance(criterion, nn.Module) else criterion
 
@@ -169,7 +170,9 @@ def _losses(
     _refuse(bound.check(sample))
     with torch.no_grad():
         forward, buffers = Functional(model, training=phases[0] == "train"), tree.clone(state.buffers)
-        result = explained(lambda: forward(state.params, buffers, bound.kwargs(sample)), "cfg.model: failed on the first samples")
+        result = explained(
+            lambda: forward(state.params, buffers, bound.kwargs(sample)), "cfg.model: failed on the first samples"
+        )
     outputs = name_outputs(result, keys, path)
     fields = (*sample, *outputs)
     problems = check_outputs(list(outputs), list(sample), path)
@@ -177,7 +180,9 @@ def _losses(
     _refuse(problems + (loss_bound.check(fields) if loss_bound else []))
     if criterion is None and "loss" not in outputs:
         if "train" in phases:
-            raise ConfigError(f"cfg.workflow: the phase 'train' needs cfg.loss; the model gives {', '.join(outputs)} and no 'loss'.")
+            raise ConfigError(
+                f"cfg.workflow: the phase 'train' needs cfg.loss; the model gives {', '.join(outputs)} and no 'loss'."
+            )
         return fields, dict.fromkeys(phases, _unscored(Functional(model, training=False), bound, keys)), True
     losses = {
         phase: loss_of(
@@ -213,7 +218,9 @@ def _criterion(criterion: Any, mapping: Mapping[str, str], training: bool) -> tu
     if criterion is None:
         return None, None
     if not isinstance(criterion, nn.Module):
-        return lambda params, buffers, kwargs: criterion(**kwargs), bind(criterion, mapping, "cfg.loss", defaults={"weight": WEIGHT})
+        return lambda params, buffers, kwargs: criterion(**kwargs), bind(
+            criterion, mapping, "cfg.loss", defaults={"weight": WEIGHT}
+        )
     builtin = type(criterion).__module__.startswith("torch.nn.")
     call = Functional(criterion, training=training, prefix=LOSS_PREFIX, via=maskable if builtin else None)
     defaults = {"input": OUTPUT_KEYS[0], "weight": WEIGHT} if builtin else {}
@@ -252,7 +259,13 @@ def _told(e: Exception) -> str:
 
 
 def build_stream(
-    cfg: Mapping[str, Any], entry: Mapping[str, Any], parts: Parts, device: torch.device, rank: int, world_size: int, **more: Any
+    cfg: Mapping[str, Any],
+    entry: Mapping[str, Any],
+    parts: Parts,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    **more: Any,
 ) -> Stream:
     """The batches of one workflow entry on this rank."""
     phase = entry["phase"]
@@ -276,4 +289,3 @@ def build_stream(
         **loader,
         **more,
     )
-

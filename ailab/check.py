@@ -35,8 +35,6 @@ class Compile:
 
     cut: Literal["step", "grad", "loss"] | None = None
     mode: str | None = None
-    fullgraph: bool | None = None
-    cudagraph: bool | None = None
     donate: bool | None = None
 
 
@@ -252,7 +250,7 @@ def _check_workflow(cfg: Mapping[str, Any]) -> list[str]:
         problems += _check_needs(entry.get("phase"), cfg, path)
     phases = [p for p in (_dict(e).get("phase") for e in _workflow(cfg)) if p in PHASES]
     return problems + [
-        f"cfg.workflow: the phase '{p}' is there {phases.count(p)} times.\n  An epoch runs each phase once; total_epochs repeats."
+        f"cfg.workflow: the phase '{p}' is there {phases.count(p)} times.\n  An epoch runs a phase once; total_epochs repeats."
         for p in dict.fromkeys(phases)
         if phases.count(p) > 1
     ]

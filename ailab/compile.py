@@ -27,12 +27,6 @@ def graphs_compiled() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def last_recompile_reason() -> str:
-    """Why Dynamo last compiled a second graph for the same code, in its own words; a private record."""
-    metrics = torch._dynamo.utils.get_compilation_metrics()
-    return str(getattr(metrics[-1], "recompile_reason", None) or "unknown") if metrics else "unknown"
-
-
 class Compiled:
     """A step above the compile line: `state, logs = step(state, batch)`, where `logs` is a `Logs`.
 
@@ -55,12 +49,12 @@ class Compiled:
     ):
         self.step, self.enabled, self.donate, self.mode, self.name = step, enabled, donate, mode, name
         self.seed, self.rank, self.report = seed, rank, report
-        self.recompiles = 0  # graphs compiled for shapes that had been seen before
-        self._shapes: set[tuple[Any, ...]] = set()
+        self.graphs: dict[Any, Callable[..., Any]] = {}  # by the layout of everything that goes in
+        self._layouts: dict[Any, int] = {}  # of states that were seen, numbered
+        self._layout = 0  # number of this one's
         self._state: TrainState | None = None  # the state whose leaves are below
         self._leaves: list[Tensor] = []
         self._tracked: list[bool] = []  # which leaves require grad
-        self._run: Callable[..., Any] | None = None
         self._device: torch.device = torch.device("cpu")
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
@@ -77,11 +71,11 @@ class Compiled:
         self._device = state.step.device
         if not self.enabled:
             return
-        self._leaves = self._alike([leaf for leaf in tree.leaves(state) if isinstance(leaf, Tensor)])
-        if self._run is None:
-            self._run = torch.compile(
-                _flat(self.step, state, self.donate, self.name), fullgraph=True, mode=self.mode, dynamic=False
-            )
+        everything = list(tree.items(state))
+        self._leaves = self._alike([leaf for _, leaf in everything if isinstance(leaf, Tensor)])
+        rest = iter(self._leaves)
+        layout = tuple([(path, _layout(next(rest)) if isinstance(leaf, Tensor) else leaf) for path, leaf in everything])
+        self._layout = self._layouts.setdefault(layout, len(self._layouts))
 
     def _alike(self, leaves: list[Tensor]) -> list[Tensor]:
         """The same memory as plain tensors that require grad where those of the first state did: a graph depends on both."""
@@ -103,43 +97,34 @@ class Compiled:
         return after, out
 
     def _graph(self, state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
-        fields = {k: v for k, v in batch.items() if _crosses(v)}
-        shape = tuple([v.shape if isinstance(v, Tensor) else None for v in fields.values()])
-        known = shape in self._shapes
-        before = graphs_compiled()
+        fields = batch if all([type(v) is Tensor for v in batch.values()]) else {k: v for k, v in batch.items() if _crosses(v)}
+        # All that a graph depends on is in this key, so that the graph itself checks nothing: guards cost 15 % of a small step.
+        key = (self._layout, *[(k, _layout(v)) for k, v in fields.items()])
+        run = self.graphs.get(key)
         with torch.no_grad():
-            names, packed, outputs, leaves = self._call(fields, known)
-        if not known:
-            self._shapes.add(shape)
-        elif graphs_compiled() != before:
-            self._recompiled()
+            names, packed, outputs, leaves = run(self._leaves, fields) if run else self._first(key, state, fields)
         if self.donate:
             return state.consume(state.at + 1), Logs(names, packed, outputs)
         after = tree.unflatten(state, _merge(state, leaves))
-        self._leaves = self._alike(leaves)
+        self._enter(after)
         return after, Logs(names, packed, outputs)
 
-    def _call(self, fields: Batch, known: bool) -> Any:
-        assert self._run is not None
-        if known:
-            try:
-                return self._run(self._leaves, fields)
-            except torch._dynamo.exc.Unsupported:
-                pass  # a guard failed, and the gradient can be traced only inside the switch below
+    def _first(self, key: Any, state: TrainState, fields: Batch) -> Any:
+        """Compile a graph for this layout, run it, and keep it."""
+        run = _without_guards(_flat(self.step, state, self.donate, f"{self.name}_step"), self.mode)
         try:
             with allow_traced_grad():
-                return self._run(self._leaves, fields)
+                result = run(self._leaves, fields)
         except torch._dynamo.exc.TorchDynamoException as e:
             what = str(e).strip().splitlines()[0]
             raise ConfigError(
                 f"cfg.compile: the {self.name} step cannot be traced as one graph: {what}\n"
                 "  compile=False runs it as it is; compile=dict(cut='loss') compiles the forward and backward only."
             ) from e
-
-    def _recompiled(self) -> None:
-        self.recompiles += 1
-        if self.report is not None:
-            self.report(f"{self.name} step was compiled again for shapes it had seen: {last_recompile_reason()}")
+        if self.graphs and self.report is not None:
+            self.report(f"{self.name} step: compiled graph {len(self.graphs) + 1}, for {_difference(next(iter(self.graphs)), key)}")
+        self.graphs[key] = run
+        return result
 
 
 def compile(  # noqa: A001 - read as ailab.compile
@@ -163,7 +148,7 @@ def compile(  # noqa: A001 - read as ailab.compile
         seed: of the model's randomness; the generators are seeded from `(seed, state.step, rank)` before each step.
         rank: this process's number, so that dropout differs between ranks.
         name: of the step, in reports and tracebacks.
-        report: called with one line when a graph is compiled for shapes that had been seen before.
+        report: called with one line when a further graph is compiled: what differs from the first.
     """
     return Compiled(step, enabled=enabled, donate=donate, mode=mode, seed=seed, rank=rank, name=name, report=report)
 
@@ -185,6 +170,27 @@ def _own_code(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
     """`fn` with a code object of its own: Dynamo keeps its cache, and its limit on recompiles, by code object."""
     code = fn.__code__.replace(co_name=name)
     return types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
+
+
+def _without_guards(fn: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
+    """`fn` compiled as one graph that is run as it is; whoever calls it knows that the graph fits."""
+    options = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
+    return torch.compile(fn, fullgraph=True, dynamic=False, options=options)
+
+
+def _layout(value: Any) -> Any:
+    """All that a graph depends on in a tensor; in a nest of them, of each."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.requires_grad
+    return tuple([(path, _layout(leaf)) for path, leaf in tree.items(value)])
+
+
+def _difference(first: tuple[Any, ...], key: tuple[Any, ...]) -> str:
+    """What a key has that the first one has not, in words."""
+    fields = [f"{name} {tuple(layout[0]) if isinstance(layout[0], torch.Size) else 'nested'}" for name, layout in key[1:]]
+    changed = [f for f, now, was in zip(fields, key[1:], first[1:], strict=False) if now != was]
+    return "a batch with " + ", ".join(changed or fields) if key[1:] != first[1:] else "a state of another layout"
 
 
 def _crosses(value: Any) -> bool:
@@ -218,4 +224,4 @@ def _flat(step: Step, like: TrainState, donate: bool, name: str) -> Callable[...
             old.copy_(value)
         return out.names, out.packed, out.outputs, []
 
-    return _own_code(flat, f"{name}_step")
+    return _own_code(flat, name)

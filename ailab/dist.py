@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -16,6 +16,8 @@ from torch import Tensor
 from ailab.errors import AilabError, ConfigError, PeerError
 
 _PROBE_S = 1.0  # a broken connection answers at once; a peer that is alive and elsewhere does not answer within this
+_probe: Any = None  # a gloo group on which nothing is ever sent but the probe for a peer that is gone
+
 
 def active() -> bool:
     """Whether a process group exists."""
@@ -46,8 +48,11 @@ def pick_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= found:
-        raise ConfigError(f"local rank {local} has no GPU: torchrun started more processes than the {found} GPUs here.")
+    started = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if started > found:  # on every rank, for one of them is the one that says so
+        raise ConfigError(
+            f"torchrun started {started} processes on this machine, which has {found} GPUs; one GPU serves one process."
+        )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
@@ -75,6 +80,8 @@ def start(cfg: Mapping[str, Any], device: torch.device) -> str | None:
         store, _, _ = next(td.rendezvous(cfg["init_method"], me, world, timeout=limit))
         prefixed = td.PrefixStore(f"ailab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         td.init_process_group(backend, store=prefixed, rank=me, world_size=world, timeout=limit)
+        global _probe
+        _probe = td.new_group(backend="gloo", timeout=limit) if backend == "gloo" else None  # NCCL's errors say what they are
     except (RuntimeError, ValueError) as e:
         raise PeerError(f"rank {me} of {world} could not join the process group ({backend}): {e}") from e
     return warning
@@ -82,6 +89,8 @@ def start(cfg: Mapping[str, Any], device: torch.device) -> str | None:
 
 def stop() -> None:
     """Leave the process group, if there is one."""
+    global _probe
+    _probe = None
     if active():
         td.destroy_process_group()
 
@@ -168,16 +177,18 @@ def peers(what: str) -> Generator[None]:
 
 
 @contextmanager
-def blamed(what: str) -> Generator[None]:
-    """What torch raises inside, where collectives run among other things, as a `PeerError` if the group is broken."""
+def blamed(what: Callable[[], str]) -> Generator[None]:
+    """A `PeerError` raised inside with `what()` in front; and one for what torch raises there if the group is broken."""
     try:
         yield
+    except PeerError as e:
+        raise PeerError(f"{what()}: {e}") from e.__cause__
     except (AilabError, torch.OutOfMemoryError):
         raise
     except RuntimeError as e:
         if world_size() == 1 or not (isinstance(e, td.DistError) or _broken()):
             raise
-        raise _peer_error(what, e) from e
+        raise PeerError(f"{what()}: {_peer_error('the exchange of gradients', e)}") from e
 
 
 def _peer_error(what: str, e: RuntimeError) -> PeerError:
@@ -186,11 +197,11 @@ def _peer_error(what: str, e: RuntimeError) -> PeerError:
 
 
 def _broken() -> bool:
-    """Whether a tiny collective fails at once, as it does when a peer is gone."""
-    if td.get_backend() != "gloo":
-        return False  # NCCL's errors have a class of their own
+    """Whether a tiny collective in a group of its own fails at once, as it does when a peer is gone."""
+    if _probe is None:
+        return False
     try:
-        work: Any = td.all_reduce(torch.zeros(1), async_op=True)
+        work: Any = td.all_reduce(torch.zeros(1), group=_probe, async_op=True)
         until = time.monotonic() + _PROBE_S
         while not work.is_completed() and time.monotonic() < until:
             time.sleep(0.01)

@@ -46,20 +46,19 @@ def fit(cfg: Mapping[str, Any]) -> Result:
     Raises:
         AilabError: one of its kinds, each with the exit code that the command line would give.
     """
-    with _started(cfg) as (full, device, warnings):
-        with _console() as (bar, say), Signals() as signals:
-            for line in warnings:
-                say(f"warning: {line}")
-            # Everything is built before the first byte is written: what does not fit harms no work_dir.
-            job = assemble(full, device, say=say, interrupted=signals, extra=_always(full, bar))
-            work_dir = job.info.work_dir
-            bar.reset(total=job.info.total_steps)
-            with lock(work_dir) if dist.rank() == 0 else nullcontext():
-                say(_opening(job))
-                state = _trained(job)
-                metrics = _results(job.info)
-            say(_closing(work_dir, metrics))
-            return Result(state, work_dir, {n: last for n, (last, _, _) in metrics.items()})
+    with _started(cfg) as (full, device, warnings), _console() as (bar, say), Signals() as signals:
+        for line in warnings:
+            say(f"warning: {line}")
+        # Everything is built before the first byte is written: what does not fit harms no work_dir.
+        job = assemble(full, device, say=say, interrupted=signals, extra=_always(full, bar))
+        work_dir = job.info.work_dir
+        bar.reset(total=job.info.total_steps)
+        with lock(work_dir) if dist.rank() == 0 else nullcontext():
+            say(_opening(job))
+            state = _trained(job)
+            metrics = _results(job.info)
+        say(_closing(work_dir, metrics))
+        return Result(state, work_dir, {n: last for n, (last, _, _) in metrics.items()})
 
 
 def _trained(job: Job) -> TrainState:
@@ -109,6 +108,7 @@ class Signals:
         self.came = True
 
     def __call__(self) -> bool:
+        """Whether to stop here; every rank is told the same."""
         if dist.world_size() == 1:
             return self.came
         self._asked += 1
@@ -160,12 +160,13 @@ def _opening(job: Job) -> str:
     data = ", ".join(f"{p} {len(parts.datasets[p])} samples in {n} steps of {sizes[p]}" for p, n in info.phase_steps.items())
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in job.state.params.values()})
     amp = any(h.name == "amp" and h.depth == "loss" for hooks in job.hooks.values() for h in hooks)
+    precision = "/".join(dtypes) + (" with autocast" if amp else "")
     processes = f", {info.world_size} processes ({job.plan.sync})" if info.world_size > 1 else ""
     return "\n".join(
         [
             f"model     {type(parts.model).__name__}: {total:,} parameters, {trained:,} trained",
             f"data      {data}",
-            f"device    {_device_name(info.device)}{processes}, torch {torch.__version__}, {'/'.join(dtypes)}{' with autocast' if amp else ''}",
+            f"device    {_device_name(info.device)}{processes}, torch {torch.__version__}, {precision}",
             f"compile   {'the ' + job.plan.cut if job.plan.enabled else 'no'} ({job.plan.why})",
             f"work_dir  {info.work_dir}",
         ]
@@ -198,13 +199,14 @@ def _results(info: RunInfo) -> dict[str, tuple[float, float, int]]:
 
 def _closing(work_dir: Path, metrics: Mapping[str, tuple[float, float, int]]) -> str:
     rows = [f"  {name:<20} last {last:.4f}   best {best:.4f} (epoch {when})" for name, (last, best, when) in metrics.items()]
-    return "\n".join(["done", *rows, f"  metrics.jsonl, config.json and checkpoints are in {work_dir}"])
+    left = sorted(p.name for p in work_dir.iterdir() if not p.name.startswith("."))
+    return "\n".join(["done", *rows, f"  in {work_dir}: {', '.join(left)}"])
 
 
 def dry_run(cfg: Mapping[str, Any]) -> str:
-    """Build everything, run two shrunk steps of each phase, write nothing; the time and memory they took."""
+    """Build everything, run two steps of each phase on one batch, write nothing; the time and memory they took."""
     with _started(cfg) as (full, device, _):
-        job = assemble(full, device, dry=True, extra=_always(full, None))
+        job = assemble(full, device, extra=_always(full, None))
         state, lines = job.state, [picture(job)]
         for phase, step in job.steps.items():
             batch = next(iter(job.streams[phase].epoch(0)))
@@ -254,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("cfg", help="a Python file that defines `cfg`")
     parser.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="changes to the cfg, such as optimizer.lr=3e-4")
     parser.add_argument("--show", action="store_true", help="print the stack of this run and stop")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, run one shrunk step of each phase, report")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, run two steps of each phase, report")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(argv)
     try:

@@ -21,9 +21,9 @@ _MAY = {
 
 def picture(job: Job) -> str:
     """The stack of design, outermost first; within a depth the hook that is listed last stands first."""
-    lines = [f"{'depth':<7}{'hooks, outermost first':<52}may"]
+    lines = [f"{'depth':<7}{'hooks, outermost first':<50}  may"]
     for depth in reversed(DEPTHS):
-        lines.append(f"{depth:<7}{_hooks(job, depth):<52}{_MAY[depth]}")
+        lines.append(f"{depth:<7}{_hooks(job, depth):<50}  {_MAY[depth]}")
         if depth == "epoch":
             lines.append(" fold   ---------- one batch at a time; logs add up ----------")
         if depth == "host":

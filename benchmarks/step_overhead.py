@@ -98,7 +98,7 @@ def ours(sizes: list[int], batch: int, steps: int, repeats: int, compiled: bool)
         def extra(run: Any) -> list[Any]:
             return [
                 Middleware("timed", timed, "epoch", phases=("train",)),
-                *RecordHook(50, Path(folder) / "metrics.jsonl", run),
+                *RecordHook(50, run=run),
                 *LoggerHook(run=run),
             ]
 

@@ -29,13 +29,14 @@ cfg = dict(
         depth=1,
         mean=72.94,  # of the training pixels, which are 0..255
         std=90.02,
+        channels_last=True,  # 1.35 times as fast on a CPU
         mapping={"input": "input"},
     ),
-    loss=dict(type="CrossEntropyLoss", label_smoothing=0.05),
-    optimizer=dict(type="AdamW", lr=5e-3, weight_decay=0.05),
+    loss=dict(type="CrossEntropyLoss"),
+    optimizer=dict(type="AdamW", lr=3e-3, weight_decay=0.05),
     hooks=dict(
         metrics=dict(type="MetricHook", top1=dict(type="Top1Accuracy", mapping={"pred": "output", "label": "target"})),
-        augment=dict(type="AugmentHook", ops=[dict(type="BatchFlip"), dict(type="BatchShift", pixels=2)]),
+        augment=dict(type="AugmentHook", ops=[dict(type="BatchFlip")]),
         amp=dict(type="AMPHook"),
         lr_scheduler=dict(
             type="LrSchedulerHook",

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures and settings that the test files share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("ailab", deadline=None, derandomize=True, database=None)
+settings.load_profile("ailab")
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def realistic() -> dict:
         dist=dict(backend="nccl", init_method="env://", sync="ddp", timeout_s=60),
         workflow=[{"phase": "train", "iters": 100}, {"phase": "val", "amp": dict(enable=False)}],
         total_epochs=50,
-        compile=dict(cut="step", fullgraph=True, cudagraph=False),
+        compile=dict(cut="step", mode="default", donate=False),
         resume_lr="initial",
         data=dict(
             train=dict(type=SeedData, data_path="train.pkl"),

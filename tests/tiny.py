@@ -26,7 +26,12 @@ TOP1 = dict(type="Top1Accuracy", mapping={"pred": "output", "label": "target"})
 class Net(nn.Module):
     def __init__(self, width: int = 8):
         super().__init__()
-        self.first, self.norm, self.drop, self.last = nn.Linear(4, width), nn.BatchNorm1d(width), nn.Dropout(0.2), nn.Linear(width, 3)
+        self.first, self.norm, self.drop, self.last = (
+            nn.Linear(4, width),
+            nn.BatchNorm1d(width),
+            nn.Dropout(0.2),
+            nn.Linear(width, 3),
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         return self.last(self.drop(self.norm(self.first(input)).relu()))
@@ -133,6 +138,7 @@ def _run(argv: Sequence[str], log: str) -> None:
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers; it is inherited from the test process otherwise
     torch.set_num_threads(1)
     sys.exit(main(argv))
 

@@ -41,7 +41,7 @@ def tally(names: Sequence[str]) -> Middleware[Step]:
 
         return tallied
 
-    return Middleware(TOTALS, wrap, "step", init, ("train", "val", "test"))
+    return Middleware(TOTALS, wrap, "step", init, ("train", "val", "test"), looks_back=False)
 
 
 def _never() -> bool:

@@ -42,19 +42,21 @@ class Functional:
         memo.update({id(b): b.detach().to("meta") for b in module.buffers()})
         skeleton = copy.deepcopy(module, memo).train(training)
         self.call: Callable[..., Any] = (via(skeleton) if via else None) or skeleton
-        tensors = [*skeleton.named_parameters(), *skeleton.named_buffers()]
-        names = {id(t): prefix + n for n, t in tensors}
+        names = {id(t): prefix + n for n, t in [*skeleton.named_parameters(), *skeleton.named_buffers()]}
+        homes = _homes(skeleton)
         self._root = _Root(skeleton, self.call)
-        self._names = [("skeleton." + n, prefix + n) for n, _ in tensors]
-        self._homes = [(store, key, names[id(t)]) for store, key, t in _homes(skeleton)]
-        self._buffers = {prefix + n: "skeleton." + n for n, _ in skeleton.named_buffers()}
+        self._names = [("skeleton." + path, names[id(store[key])]) for path, store, key in homes]
+        self._homes = [(store, key, names[id(store[key])]) for _, store, key in homes]
 
     def __call__(self, params: Params, buffers: Buffers, kwargs: Mapping[str, Any]) -> Any:
         """The module's output for these tensors; `buffers` are written to, or get a new tensor, where the module does so."""
         if torch.compiler.is_compiling():
             own = {n: params[name] if name in params else buffers[name] for n, name in self._names}
-            result = torch.func.functional_call(self._root, own, (), dict(kwargs))
-            buffers.update({name: own[n].detach() for name, n in self._buffers.items() if own[n] is not buffers[name]})
+            # Every place is named, so nothing is left to tie: Dynamo cannot tell which of the skeleton's tensors are one.
+            result = torch.func.functional_call(self._root, own, (), dict(kwargs), tie_weights=False)
+            for n, name in self._names:
+                if name in buffers and own[n] is not buffers[name]:
+                    buffers[name] = own[n].detach()
             return result
         # Eager mode: what functional_call does, with its look-ups done once (they cost 5 % of a small step).
         kept = [store[key] for store, key, _ in self._homes]
@@ -85,10 +87,10 @@ class _Root(nn.Module):
         return self.call(**kwargs)
 
 
-def _homes(skeleton: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """`(dict, key, tensor)` for every place that holds a tensor; a tied one has several."""
-    stores = [store for module in skeleton.modules() for store in (module._parameters, module._buffers)]
-    return [(store, key, t) for store in stores for key, t in store.items() if t is not None]
+def _homes(skeleton: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
+    """`(dotted path, dict, key)` for every place that holds a tensor; a tied one has several."""
+    stores = [(path, store) for path, module in skeleton.named_modules() for store in (module._parameters, module._buffers)]
+    return [(f"{path}.{key}" if path else key, store, key) for path, store in stores for key, t in store.items() if t is not None]
 
 
 def module_state(model: nn.Module, criterion: nn.Module | None = None) -> TrainState:

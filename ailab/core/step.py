@@ -19,20 +19,23 @@ def requested(aux: Aux, outputs: Collection[str]) -> dict[str, object]:
     return {**aux.logs, **{OUTPUT + n: aux.outputs[n] for n in outputs}}
 
 
-def train_step(grad: Grad, optimizer: Optimizer, outputs: Collection[str] = ()) -> Step:
+def train_step(grad: Grad, optimizer: Optimizer, outputs: Collection[str] = (), *, donate: bool = False) -> Step:
     """One optimizer update, pure: the state in is untouched.
 
     Args:
         grad: a gradient core, in whatever grad hooks wrap it.
         optimizer: `(init, update)`.
         outputs: names of model outputs that shall come out with the logs.
+        donate: write the new parameters into the old ones, for an eager step whose state is consumed and that no hook around
+            it looks back at.
     """
+    update = optimizer.update_ if donate and optimizer.update_ is not None else optimizer.update
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
         grads, aux = grad(state, batch)
         with torch.no_grad():
             if optimizer.closure_update is None:
-                params, opt_state = optimizer.update(grads, state.opt_state, state.params)
+                params, opt_state = update(grads, state.opt_state, state.params)
             else:
                 params, opt_state = optimizer.closure_update(_closure(grad, state, batch), state.opt_state, state.params)
             after = TrainState(state.step + 1, params, aux.buffers, opt_state, {**state.slots, **aux.slots})

@@ -51,11 +51,11 @@ def GradAccumulateHook(n: int, name: str = "accumulate") -> Middleware[Grad]:
     return Middleware(name, wrap, "grad")
 
 
-def _cut(batch: Batch, n: int) -> list[Batch]:
-    """The micro-batches; the last one may be short. A field without a sample dimension goes to each of them.
+def _cut(batch: Batch, n: int) -> tuple[list[Batch], list[int]]:
+    """The micro-batches and their sizes; the last one may be short. A field without a sample dimension goes to each of them.
 
     With several processes there are always `n`, so that all ranks make the same reductions, however many samples each has: in
-    place of one that would be empty comes the first one, with weights of 0.
+    place of one that would be empty comes the first one again, with weights of 0; it has no size.
     """
     size = batch_size(batch)
     each = -(-size // n)
@@ -63,13 +63,19 @@ def _cut(batch: Batch, n: int) -> list[Batch]:
     def part(value: Any, start: int) -> Any:
         return value[start : start + each] if isinstance(value, Tensor) and value.dim() > 0 else value
 
-    parts: list[Batch] = [tree.map(lambda v, s=start: part(v, s), batch) for start in range(0, size, each)]
+    starts = range(0, size, each)
+    parts: list[Batch] = [tree.map(lambda v, s=start: part(v, s), batch) for start in starts]
     missing = n - len(parts) if dist.world_size() > 1 else 0
-    return parts + [{**parts[0], WEIGHT: torch.zeros(each, device=_device(batch))} for _ in range(missing)]
+    device = next(v.device for v in batch.values() if isinstance(v, Tensor))
+    parts += [{**parts[0], WEIGHT: torch.zeros(each, device=device)} for _ in range(missing)]
+    return parts, [min(each, size - start) for start in starts]
 
 
-def _device(batch: Batch) -> torch.device:
-    return next(v.device for v in batch.values() if isinstance(v, Tensor))
+def _joined(values: list[Any], sizes: list[int]) -> Any:
+    """A model output of all micro-batches; that of the last one where it is not one value per sample."""
+    real = values[: len(sizes)]
+    by_sample = all(isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == n for v, n in zip(real, sizes, strict=True))
+    return torch.cat(real) if by_sample else real[-1]
 
 
 def _add(a: Aux, b: Aux) -> Aux:

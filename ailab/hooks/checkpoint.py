@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def CheckpointHook(
     *,
     run: RunInfo,
 ) -> list[Middleware[Any]]:
-    """Save to `save_dir/step_00001234/` at the end of every `interval`-th epoch, after its last, and when a signal ends the run.
+    """Save to `save_dir/step_00001234/` at the end of every `interval`-th epoch, of the last one, and when a signal ends a run.
 
     Written by rank 0, by rename; an epoch's checkpoint is written after all its phases, so it knows its results.
 
@@ -49,20 +49,7 @@ def CheckpointHook(
     if not run.steps_per_epoch:
         return []  # nothing new comes out of an evaluation
     directory = _directory(save_dir, run)
-    kept = Keep(**dict(keep or {}))
-
-    def save(state: TrainState, metrics: Mapping[str, float]) -> None:
-        failed = None
-        if run.rank == 0:
-            try:
-                content = contents(state, run)
-                epoch = epochs_done(state)
-                checkpoint.save(directory, content, step=state.at, epoch=epoch, fingerprint=_fingerprint(run), metrics=metrics)
-                checkpoint.retain(directory, kept)
-            except Exception as e:  # the other ranks must hear of it before it ends this one
-                failed = e
-        if dist.agree(failed is not None, run.device):
-            raise failed or CheckpointError("rank 0 could not save a checkpoint; its message says why.")
+    save = _saver(directory, Keep(**dict(keep or {})), run)
 
     def wrap_step(step: Step) -> Step:
         def saved(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
@@ -99,6 +86,25 @@ def CheckpointHook(
 
     hooks: list[Middleware[Any]] = [Middleware("checkpoint", wrap_epoch, "epoch"), Middleware("checkpoint", wrap_run, "run")]
     return [Middleware("checkpoint", wrap_step, "host"), *hooks] if every_steps else hooks
+
+
+def _saver(directory: Path, keep: Keep, run: RunInfo) -> Callable[[TrainState, Mapping[str, float]], None]:
+    """How every rank saves a state with its results: rank 0 writes, and all hear whether it could."""
+
+    def save(state: TrainState, metrics: Mapping[str, float]) -> None:
+        failed = None
+        if run.rank == 0:
+            try:
+                content = contents(state, run)
+                epoch = epochs_done(state)
+                checkpoint.save(directory, content, step=state.at, epoch=epoch, fingerprint=_fingerprint(run), metrics=metrics)
+                checkpoint.retain(directory, keep)
+            except Exception as e:  # the other ranks must hear of it before it ends this one
+                failed = e
+        if dist.agree(failed is not None, run.device):
+            raise failed or CheckpointError("rank 0 could not save a checkpoint; its message says why.")
+
+    return save
 
 
 @HOOKS.register_module()

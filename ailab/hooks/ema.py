@@ -50,7 +50,7 @@ def EMAHook(decay: float = 0.999, warmup: bool = True, eval: bool = True, name: 
 
         return of_average
 
-    hooks = [Middleware(name, wrap, "step", init)]
+    hooks = [Middleware(name, wrap, "step", init, looks_back=False)]
     return [*hooks, Middleware(name, wrap_eval, "step", phases=("val", "test"))] if eval else hooks
 
 

@@ -109,7 +109,7 @@ def is_reserved(key: str) -> bool:
 
 
 def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
-    """`config.json`, and `metrics.jsonl`: one JSON object per line with step, epoch, phase and every log by name; part of every run.
+    """`config.json`, and `metrics.jsonl`: a JSON object per line with step, epoch, phase and every log by name. In every run.
 
     A resumed run drops what the interrupted one wrote after its checkpoint, so that the file ends up the same, byte for byte,
     as that of a run that was never interrupted; only keys that start with `wall_` differ. A run without a train phase adds its

@@ -61,7 +61,7 @@ def LrSchedulerHook(
 
         return scheduled
 
-    return Middleware(SLOT, wrap, "step", init)
+    return Middleware(SLOT, wrap, "step", init, looks_back=False)
 
 
 def restart_lr(state: TrainState, base_lrs: tuple[float, ...], lr: float | None) -> TrainState:
@@ -83,7 +83,9 @@ def _plateau(scheduler: Mapping[str, Any], metric: str, run: RunInfo, path: str)
         def watched(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
             state, logs = epoch(state, batches)
             if metric not in logs:
-                raise ConfigError(f"{path}: there is no result {metric!r} after epoch {epochs_done(state)}; there is {', '.join(logs)}.")
+                raise ConfigError(
+                    f"{path}: there is no result {metric!r} after epoch {epochs_done(state)}; there is {', '.join(logs)}."
+                )
             rates = [float(r) for r in lrs(state.opt_state)]
             memory, new = rule.update(state.slots[SLOT], float(logs[metric].value), rates)
             rates_ = [torch.full_like(old, r) for old, r in zip(lrs(state.opt_state), new, strict=True)]

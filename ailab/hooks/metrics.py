@@ -40,7 +40,9 @@ def MetricHook(*, run: RunInfo, name: str = "metrics", **metrics: Mapping[str, A
         metric = METRICS.build(args, path)
         phases = tuple(entry.get("phases", PHASES))
         bound = bind(metric, entry.get("mapping", {}), path, defaults={"weight": WEIGHT})
-        hooks += _host(key, metric, bound, phases, run) if hasattr(metric, "compute") else [_pure(key, metric, bound, phases, path)]
+        hooks += (
+            _host(key, metric, bound, phases, run) if hasattr(metric, "compute") else [_pure(key, metric, bound, phases, path)]
+        )
     return hooks
 
 
@@ -72,7 +74,9 @@ def _pure(key: str, metric: Any, bound: Binding, phases: tuple[str, ...], path: 
             with torch.no_grad():
                 mean = metric(**bound.kwargs({**batch, **aux.outputs}))
             if not isinstance(mean, Mean):
-                raise ConfigError(f"{path}: the metric returned {type(mean).__name__}; a pure metric returns Mean(total, weight).")
+                raise ConfigError(
+                    f"{path}: the metric returned {type(mean).__name__}; a pure metric returns Mean(total, weight)."
+                )
             return total, replace(aux, logs={**aux.logs, key: mean})
 
         return measured

@@ -56,7 +56,7 @@ def SkipNonFiniteHook(max_in_a_row: int = 10, every: int = 10, name: str = "skip
             kept = tree.where(finite, after, state)
             row = torch.where(finite, 0, memory["row"] + 1)
             skipped = 1 - finite.to(torch.float32)
-            means = {n: Mean(torch.where(finite, m.total, torch.zeros_like(m.total)), m.weight * finite) for n, m in logs.items()}
+            means = {n: _counted(m, finite) if isinstance(m, Mean) else m for n, m in logs.items()}  # outputs travel along
             kept = kept.replace(step=after.step).with_slot(name, {**memory, "row": row})
             return kept, {**means, "skipped": Mean(skipped, torch.ones_like(skipped))}
 
@@ -72,3 +72,8 @@ def SkipNonFiniteHook(max_in_a_row: int = 10, every: int = 10, name: str = "skip
         return watched
 
     return [Middleware(name, wrap_grad, "grad"), Middleware(name, wrap, "step", init), Middleware(name, wrap_host, "host")]
+
+
+def _counted(mean: Mean, finite: Tensor) -> Mean:
+    """The mean of a step that was taken, and nothing of one that was skipped."""
+    return Mean(torch.where(finite, mean.total, torch.zeros_like(mean.total)), mean.weight * finite)

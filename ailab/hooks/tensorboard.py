@@ -14,10 +14,10 @@ from ailab.types import RunInfo, TrainState
 def TensorboardHook(
     interval: int = 50, log_dir: str | None = None, *, run: RunInfo, name: str = "tensorboard"
 ) -> list[Middleware[Any]]:
-    """Write running means of the training phase as "train/<name>" every `interval` steps, and each phase's results as
-    "epoch/<phase>/<name>"; the learning rate as "lr/<group>". The x axis is `state.step`.
+    """Every scalar of every phase as TensorBoard events over `state.step`.
 
-    A resumed run purges what the interrupted one wrote after its checkpoint.
+    Running means of the training phase are "train/<name>", every `interval` steps; results of a phase "epoch/<phase>/<name>";
+    the learning rate is "lr/<group>". A resumed run purges what the interrupted one wrote after its checkpoint.
 
     Args:
         interval: in optimizer steps.

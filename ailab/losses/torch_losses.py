@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,10 @@ def maskable(criterion: nn.Module) -> PerSample | None:
         call = _sum_of_each
     else:
         return None
+    if call is _of_classes:
+        summed = copy.copy(criterion)  # shares the dict of buffers, so it sees the class weights that are swapped in
+        summed.reduction = "sum"  # type: ignore[assignment]
+        criterion.__dict__["summed"] = summed  # not a sub-module: it has no tensors of its own
     criterion.reduction = "none"  # type: ignore[assignment]
     return _signed(call, criterion)
 
@@ -91,14 +96,18 @@ def _sum_of_each(criterion: nn.Module, *args: Any, weight: Tensor | None = None,
 
 def _of_classes(criterion: Any, input: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor | Mean:
     """Cross-entropy and NLL. With probabilities for a target torch divides by the samples, whatever the class weights."""
-    values = criterion.forward(input, target)
     if target.is_floating_point():
+        values = criterion.forward(input, target)
         return values if values.dim() == 1 else values.flatten(1).mean(1)
-    shares = (target != criterion.ignore_index).to(values.dtype)  # an ignored target has the value 0 already
-    if criterion.weight is not None:
-        shares = shares * criterion.weight[torch.where(shares > 0, target, 0)]
+    counted = target != criterion.ignore_index  # an ignored target has the value 0
     if weight is None:
-        return Mean(values.sum(), shares.sum())
+        total = criterion.summed.forward(input, target)
+        shares = counted if criterion.weight is None else criterion.weight[target[counted]]
+        return Mean(total, shares.sum().to(total.dtype))
+    values = criterion.forward(input, target)
+    shares = counted.to(values.dtype)
+    if criterion.weight is not None:
+        shares = shares * criterion.weight[torch.where(counted, target, 0)]
     weight = weight.to(values.dtype)
     if values.dim() > 1:
         weight = weight.view(-1, *[1] * (values.dim() - 1)).expand_as(values).reshape(-1)

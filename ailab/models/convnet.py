@@ -29,6 +29,7 @@ class ConvNet(nn.Module):
         mean: per channel, or one for all; in the units of the input (0..255 for uint8 pictures).
         std: as `mean`.
         dropout: probability of dropping a feature before the linear layer.
+        channels_last: keep the convolutions' weights, and with them what they compute, in that memory format; often faster.
     """
 
     mean: Tensor  # (C or 1, 1, 1)
@@ -43,6 +44,7 @@ class ConvNet(nn.Module):
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
         dropout: float = 0.0,
+        channels_last: bool = False,
     ):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).reshape(-1, 1, 1))
@@ -59,6 +61,8 @@ class ConvNet(nn.Module):
         self.features = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(channels, num_classes)
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) uint8 or float -> (B, num_classes) logits."""

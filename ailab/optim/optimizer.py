@@ -37,6 +37,7 @@ class Optimizer:
     init: Callable[[Params], OptState]
     update: Callable[[Params, OptState, Params], tuple[Params, OptState]]
     traced: bool  # False: it calls its class's own Python .step(), so it runs outside the graph
+    update_: Callable[[Params, OptState, Params], tuple[Params, OptState]] | None = None  # the same, writing into its inputs
     closure_update: Callable[[Evaluate, OptState, Params], tuple[Params, OptState]] | None = None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ailab.optim.adafactor import adafactor
 from ailab.optim.optimizer import Group, Optimizer, OptState
-from ailab.optim.rows import ROWS, Row, arguments, functional
+from ailab.optim.rows import ROWS, Row, arguments, cpu_kernel, functional
 from ailab.types import Params
 
 # The list forms cost one call for all tensors; torch 2.11 has no list form of clone.
@@ -36,6 +36,7 @@ class _Plan:
     columns: tuple[str, ...]  # every list argument after the gradients, also those that this group leaves empty
     scratch: list[Tensor]  # eager: where the functional form counts its steps; no part of the state
     step_as: str | None  # the argument that counts steps: a list of them, or one; or none
+    kernel: bool  # `call` is the fused kernel itself
     takes_lr: bool
     lr_as_float: bool  # eager; on a CPU that is no device read
     lr_dtype: torch.dtype  # as a tensor: float32 for a GPU kernel beside float32 parameters; on a CPU the digits are free
@@ -70,18 +71,20 @@ def _plan(name: str, group: Group, params: Params) -> _Plan:
     on_cpu = tensors[0].device.type == "cpu"
     call = _first_undamped(fn) if damped else fn
     traced_call = adafactor if name == "Adafactor" else call
+    kernel = cpu_kernel(name, group.hyper) if eager.get("fused") and len({p.dtype for p in tensors}) == 1 else None
     wide = on_cpu or tensors[0].dtype == torch.float64
     return _Plan(
         names=group.names,
         keys=held,
         row=row,
-        call=call if on_cpu else traced_call,
+        call=(kernel or call) if on_cpu else traced_call,
         traced_call=traced_call,
         how=kwargs | eager,
         traced_how=kwargs | traced,
         scratch=[torch.zeros((), dtype=torch.float32, device=tensors[0].device) for _ in tensors],
         columns=(*row.slots, *row.scalars),
         step_as="state_steps" if row.counts else "step" if damped else None,
+        kernel=kernel is not None and on_cpu,
         takes_lr="lr" in takes,
         # Without capturable or a fused kernel the functional form reads a tensor lr anyway.
         lr_as_float=on_cpu or not (eager.get("fused") or "capturable" in takes or name == "Adafactor"),
@@ -140,14 +143,16 @@ def _call(
     call, how = (plan.traced_call, plan.traced_how.copy()) if traced else (plan.call, plan.how.copy())
     if plan.takes_lr:
         how["lr"] = lr.item() if plan.lr_as_float and not traced else lr.to(plan.lr_dtype)
-    if plan.step_as == "state_steps":
+    if plan.step_as == "state_steps" and (traced or not plan.kernel):
         how["state_steps"] = _steps(plan, step, len(values), traced)
     elif plan.step_as is not None:
-        how[plan.step_as] = step
+        how["step"] = step
     call(values, grads, *columns, **how)
 
 
-def _update_group(plan: _Plan, at: int, grads: Params, old: OptState, params: Params, new: OptState, out: Params) -> bool:
+def _update_group(
+    plan: _Plan, at: int, grads: Params, old: OptState, params: Params, new: OptState, out: Params, copy: bool
+) -> bool:
     """Write the group's new parameters to `out` and its new state to `new`; False when it has no gradient."""
     names = [n for n in plan.names if n in grads]
     if not names:
@@ -155,7 +160,7 @@ def _update_group(plan: _Plan, at: int, grads: Params, old: OptState, params: Pa
     row, keys, lr, step = plan.row, plan.keys, old["lr"][at], old["step"]
     traced = torch.compiler.is_compiling()
     columns = [[params[n] for n in names]] + [[old[key].get(n) for n in names] for key in keys]
-    values, *columns = _copies(columns, slow=row.padded or traced)
+    values, *columns = _copies(columns, slow=row.padded or traced) if copy else columns
     lists = dict(zip(keys, columns, strict=True))
     for key in row.scalars:
         lists[key] = [old[key][at].clone() for _ in names]
@@ -195,12 +200,18 @@ def traced_optimizer(name: str, groups: tuple[Group, ...], params: Params) -> Op
     def init(params: Params) -> OptState:
         return _init(row, groups, params)
 
-    def update(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
+    def run(grads: Params, opt_state: OptState, params: Params, copy: bool) -> tuple[Params, OptState]:
         out = dict(params)
         new: dict[str, Any] = {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in opt_state.items()}
-        touched = [_update_group(plan, i, grads, opt_state, params, new, out) for i, plan in enumerate(plans)]
+        touched = [_update_group(plan, i, grads, opt_state, params, new, out, copy) for i, plan in enumerate(plans)]
         if any(touched):
             new["step"] = opt_state["step"] + 1
         return out, new
 
-    return Optimizer(name, groups, init, update, traced=True)
+    def update(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
+        return run(grads, opt_state, params, True)
+
+    def update_(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
+        return run(grads, opt_state, params, False)
+
+    return Optimizer(name, groups, init, update, traced=True, update_=update_)

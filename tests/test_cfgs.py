@@ -1,0 +1,58 @@
+"""Every cfg that is shipped runs."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ailab import config
+from ailab.datasets import fashion_mnist
+from ailab.errors import DataError
+from ailab.fit import dry_run
+
+CFGS = sorted((Path(__file__).parents[1] / "cfgs").glob("**/*.py"))
+
+
+def idx(path: Path, values: torch.Tensor) -> None:
+    header = bytes([0, 0, 8, values.dim()]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
+    path.write_bytes(gzip.compress(header + values.numpy().tobytes(), 1))
+
+
+@pytest.fixture(autouse=True)
+def _no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Fashion-MNIST is not on this machine, files of noise in its format stand in; nothing is downloaded."""
+
+    def noise() -> Path:
+        g = torch.Generator().manual_seed(0)
+        for prefix, n in {"train": 256, "t10k": 64}.items():
+            idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", torch.randint(0, 256, (n, 28, 28), dtype=torch.uint8, generator=g))
+            idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", torch.randint(0, 10, (n,), dtype=torch.uint8, generator=g))
+        return tmp_path
+
+    monkeypatch.setattr(fashion_mnist, "_downloaded", noise)
+
+
+@pytest.mark.parametrize("file", CFGS, ids=lambda file: file.stem)
+def test_it_runs_one_shrunk_step_of_each_phase(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A dry run of the cfg on a CPU steps through its phases with finite numbers and writes nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    before = {p.name for p in tmp_path.iterdir()}
+    cfg = config.load(file)
+    try:
+        text = dry_run(cfg)
+    except DataError as absent:
+        pytest.skip(f"{file.name}: its data is not on this machine: {str(absent).splitlines()[0]}")
+    for phase in (entry["phase"] for entry in cfg["workflow"]):
+        found = re.search(rf"^{phase} +first step .* loss ([\d.]+)", text, re.MULTILINE)
+        assert found is not None, text
+    assert {p.name for p in tmp_path.iterdir() if not p.name.endswith(".gz")} == before
+
+
+def test_there_are_cfgs() -> None:
+    """The test above has something to run."""
+    assert {f.stem for f in CFGS} >= {"exp", "fashion_mnist"}
