@@ -17,6 +17,7 @@ from ailab.errors import ConfigError
 from ailab.rng import mix, seed_device
 from ailab.types import Batch, Logs, Step, TrainState, seal
 
+
 def allow_traced_grad() -> Any:
     """A context in which Dynamo traces `torch.autograd.grad`; a private switch, off by default on every supported version."""
     return torch._dynamo.config.patch(trace_autograd_ops=True)
@@ -58,6 +59,7 @@ class Compiled:
         self._device: torch.device = torch.device("cpu")
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
+        """One step; the state that was passed in is consumed unless `donate` is off."""
         if state is not self._state:
             self._enter(state)
         at = state.at
@@ -97,7 +99,7 @@ class Compiled:
         return after, out
 
     def _graph(self, state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
-        fields = batch if all([type(v) is Tensor for v in batch.values()]) else {k: v for k, v in batch.items() if _crosses(v)}
+        fields = batch if all(type(v) is Tensor for v in batch.values()) else {k: v for k, v in batch.items() if _crosses(v)}
         # All that a graph depends on is in this key, so that the graph itself checks nothing: guards cost 15 % of a small step.
         key = (self._layout, *[(k, _layout(v)) for k, v in fields.items()])
         run = self.graphs.get(key)
@@ -122,12 +124,14 @@ class Compiled:
                 "  compile=False runs it as it is; compile=dict(cut='loss') compiles the forward and backward only."
             ) from e
         if self.graphs and self.report is not None:
-            self.report(f"{self.name} step: compiled graph {len(self.graphs) + 1}, for {_difference(next(iter(self.graphs)), key)}")
+            self.report(
+                f"{self.name} step: compiled graph {len(self.graphs) + 1}, for {_difference(next(iter(self.graphs)), key)}"
+            )
         self.graphs[key] = run
         return result
 
 
-def compile(  # noqa: A001 - read as ailab.compile
+def compile(
     step: Step,
     *,
     enabled: bool = True,
@@ -195,7 +199,9 @@ def _difference(first: tuple[Any, ...], key: tuple[Any, ...]) -> str:
 
 def _crosses(value: Any) -> bool:
     """Whether a batch field may go under the line: tensors, in any nesting."""
-    return isinstance(value, Tensor) or (not isinstance(value, (str, bytes)) and all(isinstance(x, Tensor) for x in tree.leaves(value)))
+    return isinstance(value, Tensor) or (
+        not isinstance(value, (str, bytes)) and all(isinstance(x, Tensor) for x in tree.leaves(value))
+    )
 
 
 def _merge(state: TrainState, tensors: list[Tensor]) -> list[Any]:

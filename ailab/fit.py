@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,7 @@ def ailab_train(cfg: Mapping[str, Any]) -> Result:
 
 
 @contextmanager
-def _started(cfg: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], torch.device, list[str]]]:
+def _started(cfg: Mapping[str, Any]) -> Generator[tuple[dict[str, Any], torch.device, list[str]]]:
     """The completed cfg, the device and the process group; nothing is built before the cfg is checked."""
     check.check(cfg)
     full = check.complete(cfg)
@@ -122,7 +122,7 @@ class Signals:
 
 
 @contextmanager
-def _console() -> Iterator[tuple[Any, Callable[[str], None]]]:
+def _console() -> Generator[tuple[Any, Callable[[str], None]]]:
     """A progress bar where there is a terminal, and a way to print a line above it; silent on all ranks but 0."""
     first = dist.rank() == 0
     bar: Any = tqdm(total=0, unit="step", disable=None if first else True, dynamic_ncols=True, smoothing=0.05)
@@ -212,6 +212,7 @@ def dry_run(cfg: Mapping[str, Any]) -> str:
             batch = next(iter(job.streams[phase].epoch(0)))
             working = state if phase == "train" else _for_eval(job, state, phase)
             took: list[float] = []
+            values = ""
             for _ in range(2):
                 start = time.monotonic()
                 working, logs = step(working, batch)

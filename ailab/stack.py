@@ -28,11 +28,16 @@ class Middleware(Generic[F]):
     depth: Depth
     init: Callable[[TrainState], PyTree] | None = None
     phases: tuple[str, ...] | None = None  # which it serves; None: training, and for an epoch hook the workflow as a whole
-    looks_back: bool = True  # step depth: whether it reads the state it passed on after the call; if none does, eager steps donate
+    looks_back: bool = (
+        True  # step depth: whether it reads the state it passed on after the call; if none does, eager steps donate
+    )
     check: Callable[[Collection[str], str], list[str]] | None = None  # (fields, phase) -> problems, before the first step
-    core: Mapping[str, Any] = field(default_factory=dict)  # settings for the bare callables, e.g. {"ddp": {"bucket_cap_mb": 50}}
+    core: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # settings for the bare callables, e.g. {"ddp": {"bucket_cap_mb": 50}}
 
     def __call__(self, inner: F) -> F:
+        """`inner` in this hook."""
         return self.wrap(inner)
 
 

@@ -65,7 +65,7 @@ def unflatten(like: Any, new: Sequence[Any]) -> Any:
     return build(like)
 
 
-def map(fn: Callable[..., Any], tree: T, *others: Any) -> T:  # noqa: A001 - read as tree.map
+def map(fn: Callable[..., Any], tree: T, *others: Any) -> T:
     """Apply `fn` to the tensors of `tree` (and of trees like it); leaves that are no tensors stay as they are."""
     columns = zip(leaves(tree), *(leaves(o) for o in others), strict=True)
     return unflatten(tree, [fn(*column) if isinstance(column[0], Tensor) else column[0] for column in columns])

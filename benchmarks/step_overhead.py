@@ -43,7 +43,9 @@ class MLP(nn.Module):
 
 def data(batch: int, steps: int, features: int, classes: int) -> TensorDataset:
     g = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(batch * steps, features, generator=g), torch.randint(classes, (batch * steps,), generator=g))
+    return TensorDataset(
+        torch.randn(batch * steps, features, generator=g), torch.randint(classes, (batch * steps,), generator=g)
+    )
 
 
 class Bare:
@@ -87,7 +89,9 @@ def ours(sizes: list[int], batch: int, steps: int, repeats: int, compiled: bool)
             work_dir=folder,
             workflow=[{"phase": "train"}],
             total_epochs=repeats + 2,
-            data=dict(train=dict(type=lambda: data(batch, steps, sizes[0], sizes[-1])), train_dataloader=dict(batch_size=batch)),
+            data=dict(
+                train=dict(type=lambda: data(batch, steps, sizes[0], sizes[-1])), train_dataloader=dict(batch_size=batch)
+            ),
             model=dict(type=MLP, sizes=sizes),
             loss=dict(type="CrossEntropyLoss"),
             optimizer=dict(type="AdamW", lr=1e-3),
@@ -136,10 +140,17 @@ def main() -> None:
     args = parser.parse_args()
     rows = [row("MLP 64-128-128-10", [64, 128, 128, 10], 128, 300, args.repeats)]
     rows += [row(f"{n} tensors", deep(n), 16, max(20, 3000 // n), max(3, args.repeats // 2)) for n in args.tensors]
-    machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version()}
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"date": date.today().isoformat(), "torch": torch.__version__, "machine": machine, "rows": rows}, indent=1) + "\n")
+    out.write_text(
+        json.dumps({"date": date.today().isoformat(), "torch": torch.__version__, "machine": machine, "rows": rows}, indent=1)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -270,7 +270,9 @@ def test_a_batch_in_which_nothing_counts_is_zero() -> None:
         assert [total.item(), aux.weight.item(), aux.logs["loss"].value.item()] == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize(("shape", "said"), [((6, 1), r"\(6, 1\)"), ((5,), r"\(5,\)"), ((6, 4), r"\(6, 4\)"), ((1,), r"\(1,\)")])
+@pytest.mark.parametrize(
+    ("shape", "said"), [((6, 1), r"\(6, 1\)"), ((5,), r"\(5,\)"), ((6, 4), r"\(6, 4\)"), ((1,), r"\(1,\)")]
+)
 def test_a_loss_of_another_shape_is_refused(shape: tuple[int, ...], said: str) -> None:
     """A criterion that returns neither a scalar nor one value per sample is refused, with the shape and what would do."""
     model, batch = nn.Linear(4, 4), data()

@@ -411,7 +411,7 @@ def test_ranks_equal_one_process_in_float32(ranks: Any, variant: str, sync: str,
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("sync", CORES)
 def test_bf16_autocast_equals_micro_batches_of_one_process(ranks: Any, sync: str, world: int) -> None:
-  """bf16 rounds each rank's gradient: equal (1e-5) to one process that adds up the same parts, within 2 % of the joint batch."""
+    """bf16 rounds each rank's gradient: equal (1e-5) to micro-batches of one process, within 2 % of the joint batch."""
     amp = dict(amp=dict(type="AMPHook", dtype="bf16"))
     cfg = config(6 * world, 3 * world, model=dict(double=False), sync=sync, epochs=5, hooks=amp)
     parts = {**cfg, "hooks": {**cfg["hooks"], "accumulate": dict(type="GradAccumulateHook", n=world)}}
@@ -446,7 +446,7 @@ def test_a_run_that_was_cut_in_two_has_the_same_bytes(ranks: Any, sync: str, wor
 
 @pytest.mark.parametrize("sync", CORES)
 def test_unused_parameters_are_named(ranks: Any, sync: str) -> None:
-    """Under ddp a trainable parameter that the loss does not use is an error that names it until it is frozen; graph takes it."""
+    """Under ddp a trainable parameter that the loss does not use is a ConfigError that names it, until it is frozen."""
     cfg = config(sync=sync, model=dict(unused=True))
     if sync == "ddp":
         with pytest.raises(ConfigError, match=r"does not use 2 of 6 trainable parameters: spare\.weight, spare\.bias\."):
@@ -695,7 +695,7 @@ def test_a_rank_that_raises_ends_the_launch(tmp_path: Path) -> None:
 
 
 def test_sigterm_saves_and_the_next_launch_goes_on(ranks: Any, tmp_path: Path) -> None:
-    """SIGTERM to the launcher saves in mid-epoch; a relaunch ends with the bytes of a run never stopped; one rank goes on too."""
+    """SIGTERM saves in mid-epoch; a relaunch ends with the bytes of a run never stopped; one rank goes on from there too."""
     launcher = launched(tmp_path, "hooks.slow.seconds=0.03")
     log = tmp_path / "run/train.log"
     until = time.monotonic() + 60

@@ -43,7 +43,9 @@ cfg["hooks"] = dict(noise=dict(type="GradNoiseHook", std=0.01), clamp=dict(type=
                     beat=dict(type="HeartbeatHook", every=10))
 """
     mine = CFG.replace("Moons", "OtherMoons").replace("Net", "OtherNet")  # a registry has one component of a name
-    cfg = config.load(written(mine + HOOKS + extra, tmp_path, "readme_hooks"), [f"work_dir={tmp_path / 'run'}", "total_epochs=1"])
+    cfg = config.load(
+        written(mine + HOOKS + extra, tmp_path, "readme_hooks"), [f"work_dir={tmp_path / 'run'}", "total_epochs=1"]
+    )
     result = fit(cfg)
     assert all((p.abs() <= 0.05).all() for p in result.state.params.values())
     assert (tmp_path / "run" / "heartbeat").exists()

@@ -133,7 +133,9 @@ def test_norm_is_that_of_one_vector(sizes: list[int], seed: int) -> None:
     gen = torch.Generator().manual_seed(seed)
     parts = [torch.randn(n, generator=gen, dtype=torch.float64) for n in sizes]
     for order in (2.0, float("inf")):
-        torch.testing.assert_close(tree.norm({"a": parts, "b": "text"}, order), torch.cat(parts).norm(order), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            tree.norm({"a": parts, "b": "text"}, order), torch.cat(parts).norm(order), rtol=1e-12, atol=0
+        )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

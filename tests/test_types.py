@@ -17,7 +17,9 @@ WEIGHTS = st.floats(0, 8, width=16)
 
 
 def make() -> TrainState:
-    return TrainState(torch.tensor(7), {"w": torch.ones(2)}, {"b": torch.zeros(1)}, {"m": [torch.ones(1)]}, {"s": torch.ones(1)})
+    return TrainState(
+        torch.tensor(7), {"w": torch.ones(2)}, {"b": torch.zeros(1)}, {"m": [torch.ones(1)]}, {"s": torch.ones(1)}
+    )
 
 
 @given(st.lists(st.tuples(NUMBERS, WEIGHTS), min_size=2, max_size=8), st.integers(1, 7))
@@ -163,6 +165,7 @@ def test_an_unknown_field_is_an_attribute_error() -> None:
 
 def test_steps_of_a_run(tmp_path: object) -> None:
     """The steps of a run are those of its training phase times the epochs; 0 without such a phase."""
+
     def info(phases: dict[str, int]) -> RunInfo:
         return RunInfo({}, tmp_path, torch.device("cpu"), 0, 0, 1, 3, phases)  # type: ignore[arg-type]
 

@@ -1,0 +1,1 @@
+"""The bare callable at each depth, before any hook wraps it."""

@@ -90,7 +90,9 @@ class _Root(nn.Module):
 def _homes(skeleton: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
     """`(dotted path, dict, key)` for every place that holds a tensor; a tied one has several."""
     stores = [(path, store) for path, module in skeleton.named_modules() for store in (module._parameters, module._buffers)]
-    return [(f"{path}.{key}" if path else key, store, key) for path, store in stores for key, t in store.items() if t is not None]
+    return [
+        (f"{path}.{key}" if path else key, store, key) for path, store in stores for key, t in store.items() if t is not None
+    ]
 
 
 def module_state(model: nn.Module, criterion: nn.Module | None = None) -> TrainState:

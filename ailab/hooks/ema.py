@@ -15,7 +15,7 @@ from ailab.types import Batch, Mean, Params, Step, TrainState
 
 
 @HOOKS.register_module()
-def EMAHook(decay: float = 0.999, warmup: bool = True, eval: bool = True, name: str = "ema") -> list[Middleware[Step]]:  # noqa: A002
+def EMAHook(decay: float = 0.999, warmup: bool = True, eval: bool = True, name: str = "ema") -> list[Middleware[Step]]:
     """Keep `average = d * average + (1 - d) * params` after each step, in `state.slots[name]`; buffers are copied.
 
     Args:

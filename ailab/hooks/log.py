@@ -96,7 +96,7 @@ def _line(report: Report, shown: Mapping[str, Any], rate: float | None, run: Run
 def _number(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.4f}" if 1e-2 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+    return f"{value:.4f}" if 1e-2 <= abs(value) < 1e4 or not value else f"{value:.2e}"
 
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"  # in the work_dir

@@ -90,7 +90,7 @@ def _host(key: str, metric: Any, bound: Binding, phases: tuple[str, ...], run: R
     if hasattr(metric, "sync_on_compute"):
         metric.sync_on_compute = False  # every rank is shown every sample below, so there is nothing left to gather
     copies = {phase: metric if i == 0 else copy.deepcopy(metric) for i, phase in enumerate(phases)}
-    counted = {phase: 0 for phase in phases}
+    counted = dict.fromkeys(phases, 0)
 
     def host(phase: str) -> Middleware[Step]:
         def wrap(step: Step) -> Step:

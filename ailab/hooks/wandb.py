@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +60,7 @@ def WandbHook(
 
 
 def _start(args: dict[str, Any], run: RunInfo) -> Any:
-    import wandb
+    wandb: Any = importlib.import_module("wandb")
 
     settings = wandb.Settings(init_timeout=10, console="off", disable_git=True, save_code=False)
     identity = hashlib.sha256(str(run.work_dir.resolve()).encode()).hexdigest()[:16]

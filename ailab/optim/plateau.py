@@ -24,9 +24,7 @@ class Plateau:
     update: Callable[[Memory, float, Sequence[float]], tuple[Memory, list[float]]]
 
 
-def plateau(
-    cfg: Mapping[str, Any], base_lrs: Sequence[float], *, path: str = "cfg.lr_scheduler"
-) -> Plateau:
+def plateau(cfg: Mapping[str, Any], base_lrs: Sequence[float], *, path: str = "cfg.lr_scheduler") -> Plateau:
     """torch's own ReduceLROnPlateau, its memory set before each step and read after it.
 
     Args:

@@ -101,7 +101,8 @@ def _first_undamped(sgd: Callable[..., None]) -> Callable[..., None]:
         if not torch.compiler.is_compiling() and step.device.type == "cpu":
             if first:
                 buffers[:] = [None] * len(buffers)
-            return sgd(params, grads, buffers, **how)
+            sgd(params, grads, buffers, **how)
+            return
         fresh_params, fresh = [p.clone() for p in params], cast("list[Any]", [None] * len(buffers))
         sgd(fresh_params, grads, fresh, **how)
         sgd(params, grads, buffers, **how)
@@ -161,7 +162,7 @@ def _update_group(
     traced = torch.compiler.is_compiling()
     columns = [[params[n] for n in names]] + [[old[key].get(n) for n in names] for key in keys]
     values, *columns = _copies(columns, slow=row.padded or traced) if copy else columns
-    lists = dict(zip(keys, columns, strict=True))
+    lists: dict[str, list[Any]] = dict(zip(keys, columns, strict=True))
     for key in row.scalars:
         lists[key] = [old[key][at].clone() for _ in names]
     for key in row.from_lr:

@@ -1,0 +1,207 @@
+"""The compile line: one graph, donation, replay, and eager as the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ailab import check, tree
+from ailab.assemble import assemble
+from ailab.build import loss_of
+from ailab.compile import allow_traced_grad, compile, graphs_compiled
+from ailab.core.grad import local_grad
+from ailab.core.loss import module_state
+from ailab.core.step import train_step
+from ailab.errors import ConfigError, DonatedError
+from ailab.optim import build_optimizer
+from ailab.stack import Middleware, at
+from ailab.types import Batch, Mean, TrainState
+from tests.tiny import Net, Points
+
+
+class ScalarLoss(nn.Module):
+    """A criterion that returns one number, so no sample of a batch can be masked."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, target)
+
+
+def no_drop() -> nn.Module:
+    """Batch norm, and no randomness, whose numbers differ between eager and inductor."""
+    net = Net()
+    net.drop = nn.Identity()
+    return net
+
+
+def job(work_dir: Path, compiled: bool, loss: Any = "CrossEntropyLoss", lines: list[str] | None = None) -> Any:
+    cfg = dict(
+        work_dir=str(work_dir),
+        total_epochs=3,
+        workflow=[{"phase": "train"}, {"phase": "val"}],
+        data=dict(
+            train=dict(type=Points, n=50),
+            val=dict(type=Points, n=13, seed=1),
+            train_dataloader=dict(batch_size=16),  # 16, 16, 16, 2
+            val_dataloader=dict(batch_size=8),
+        ),
+        model=dict(type=no_drop),
+        loss=dict(type=loss),
+        optimizer=dict(type="SGD", lr=0.05, momentum=0.9),  # Adam blows up the zero gradient of a bias before batch norm
+        compile=compiled,
+        hooks=dict(
+            metrics=dict(type="MetricHook", top1=dict(type="Top1Accuracy", mapping={"pred": "output", "label": "target"})),
+            clip=dict(type="GradClipHook", max_norm=0.5),
+            ema=dict(type="EMAHook", decay=0.9),
+            lr_scheduler=dict(type="LrSchedulerHook", by="step", scheduler=dict(type="CosineAnnealingLR", T_max=12)),
+        ),
+    )
+    check.check(cfg)
+    return assemble(check.complete(cfg), torch.device("cpu"), say=(lines if lines is not None else []).append)
+
+
+def graphs(made: Any) -> dict[str, int]:
+    return {compiled.name: len(compiled.graphs) for compiled in made.plan.compiled}
+
+
+@pytest.mark.parametrize("maskable", [True, False])
+def test_compiled_equals_eager_in_as_few_graphs_as_there_are_shapes(maskable: bool, tmp_path: Path) -> None:
+    """Over 3 epochs with a ragged tail: the eager numbers, one graph (two for a scalar loss, the second reported), no more."""
+    loss = "CrossEntropyLoss" if maskable else ScalarLoss
+    lines: list[str] = []
+    eager, compiled = job(tmp_path / "e", False, loss), job(tmp_path / "c", True, loss, lines)
+    before = graphs_compiled()
+    a, b = eager.run(eager.state), compiled.run(compiled.state)
+    assert graphs(compiled) == ({"train": 1, "val": 1} if maskable else {"train": 2, "val": 2})
+    assert graphs_compiled() - before == sum(graphs(compiled).values())
+    assert [line for line in lines if "graph" in line] == (
+        []
+        if maskable
+        else [
+            "train step: compiled graph 2, for a batch with input (2, 4), target (2,)",
+            "val step: compiled graph 2, for a batch with input (5, 4), target (5,)",
+        ]
+    )
+    for (path, x), (_, y) in zip(tree.items(a), tree.items(b), strict=True):
+        torch.testing.assert_close(
+            x.to(torch.float64), y.to(torch.float64), rtol=1e-4, atol=1e-5, msg=lambda m, p=path: f"{p}: {m}"
+        )
+
+
+def simple(dropout: float = 0.0, **options: Any) -> tuple[Any, TrainState, Batch]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 3))
+    state = module_state(model).clone()
+    optimizer = build_optimizer("SGD", state.params, lr=0.1, momentum=0.9)
+    step = train_step(local_grad(loss_of(model, nn.CrossEntropyLoss())), optimizer)
+    batch = {"input": torch.randn(6, 4), "target": torch.randint(3, (6,))}
+    return compile(step, **options), state.replace(opt_state=optimizer.init(state.params)), batch
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_donated_state_raises_when_touched(enabled: bool, aot_eager: None) -> None:
+    """Reading any field of a consumed state is an error that names the step and the way out."""
+    step, state, batch = simple(enabled=enabled)
+    middle, _ = step(state, batch)
+    step(middle, batch)
+    for field in ("step", "params", "buffers", "opt_state", "slots"):
+        with pytest.raises(DonatedError, match=r"(?s)after step 2 had consumed.*state\.clone\(\)"):
+            getattr(middle, field)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_without_donation_the_input_is_untouched(enabled: bool, aot_eager: None) -> None:
+    """With donate=False a step leaves its input as it was, bitwise, and gives what a donating one gives."""
+    step, state, batch = simple(enabled=enabled, donate=False)
+    kept = state.clone()
+    after, _ = step(state, batch)
+    after, _ = step(after, batch)
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(state), tree.leaves(kept), strict=True))
+    donating, fresh, _ = simple(enabled=enabled)
+    fresh, _ = donating(fresh, batch)
+    fresh, _ = donating(fresh, batch)
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(after), tree.leaves(fresh), strict=True))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_any_step_can_be_replayed(enabled: bool, aot_eager: None) -> None:
+    """A step from a kept state gives the same bits again, dropout included; another seed gives others."""
+    step, state, batch = simple(dropout=0.5, enabled=enabled, seed=3)
+    state, _ = step(state, batch)
+    kept = state.clone()
+    first, _ = step(state, batch)
+    first = first.clone()
+    torch.rand(5)
+    again, _ = step(kept.clone(), batch)
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(first), tree.leaves(again), strict=True))
+    other, _, _ = simple(dropout=0.5, enabled=enabled, seed=4)
+    differs, _ = other(kept, batch)
+    assert not all(torch.equal(a, b) for a, b in zip(tree.leaves(first), tree.leaves(differs), strict=True))
+
+
+def test_a_value_that_moves_inside_the_state_arrives(aot_eager: None) -> None:
+    """A step that swaps two slots swaps them, though each is written where the other was."""
+
+    def swap(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
+        return state.replace(step=state.step + 1, slots={"x": state.slots["y"], "y": state.slots["x"]}), {}
+
+    state = TrainState(torch.zeros((), dtype=torch.int64), {}, {}, {}, {"x": torch.ones(2), "y": torch.zeros(2)})
+    step = compile(swap)
+    state, _ = step(state, {})
+    assert (state.slots["x"].tolist(), state.slots["y"].tolist(), state.at) == ([0, 0], [1, 1], 1)
+
+
+def test_another_layout_gets_another_graph(aot_eager: None) -> None:
+    """Batches that differ in shape, stride or dtype are never run by one graph, and each gives the eager numbers."""
+    step, state, batch = simple(donate=False)
+    eager, _, _ = simple(donate=False, enabled=False)
+    x = batch["input"]
+    batches = [batch, {**batch, "input": x.t().contiguous().t()}, {k: v[:4] for k, v in batch.items()}]
+    for some in [*batches, *batches]:
+        a, b = step(state, some)[0], eager(state, some)[0]
+        for p in a.params:
+            torch.testing.assert_close(a.params[p], b.params[p])
+    assert len(step.graphs) == 3
+
+
+def test_a_step_that_cannot_be_traced_says_so() -> None:
+    """A branch on data is one clear ConfigError that names the way out, not a graph break."""
+
+    class Branch(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) if input.sum() > 0 else input
+
+    model = Branch(4, 4)
+    state = module_state(model).clone()
+    optimizer = build_optimizer("SGD", state.params, lr=0.1)
+    step = compile(train_step(local_grad(loss_of(model, nn.CrossEntropyLoss())), optimizer))
+    with pytest.raises(ConfigError, match=r"(?s)cannot be traced as one graph.*compile=False"):
+        step(
+            state.replace(opt_state=optimizer.init(state.params)), {"input": torch.ones(2, 4), "target": torch.zeros(2).long()}
+        )
+
+
+def test_the_private_names_exist() -> None:
+    """What compile.py uses of torch beyond its public API is still there."""
+    assert torch._dynamo.config.trace_autograd_ops is False
+    with allow_traced_grad():
+        assert torch._dynamo.config.trace_autograd_ops is True
+    before = graphs_compiled()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    assert graphs_compiled() == before + 1
+    assert torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+    assert torch.compiler.skip_all_guards_unsafe
+
+
+def test_looking_back_is_what_keeps_a_step_from_donating_early(tmp_path: Path) -> None:
+    """In an eager run the update writes in place unless a step hook reads the state it passed on."""
+    made = job(tmp_path, False)
+    state, memory = made.state, made.state.params["first.weight"].data_ptr()
+    batch = next(iter(made.streams["train"].epoch(0)))
+    state, _ = made.steps["train"](state, batch)
+    assert state.params["first.weight"].data_ptr() == memory
+    assert not any(h.looks_back for h in at(made.hooks["train"], "step"))
+    assert Middleware("mine", lambda step: step, "step").looks_back
