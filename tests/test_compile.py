@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import Net, Points
 from torch import Tensor, nn
 
 from ailab import check, tree
@@ -20,7 +21,6 @@ from ailab.errors import ConfigError, DonatedError
 from ailab.optim import build_optimizer
 from ailab.stack import Middleware, at
 from ailab.types import Batch, Mean, TrainState
-from tests.tiny import Net, Points
 
 
 class ScalarLoss(nn.Module):

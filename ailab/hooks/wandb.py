@@ -64,7 +64,13 @@ def _start(args: dict[str, Any], run: RunInfo) -> Any:
 
     settings = wandb.Settings(init_timeout=10, console="off", disable_git=True, save_code=False)
     identity = hashlib.sha256(str(run.work_dir.resolve()).encode()).hexdigest()[:16]
-    common: dict[str, Any] = {"id": identity, "resume": "allow", "dir": str(run.work_dir), "config": snapshot(run.cfg), "settings": settings}
+    common: dict[str, Any] = {
+        "id": identity,
+        "resume": "allow",
+        "dir": str(run.work_dir),
+        "config": snapshot(run.cfg),
+        "settings": settings,
+    }
     if args.get("mode") == "offline":
         common.pop("resume")  # ignored offline, with a warning
     try:
