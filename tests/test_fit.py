@@ -300,8 +300,9 @@ def test_sigterm_in_mid_epoch_saves_the_state_and_exits_with_143(tmp_path: Path)
     assert int(newest_content(tmp_path / "run")["step"]) == 8
     assert ended(argv, tmp_path / "log") == 0
     assert rows_of(tmp_path / "run")[-1]["step"] == 15
-    whole = fit(tiny_cfg(tmp_path / "whole"))
-    assert rows_of(tmp_path / "run") == rows_of(whole.work_dir)
+    (tmp_path / "whole").mkdir()
+    assert ended([cfg_file(tmp_path / "whole")], tmp_path / "log") == 0  # in a process like theirs: bits depend on the threads
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole" / "run")
 
 
 def test_sigterm_without_a_checkpoint_hook_says_that_nothing_is_saved(tmp_path: Path) -> None:

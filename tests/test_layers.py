@@ -29,7 +29,7 @@ hooks
 build
 plan
 assemble
-show
+show | testing
 fit
 """
 LEVEL = {name.strip(): level for level, row in enumerate(ROWS.split("\n")) for name in row.split("|") if name.strip()}
