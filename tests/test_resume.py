@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +64,15 @@ def test_a_run_killed_at_any_time_ends_as_one_that_was_not(tmp_path: Path) -> No
     """SIGKILL from outside at random times, with worker processes and samples that draw random numbers."""
     hooks = FEATURES["ema and a schedule by step"] + SAVE
     more = [WORKERS, "cfg['total_epochs'] = 20"]
-    start = time.monotonic()
     assert run_of(tmp_path / "whole", hooks, *more) == 0
-    took, draw, kills = time.monotonic() - start, random.Random(0), 0
     (tmp_path / "cut").mkdir()
-    argv = [cfg_file(tmp_path / "cut", *more, hooks=hooks)]
-    for _ in range(8):
+    argv, draw, kills = [cfg_file(tmp_path / "cut", *more, hooks=hooks)], random.Random(0), 0
+    record = tmp_path / "cut" / "run" / "metrics.jsonl"
+    for lines in (1, 5, 10, 16, 22, 30):  # of the 40 that there will be
         process = launch(argv, tmp_path / "cut" / "log")
-        process.join(took * draw.uniform(0.2, 0.9))
+        while process.is_alive() and not (record.exists() and record.read_bytes().count(b"\n") >= lines):
+            process.join(0.001)
+        process.join(draw.uniform(0, 0.03))
         process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL

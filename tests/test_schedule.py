@@ -110,6 +110,12 @@ def test_users_classes_and_factories() -> None:
     assert torch.equal(lr_table({"type": "mine"}, BASE, N), expected)
 
 
+def test_a_run_shorter_than_its_warmup_ends_in_it() -> None:
+    """With warmup_steps >= total_steps the lr only climbs, by the same steps as in a whole run."""
+    table = lr_table({"type": "WarmupAndCosineAnnealingLR", "warmup_steps": 48}, [0.48], 24)
+    torch.testing.assert_close(table[:, 0], 0.01 * torch.arange(25, dtype=torch.float64))
+
+
 def test_total_steps_is_the_length_of_the_run() -> None:
     """A class that takes total_steps is given n, unless the cfg says otherwise."""
     one = lr_table({"type": "OneCycleLR", "max_lr": 0.3}, BASE, N)
@@ -186,7 +192,7 @@ def test_plateau_equals_torch(kwargs: dict[str, Any]) -> None:
         ({"type": "SequentialLR", "schedulers": [{"type": "StepLR", "a": 1}], "milestones": []}, r"schedulers\.0\.a"),
         ({"type": "OneCycleLR", "max_lr": 1.0, "total_steps": 20}, r"ends before position 21 of 300"),
         ({"type": "ReduceLROnPlateau"}, r"use plateau"),
-        ({"type": "WarmupAndCosineAnnealingLR", "warmup_steps": 400}, r"warmup_steps < total_steps"),
+        ({"type": "WarmupAndCosineAnnealingLR", "warmup_steps": -1}, r"warmup_steps >= 0"),
     ],
 )
 def test_mistakes_are_named(cfg: dict[str, Any], message: str) -> None:

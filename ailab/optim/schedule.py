@@ -29,7 +29,8 @@ class WarmupAndCosineAnnealingLR(LRScheduler):
 
     Args:
         optimizer: whose learning rates are set.
-        warmup_steps: positions before the base lr is reached, 0 <= w < T; in the unit that the schedule is stepped in.
+        warmup_steps: positions before the base lr is reached, in the unit that the schedule is stepped in; a run with w >= T (one
+            that was cut short to try it) ends in the warm-up.
         total_steps: the position at which `eta_min` is reached.
         eta_min: the last lr, for every group.
         warmup_start_factor: the first lr as a part of the base lr, 0 <= f <= 1.
@@ -48,8 +49,8 @@ class WarmupAndCosineAnnealingLR(LRScheduler):
         warmup_start_factor: float = 0.0,
         last_epoch: int = -1,
     ):
-        if not 0 <= warmup_steps < total_steps:
-            raise ValueError(f"expected 0 <= warmup_steps < total_steps, got {warmup_steps} and {total_steps}")
+        if warmup_steps < 0 or total_steps < 1:
+            raise ValueError(f"expected warmup_steps >= 0 and total_steps >= 1, got {warmup_steps} and {total_steps}")
         if not 0.0 <= warmup_start_factor <= 1.0:
             raise ValueError(f"expected 0 <= warmup_start_factor <= 1, got {warmup_start_factor}")
         self.warmup_steps, self.total_steps = warmup_steps, total_steps
@@ -61,7 +62,7 @@ class WarmupAndCosineAnnealingLR(LRScheduler):
         t, w, f = self.last_epoch, self.warmup_steps, self.warmup_start_factor
         if t < w:
             return [base * (f + (1 - f) * t / w) for base in self.base_lrs]
-        done = min(1.0, (t - w) / (self.total_steps - w))
+        done = min(1.0, (t - w) / max(1, self.total_steps - w))
         part = (1 + math.cos(math.pi * done)) / 2
         return [self.eta_min + (base - self.eta_min) * part for base in self.base_lrs]
 
