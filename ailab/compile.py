@@ -73,6 +73,8 @@ class Compiled:
         self._device = state.step.device
         if not self.enabled:
             return
+        if self.donate:
+            _refuse_shared(state)
         everything = list(tree.items(state))
         self._leaves = self._alike([leaf for _, leaf in everything if isinstance(leaf, Tensor)])
         rest = iter(self._leaves)
@@ -101,7 +103,7 @@ class Compiled:
     def _graph(self, state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
         fields = batch if all(type(v) is Tensor for v in batch.values()) else {k: v for k, v in batch.items() if _crosses(v)}
         # All that a graph depends on is in this key, so that the graph itself checks nothing: guards cost 15 % of a small step.
-        key = (self._layout, *[(k, _layout(v)) for k, v in fields.items()])
+        key = (self._layout, _shared(fields), *[(k, _layout(v)) for k, v in fields.items()])
         run = self.graphs.get(key)
         with torch.no_grad():
             names, packed, outputs, leaves = run(self._leaves, fields) if run else self._first(key, state, fields)
@@ -190,10 +192,27 @@ def _layout(value: Any) -> Any:
     return tuple([(path, _layout(leaf)) for path, leaf in tree.items(value)])
 
 
+def _shared(fields: Batch) -> tuple[int, ...]:
+    """Which fields are one tensor: a graph reads it once. Empty where all are apart."""
+    ids = [id(v) for v in (fields.values() if all(type(v) is Tensor for v in fields.values()) else tree.leaves(fields))]
+    return () if len(set(ids)) == len(ids) else tuple([ids.index(i) for i in ids])
+
+
+def _refuse_shared(state: TrainState) -> None:
+    """Refuse to donate a state that holds the same memory at two places: both would be written to."""
+    places: dict[int, str] = {}
+    for path, leaf in tree.items(state):
+        if isinstance(leaf, Tensor) and leaf.numel() and places.setdefault(leaf.data_ptr(), path) != path:
+            raise ConfigError(
+                f"state.{path} and state.{places[leaf.data_ptr()]} are the same memory, and a compiled step would write to both.\n"
+                "  Begin with `state.clone()`, which takes them apart."
+            )
+
+
 def _difference(first: tuple[Any, ...], key: tuple[Any, ...]) -> str:
     """What a key has that the first one has not, in words."""
-    fields = [f"{name} {tuple(layout[0]) if isinstance(layout[0], torch.Size) else 'nested'}" for name, layout in key[1:]]
-    changed = [f for f, now, was in zip(fields, key[1:], first[1:], strict=False) if now != was]
+    fields = [f"{name} {tuple(layout[0]) if isinstance(layout[0], torch.Size) else 'nested'}" for name, layout in key[2:]]
+    changed = [f for f, now, was in zip(fields, key[2:], first[2:], strict=False) if now != was]
     return "a batch with " + ", ".join(changed or fields) if key[1:] != first[1:] else "a state of another layout"
 
 

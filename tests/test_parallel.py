@@ -279,6 +279,18 @@ def built(cfg: Mapping[str, Any], **more: Any) -> Job:
     return assemble(check.complete(cfg), CPU, say=lambda line: None, **more)
 
 
+def traced(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """`trained`, where `torch.compile` traces and functionalizes as always and generates no code: half a minute less."""
+    whole = torch.compile
+
+    def compiled(fn: Any, **options: Any) -> Any:
+        return whole(fn, **{**options, "backend": "aot_eager", "mode": None, "options": None})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", compiled)
+        return trained(cfg)
+
+
 def trained(cfg: Mapping[str, Any], stop_at: int | None = None) -> dict[str, Any]:
     """Run a cfg on this rank."""
     spy, steps, graphs = Spy(), 0, graphs_compiled()
@@ -454,12 +466,12 @@ def test_unused_parameters_are_named(ranks: Any, sync: str) -> None:
     assert compared(ranks, 2, cfg)[0] < 1e-9
 
 
+@pytest.mark.parametrize("job", [traced, trained])
 @pytest.mark.parametrize("sync", CORES)
-def test_compiled_equals_eager(ranks: Any, sync: str) -> None:
+def test_compiled_equals_eager(ranks: Any, sync: str, job: Callable[..., Any]) -> None:
     """ddp compiled up to the loss, and graph with its reductions inside, give eager's numbers (1e-5) and never recompile."""
-    cfg = config(16, model=dict(double=False, norm=sync == "graph"), sync=sync, workflow=[{"phase": "train"}])
-    eager = ranks(2)(trained, cfg)
-    compiled = ranks(2)(trained, {**cfg, "compile": True})
+    cfg = config(16, model=dict(double=False, norm=True), sync=sync, workflow=[{"phase": "train"}])
+    eager, compiled = ranks(2)(trained, cfg), ranks(2)(job, {**cfg, "compile": True})
     assert compiled[0]["steps"] == compiled[1]["steps"]
     assert compiled[0]["epochs"] == compiled[1]["epochs"]
     for name in ("params", "buffers"):
@@ -552,28 +564,41 @@ def test_first_weights_are_those_of_rank_0(ranks: Any, sync: str) -> None:
 
 
 def cut_short(cfg: Mapping[str, Any], how: str) -> Any:
-    """Run a cfg until rank 1 ends after its 4th step of training: the 3 of the first epoch, 3 of evaluation, one more."""
+    """Run a cfg until rank 1 ends after its 4th step of training (3 of the first epoch, 3 of evaluation, 1), or in its 5th."""
     asked = 0
 
     def interrupted() -> bool:
         nonlocal asked
         asked += 1
-        if asked == 7 and dist.rank() == 1:
-            if how == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise RuntimeError("a mistake of the user's own")
+        if asked == 7 and dist.rank() == 1 and how != "in the backward":
+            end(how)
         return False
 
-    job = built(cfg, interrupted=interrupted)
+    def end(how: str) -> None:
+        if how == "raised":
+            raise RuntimeError("a mistake of the user's own")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrap(loss: Any) -> Any:
+        def deadly(*args: Any) -> Any:
+            total, aux = loss(*args)
+            if asked == 7 and dist.rank() == 1 and how == "in the backward":
+                total.register_hook(lambda grad: end(how))
+            return total, aux
+
+        return deadly
+
+    job = built(cfg, interrupted=interrupted, extra=lambda run: [Middleware("deadly", wrap, "loss")])
     return job.run(job.state)
 
 
+@pytest.mark.parametrize("how", ["between steps", "in the backward"])
 @pytest.mark.parametrize("sync", CORES)
-def test_a_killed_peer_is_a_peer_error(sync: str, tmp_path: Path) -> None:
+def test_a_killed_peer_is_a_peer_error(sync: str, how: str, tmp_path: Path) -> None:
     """When a rank is killed the others end within seconds with a PeerError, exit code 7, that names the step."""
     three = Ranks(3, tmp_path)
     try:
-        three.send(cut_short, config(sync=sync), "killed")
+        three.send(cut_short, config(sync=sync), how)
         for rank in (0, 2):
             expect_peer_error(three, rank)
     finally:

@@ -61,7 +61,7 @@ def _cut(batch: Batch, n: int) -> tuple[list[Batch], list[int]]:
     each = -(-size // n)
 
     def part(value: Any, start: int) -> Any:
-        return value[start : start + each] if isinstance(value, Tensor) and value.dim() > 0 else value
+        return value[start : start + each] if _by_sample(value, size) else value
 
     starts = range(0, size, each)
     parts: list[Batch] = [tree.map(lambda v, s=start: part(v, s), batch) for start in starts]
@@ -74,8 +74,11 @@ def _cut(batch: Batch, n: int) -> tuple[list[Batch], list[int]]:
 def _joined(values: list[Any], sizes: list[int]) -> Any:
     """A model output of all micro-batches; that of the last one where it is not one value per sample."""
     real = values[: len(sizes)]
-    by_sample = all(isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == n for v, n in zip(real, sizes, strict=True))
-    return torch.cat(real) if by_sample else real[-1]
+    return torch.cat(real) if all(_by_sample(v, n) for v, n in zip(real, sizes, strict=True)) else real[-1]
+
+
+def _by_sample(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
 
 
 def _add(a: Aux, b: Aux) -> Aux:
