@@ -14,10 +14,11 @@ from ailab.compile import compile
 from ailab.core.epoch import PROGRESS, fresh_progress, tally, train_epoch, workflow
 from ailab.core.grad import local_grad
 from ailab.core.loss import module_state
+from ailab.core.run import run_epochs
 from ailab.core.step import train_step
 from ailab.optim import Optimizer, build_optimizer
 from ailab.stack import Middleware, as_hooks, at, stack, with_slots
-from ailab.types import WEIGHT, Batch, Logs, Loss, Mean, Step, TrainState
+from ailab.types import WEIGHT, Batch, Batches, Logs, Loss, Mean, Step, TrainState
 
 Hooks = Middleware[Any] | Sequence[Middleware[Any]]
 
@@ -25,8 +26,9 @@ Hooks = Middleware[Any] | Sequence[Middleware[Any]]
 def check_hook(hooks: Hooks, *, compiled: bool = True) -> None:
     """Hold a hook to its laws on a tiny net: batch norm, SGD with momentum, two steps of 6 samples.
 
-    Below the compile line: a step leaves its input as it was; the state keeps its structure, shapes and dtypes; a step hook that
-    says it does not look back gives the same when the old state is gone; the compiled step gives the eager numbers (1e-5).
+    Below the compile line: a step leaves its input and its batch as they were; the state keeps its structure, shapes and dtypes;
+    a step hook that says it does not look back gives the same when the old state is gone; the compiled step gives the eager
+    numbers (1e-5).
     Above it: state and logs are what they are without the hook, bitwise.
 
     Args:
@@ -38,7 +40,7 @@ def check_hook(hooks: Hooks, *, compiled: bool = True) -> None:
     """
     found = as_hooks(hooks, "check_hook")
     net = TinyNet(found)
-    plain = [h for h in found if h.depth in ("host", "epoch")]
+    plain = [h for h in found if h.depth in ("host", "epoch", "run")]
     if plain:
         _check_observer(TinyNet([h for h in found if h not in plain]), net)
     if any(h.depth in ("loss", "grad", "step") for h in found):
@@ -72,20 +74,30 @@ class TinyNet:
         bare = train_step(stack(local_grad(self.loss()), at(self.hooks, "grad")), self.optimizer)
         return stack(_destroying(bare) if destroy else bare, at(self.hooks, "step"))
 
-    def run(self, step: Step) -> tuple[TrainState, Mapping[str, Mean]]:
-        """The state and the last logs after both batches."""
-        state, logs = self.state.clone(), {}
+    def run(self, step: Step, begin: TrainState | None = None) -> tuple[TrainState, Mapping[str, Mean]]:
+        """The state and the last logs after both batches, from `begin` or a copy of the first state."""
+        state, logs = self.state.clone() if begin is None else begin, {}
         for batch in self.batches:
             state, logs = step(state, batch)
         return state, logs
 
     def epoch(self) -> tuple[TrainState, Logs]:
-        """The state and the logs after an epoch in the host and epoch hooks."""
+        """The state and the logs after a run of one epoch in the host, epoch and run hooks."""
         names = tuple(self.run(compile(self.step(), enabled=False))[1])
         step = compile(stack(self.step(), [tally(names)]), enabled=False)
         bare = train_epoch(stack(step, at(self.hooks, "host")), names)
         epoch = stack(workflow({"train": bare}), at(self.hooks, "epoch"))
-        return epoch(with_slots(self.state.clone(), [tally(names)]), {"train": self.batches})
+        seen: list[Logs] = []
+
+        def watched(state: TrainState, batches: Batches) -> tuple[TrainState, Logs]:
+            state, logs = epoch(state, batches)
+            seen.append(logs)
+            return state, logs
+
+        bare_run = run_epochs(watched, lambda number, start: {"train": self.batches}, len(self.batches), 1)
+        state = stack(bare_run, at(self.hooks, "run"))(with_slots(self.state.clone(), [tally(names)]))
+        assert len(seen) == 1, "a run hook leaves the epochs of the run as they are"
+        return state, seen[0]
 
 
 def _destroying(step: Step) -> Step:
@@ -101,9 +113,10 @@ def _destroying(step: Step) -> Step:
 
 
 def _check_traced(net: TinyNet, compiled: bool) -> None:
-    kept = net.state.clone()
-    after, logs = net.run(compile(net.step(), enabled=False, donate=False))
+    kept, batches = net.state.clone(), tree.clone(net.batches)
+    after, logs = net.run(compile(net.step(), enabled=False, donate=False), net.state)
     _same(net.state, kept, "a step leaves its input as it was")
+    _same(net.batches, batches, "a step leaves its batch as it was")
     shapes = {p: (tuple(x.shape), x.dtype) for p, x in tree.items(kept)}
     assert {p: (tuple(x.shape), x.dtype) for p, x in tree.items(after)} == shapes, "a step keeps the structure of the state"
     if not any(h.looks_back for h in at(net.hooks, "step")):
@@ -123,7 +136,7 @@ def _check_observer(without: TinyNet, with_hook: TinyNet) -> None:
     assert all(torch.equal(v, a_logs[n].value) for n, v in mine.items()), "a host hook leaves the logs as they are"
 
 
-def _same(state: TrainState, wanted: TrainState, law: str, tolerance: float = 0.0) -> None:
-    for (path, x), (_, y) in zip(tree.items(state), tree.items(wanted), strict=True):
+def _same(values: Any, wanted: Any, law: str, tolerance: float = 0.0) -> None:
+    for (path, x), (_, y) in zip(tree.items(values), tree.items(wanted), strict=True):
         close = torch.equal(x, y) if not tolerance else torch.allclose(x, y, rtol=tolerance, atol=tolerance)
-        assert close, f"{law}: state.{path} differs"
+        assert close, f"{law}: {path} differs"

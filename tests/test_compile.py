@@ -18,7 +18,7 @@ from ailab.core.grad import local_grad
 from ailab.core.loss import module_state
 from ailab.core.step import train_step
 from ailab.errors import ConfigError, DonatedError
-from ailab.optim import build_optimizer
+from ailab.optim import build_optimizer, lrs, with_lrs
 from ailab.stack import Middleware, at
 from ailab.types import Batch, Mean, TrainState
 
@@ -126,9 +126,13 @@ def test_without_donation_the_input_is_untouched(enabled: bool, aot_eager: None)
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(after), tree.leaves(fresh), strict=True))
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_any_step_can_be_replayed(enabled: bool, aot_eager: None) -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch 2.11 importing its own inductor
+@pytest.mark.parametrize("how", ["inductor", "aot_eager", "eager"])
+def test_any_step_can_be_replayed(how: str, request: pytest.FixtureRequest) -> None:
     """A step from a kept state gives the same bits again, dropout included; another seed gives others."""
+    enabled = how != "eager"
+    if how == "aot_eager":
+        request.getfixturevalue(how)
     step, state, batch = simple(dropout=0.5, enabled=enabled, seed=3)
     state, _ = step(state, batch)
     kept = state.clone()
@@ -152,6 +156,67 @@ def test_a_value_that_moves_inside_the_state_arrives(aot_eager: None) -> None:
     step = compile(swap)
     state, _ = step(state, {})
     assert (state.slots["x"].tolist(), state.slots["y"].tolist(), state.at) == ([0, 0], [1, 1], 1)
+
+
+@pytest.mark.parametrize(
+    "seen_from", [lambda p: p.view(-1), lambda p: p.detach().view(-1), lambda p: p.t().t().reshape(-1), lambda p: p.flatten()]
+)
+def test_a_view_of_an_old_value_arrives(seen_from: Any, aot_eager: None) -> None:
+    """A slot that is given a view of the old parameters holds the old values, though the parameters are written first."""
+
+    def shifted(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
+        slots = {"before": seen_from(state.params["w"])}
+        return TrainState(state.step + 1, {"w": state.params["w"] + 1}, {}, {}, slots), {}
+
+    state = TrainState(torch.zeros((), dtype=torch.int64), {"w": torch.zeros(2, 2)}, {}, {}, {"before": torch.zeros(4)})
+    step = compile(shifted)
+    for i in range(3):
+        state, _ = step(state, {})
+        assert state.params["w"].tolist() == [[i + 1.0, i + 1.0]] * 2
+        assert state.slots["before"].tolist() == [float(i)] * 4
+
+
+def test_memory_at_two_places_is_refused() -> None:
+    """A state that holds one tensor at two places cannot be donated: the error names both; a clone of it can."""
+    step, state, batch = simple()
+    twice = state.with_slot("slow", state.params)
+    with pytest.raises(
+        ConfigError, match=r"state\.slots\.slow\.0\.weight and state\.params\.0\.weight.*same memory[\s\S]*clone"
+    ):
+        step(twice, batch)
+
+
+def test_fields_that_are_one_tensor_get_a_graph_of_their_own(aot_eager: None) -> None:
+    """A batch whose input is its target shares no graph with one where they differ; both give the eager numbers."""
+    model = nn.Linear(4, 4)
+    state = module_state(model).clone()
+    optimizer = build_optimizer("SGD", state.params, lr=0.1)
+    bare = train_step(local_grad(loss_of(model, nn.MSELoss())), optimizer)
+    step, eager = compile(bare, donate=False), compile(bare, enabled=False, donate=False)
+    state = state.replace(opt_state=optimizer.init(state.params))
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    for batch in [{"input": x, "target": x}, {"input": x, "target": y}] * 2:
+        a, b = step(state, batch)[0], eager(state, batch)[0]
+        for p in a.params:
+            torch.testing.assert_close(a.params[p], b.params[p])
+    assert len(step.graphs) == 2
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_no_change_of_a_value_asks_for_a_graph(donate: bool, aot_eager: None) -> None:
+    """Another lr, a kept copy of the state, and a state that began as nn.Parameters all run in the first graph."""
+    step, state, batch = simple(donate=donate)
+    state = state.replace(params={n: nn.Parameter(p) for n, p in state.params.items()})
+    before = graphs_compiled()
+    for i in range(4):
+        kept = state.clone()
+        state, _ = step(state, batch)
+        again, _ = step(kept, batch)
+        assert all(torch.equal(a, b) for a, b in zip(tree.leaves(state), tree.leaves(again), strict=True))
+        slower = with_lrs(state.opt_state, [lr * 0.5 for lr in lrs(state.opt_state)])
+        state = state.replace(opt_state=slower)
+        assert float(lrs(state.opt_state)[0]) == 0.1 * 0.5 ** (i + 1)
+    assert len(step.graphs) == graphs_compiled() - before == 1
 
 
 def test_another_layout_gets_another_graph(aot_eager: None) -> None:
@@ -182,6 +247,33 @@ def test_a_step_that_cannot_be_traced_says_so() -> None:
         step(
             state.replace(opt_state=optimizer.init(state.params)), {"input": torch.ones(2, 4), "target": torch.zeros(2).long()}
         )
+
+
+class Reading(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * input.sum().item()
+
+
+class Choosing(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + input[input[:, 0] > 0].sum(0)
+
+
+@pytest.mark.parametrize("kind", [Reading, Choosing])
+def test_what_is_read_from_the_data_is_no_constant(kind: type[nn.Linear], aot_eager: None) -> None:
+    """Where a model reads a number of its input, or its input decides a shape, every batch is computed with its own."""
+    torch.manual_seed(0)
+    model = kind(4, 4)
+    state = module_state(model).clone()
+    optimizer = build_optimizer("SGD", state.params, lr=0.1)
+    bare = train_step(local_grad(loss_of(model, nn.CrossEntropyLoss())), optimizer)
+    step, eager = compile(bare, donate=False), compile(bare, enabled=False, donate=False)
+    state = state.replace(opt_state=optimizer.init(state.params))
+    for i in range(3):
+        batch = {"input": torch.tensor([[1.0, 2, 3, 4], [i - 1, 5, 6, 7]]), "target": torch.tensor([0, i])}
+        a, b = step(state, batch)[0], eager(state, batch)[0]
+        for p in a.params:
+            torch.testing.assert_close(a.params[p], b.params[p])
 
 
 def test_the_private_names_exist() -> None:

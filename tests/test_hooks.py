@@ -7,18 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_cfg
 from torch import nn
 
-from ailab import tree
+from ailab import check, tree
+from ailab.assemble import assemble
+from ailab.build import loss_of
 from ailab.compile import compile
 from ailab.core.grad import local_grad
+from ailab.core.loss import module_state
+from ailab.core.step import eval_step
 from ailab.errors import ConfigError, NonFiniteError
 from ailab.hooks import AMPHook, EMAHook, GradAccumulateHook, GradClipHook, LrSchedulerHook, SkipNonFiniteHook
+from ailab.optim import build_optimizer
 from ailab.registry import HOOKS
 from ailab.signature import parameters
-from ailab.stack import as_hooks, at, stack
+from ailab.stack import Middleware, as_hooks, at, stack
 from ailab.testing import TinyNet, check_hook
-from ailab.types import WEIGHT, RunInfo
+from ailab.types import WEIGHT, Aux, Batch, Grad, Logs, Mean, Params, RunInfo, Step, TrainState
 
 ARGUMENTS: dict[str, dict[str, Any]] = {  # what a hook needs, or what makes it do something
     "AMPHook": dict(dtype="bf16"),
@@ -34,7 +40,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # what a hook needs, or what makes it 
 OWN = [n for n in HOOKS.names() if HOOKS.get(n).__module__.startswith("ailab.")]
 
 
-def info(folder: Path) -> RunInfo:
+def info(folder: Path, total_epochs: int = 3) -> RunInfo:
     return RunInfo(
         cfg={"workflow": [{"phase": "train"}], "hooks": {}},
         work_dir=folder,
@@ -42,7 +48,7 @@ def info(folder: Path) -> RunInfo:
         seed=0,
         rank=0,
         world_size=1,
-        total_epochs=3,
+        total_epochs=total_epochs,
         phase_steps={"train": 2},
         log_names={"train": ("loss",)},
         base_lrs=(0.1,),
@@ -213,3 +219,252 @@ def test_bad_settings_are_refused(build: Any, message: str) -> None:
     """A setting that makes no sense is a ConfigError when the hook is built."""
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+def test_a_small_weight_of_the_average_keeps_its_digits() -> None:
+    """With decay 0.9999 a step moves the average by 1e-4 of the way, to six digits: 1 - decay is no float32."""
+    [update, _] = EMAHook(decay=0.9999, warmup=False)
+    one, zero = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
+    state = TrainState(torch.tensor(1), one, {}, {}, {"ema": zero})
+    after, _ = update(lambda state, batch: (state, {}))(state, {})
+    torch.testing.assert_close(after.slots["ema"]["w"], torch.tensor([1e-4]), rtol=1e-6, atol=0)
+
+
+def test_validation_sees_the_average() -> None:
+    """The evaluating step of EMAHook is that of a state whose parameters are the average, and hands back the state as it was."""
+    net = TinyNet(EMAHook(decay=0.5, warmup=False))
+    state, _ = net.run(net.step())
+    bare = eval_step(net.loss(training=False))
+    after, logs = stack(bare, at(net.hooks, "step", "val"))(state, net.batches[0])
+    _, expected = bare(state.replace(params=state.slots["ema"]), net.batches[0])
+    assert torch.equal(logs["loss"].total, expected["loss"].total)
+    assert not torch.equal(logs["loss"].total, bare(state, net.batches[0])[1]["loss"].total)
+    for (path, x), (_, y) in zip(tree.items(after), tree.items(state), strict=True):
+        assert torch.equal(x, y), path
+
+
+def overflowing(micro: int | None = None) -> Middleware[Any]:
+    """A gradient with an infinity in it; with `micro` only that one of the calls within a step."""
+    calls = 0
+
+    def wrap(grad: Grad) -> Grad:
+        def spoilt(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
+            nonlocal calls
+            grads, aux = grad(state, batch)
+            hit = micro is None or calls == micro
+            calls += 1
+            return ({n: g + float("inf") for n, g in grads.items()} if hit else grads), aux
+
+        return spoilt
+
+    return Middleware("overflowing", wrap, "grad")
+
+
+@pytest.mark.parametrize("name", ["SkipNonFiniteHook", "AMPHook"])
+@pytest.mark.parametrize("hiding", ["clip", "signs", "first_micro_batch", "last_micro_batch"])
+def test_an_overflow_cannot_hide(name: str, hiding: str, tmp_path: Path) -> None:
+    """An infinite gradient undoes the step, also where a clip by value, an optimizer of signs or a micro-batch would hide it."""
+    hooks = [h for h in made(name, tmp_path, **({"dtype": "fp16"} if name == "AMPHook" else {})) if h.depth != "loss"]
+    spoilt = overflowing({"first_micro_batch": 0, "last_micro_batch": 2}.get(hiding))
+    behind = {"clip": [GradClipHook(max_value=1.0)], "signs": []}.get(hiding, [GradAccumulateHook(3)])
+    net = TinyNet([spoilt, *hooks, *behind])
+    if hiding == "signs":
+        net.optimizer = build_optimizer("Rprop", net.state.params, lr=0.1)
+        net.state = net.state.replace(opt_state=net.optimizer.init(net.state.params))
+    after, _ = net.step()(net.state, net.batches[0])
+    assert after.at == 1
+    for field in ("params", "buffers", "opt_state"):
+        pairs = zip(tree.items(getattr(net.state, field)), tree.items(getattr(after, field)), strict=True)
+        assert all(torch.equal(a, b) for (_, a), (_, b) in pairs), field
+    if name == "AMPHook":
+        assert float(after.slots["amp"]["scale"]) == 2.0**15
+    again, _ = net.step()(after.replace(slots=net.state.slots), net.batches[0])
+    assert (hiding in ("clip", "signs")) == torch.equal(again.params["0.weight"], net.state.params["0.weight"])
+
+
+def test_a_scale_that_would_overflow_stays(tmp_path: Path) -> None:
+    """As in GradScaler, a scale whose double is infinite is kept."""
+    hooks = AMPHook("fp16", init_scale=2.0**127, growth_interval=1, run=info(tmp_path))
+    step = next(h for h in hooks if h.depth == "step")
+    state = TrainState(torch.tensor(0), {}, {}, {}, {"amp": step.init(TinyNet().state)})  # type: ignore[misc]
+    after, _ = step(lambda state, batch: (state, {}))(state, {})
+    assert float(after.slots["amp"]["scale"]) == 2.0**127
+
+
+def test_accumulation_joins_what_it_cut() -> None:
+    """Outputs of the model come out for the whole batch, and a field that is not by sample goes whole to every micro-batch."""
+    seen: list[tuple[int, ...]] = []
+
+    def loss(params: Params, buffers: Params, batch: Batch) -> tuple[torch.Tensor, Aux]:
+        seen.append((len(batch["input"]), len(batch["prior"]), batch["scale"].dim()))
+        total = (params["w"] * batch["input"]).sum() * batch["prior"].sum()
+        weight = torch.tensor(float(len(batch["input"])))
+        outputs = {"output": batch["input"] * 2, "prior": batch["prior"]}
+        return total, Aux({}, weight, {"loss": Mean(total.detach(), weight)}, outputs)
+
+    state = TrainState(torch.tensor(0), {"w": torch.ones(())}, {}, {}, {})
+    batch = {"input": torch.arange(7.0), "prior": torch.tensor([1.0, 2.0, 3.0]), "scale": torch.tensor(2.0)}
+    whole, aux = local_grad(loss)(state, batch)
+    cut, cut_aux = GradAccumulateHook(3)(local_grad(loss))(state, batch)
+    assert seen == [(7, 3, 0), (3, 3, 0), (3, 3, 0), (1, 3, 0)]
+    torch.testing.assert_close(cut["w"], whole["w"])
+    assert torch.equal(cut_aux.outputs["output"], aux.outputs["output"])
+    assert torch.equal(cut_aux.outputs["prior"], batch["prior"])
+
+
+@pytest.mark.parametrize("n", [2, 4, 5])
+def test_accumulation_of_a_weighted_loss_is_the_full_batch(n: int) -> None:
+    """Class weights, ignored targets and masks: accumulate(n) gives the full batch's gradient to 1e-6 all the same."""
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 7.0]), ignore_index=-1)
+    state, g = module_state(model, criterion), torch.Generator().manual_seed(2)
+    batch = {
+        "input": torch.randn(10, 4, generator=g),
+        "target": torch.tensor([0, 2, 1, -1, 0, 2, 2, 1, 0, 1]),
+        WEIGHT: torch.tensor([1.0, 1, 1, 1, 1, 0, 1, 1, 1, 0]),
+    }
+    grad = local_grad(loss_of(model, criterion))
+    (a, a_aux), (b, b_aux) = grad(state, batch), GradAccumulateHook(n)(grad)(state, batch)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(a_aux.logs["loss"].value, b_aux.logs["loss"].value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_a_long_schedule_equals_torch(accumulated: bool, tmp_path: Path) -> None:
+    """Over 100 updates a cyclic schedule by step is torch's, bitwise; a batch in micro-batches is one update."""
+    cfg = dict(type="OneCycleLR", max_lr=0.3, total_steps=101)
+    hook = LrSchedulerHook(cfg, by="step", run=info(tmp_path, total_epochs=50))
+    net = TinyNet([hook, *([GradAccumulateHook(3)] if accumulated else [])])
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=101)
+    state, step = net.state, net.step()
+    for i in range(100):
+        state, _ = step(state, net.batches[i % 2])
+        assert float(state.opt_state["lr"][0]) == optimizer.param_groups[0]["lr"], f"update {i}"
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_plateau_equals_torch(tmp_path: Path) -> None:
+    """ReduceLROnPlateau lowers the rate after the epochs after which torch's does, bitwise, and remembers in the state."""
+    cfg = dict(type="ReduceLROnPlateau", factor=0.5, patience=1, cooldown=1)
+    hook = LrSchedulerHook(cfg, metric="val_loss", run=info(tmp_path))
+    net = TinyNet([hook])
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1, cooldown=1)
+    state = net.state
+    for value in [3.0, 2.0, 2.5, 2.5, 2.5, 2.5, 1.0, 1.5, 1.5, 1.5, 1.5]:
+        logs = Logs(("val_loss",), torch.tensor([[value, 1.0]], dtype=torch.float64))
+        epoch = LrSchedulerHook(cfg, metric="val_loss", run=info(tmp_path))  # a new one: all memory is in the state
+        state, _ = epoch(lambda state, batches, logs=logs: (state, logs))(state, {})
+        scheduler.step(value)
+        assert float(state.opt_state["lr"][0]) == optimizer.param_groups[0]["lr"]
+    assert optimizer.param_groups[0]["lr"] < 0.05
+
+
+@pytest.mark.parametrize("order", [("clip", "accumulate"), ("accumulate", "clip")])
+def test_the_order_of_the_cfg_is_the_order_of_nesting(order: tuple[str, ...], tmp_path: Path) -> None:
+    """accumulate, clip clips the accumulated gradient; clip, accumulate adds up clipped ones: the later entry is outside."""
+    entries = {"clip": dict(type="GradClipHook", max_norm=1e-3), "accumulate": dict(type="GradAccumulateHook", n=3)}
+    cfg = {**tiny_cfg(tmp_path, **{n: entries[n] for n in order}), "optimizer": dict(type="SGD", lr=1.0)}
+    check.check(cfg)
+    job = assemble(check.complete(cfg), torch.device("cpu"), say=lambda line: None)
+    assert tuple(h.name for h in at(job.hooks["train"], "grad")) == order
+    before = job.state.clone()
+    after, logs = job.steps["train"](job.state, next(iter(job.streams["train"].epoch(0))))
+    moved = torch.cat([(before.params[n] - p).reshape(-1) for n, p in after.params.items()]).norm()
+    if order == ("accumulate", "clip"):
+        torch.testing.assert_close(moved, torch.tensor(1e-3), rtol=1e-3, atol=0)  # exactly one clip, around everything
+        assert float(logs["grad_norm"].weight) == 1.0
+    else:
+        assert moved < 0.99e-3  # a mean of three clipped gradients that do not all point one way
+        assert float(logs["grad_norm"].weight) == 3.0
+
+
+def broken(law: str) -> Middleware[Any]:
+    """A hook that breaks one law."""
+    calls = 0
+
+    def writes(step: Step) -> Step:
+        def writing(state: TrainState, batch: Batch) -> Any:
+            after, logs = step(state, batch)
+            with torch.no_grad():
+                state.params["0.bias"].add_(1.0)
+            return after, logs
+
+        return writing
+
+    def grows(step: Step) -> Step:
+        def growing(state: TrainState, batch: Batch) -> Any:
+            after, logs = step(state, batch)
+            return after.with_slot("new", after.step), logs
+
+        return growing
+
+    def looks(step: Step) -> Step:
+        def looking(state: TrainState, batch: Batch) -> Any:
+            after, logs = step(state, batch)
+            return after.replace(params={n: (p + state.params[n]) / 2 for n, p in after.params.items()}), logs
+
+        return looking
+
+    def counts(step: Step) -> Step:
+        def counting(state: TrainState, batch: Batch) -> Any:
+            nonlocal calls
+            calls += 1
+            after, logs = step(state, batch)
+            return after.replace(params={n: p * calls for n, p in after.params.items()}), logs
+
+        return counting
+
+    def zeroes(step: Step) -> Step:
+        def zeroing(state: TrainState, batch: Batch) -> Any:
+            state, logs = step(state, batch)
+            return state.replace(params={n: p * 0 for n, p in state.params.items()}), logs
+
+        return zeroing
+
+    def hides(epoch: Any) -> Any:
+        def hiding(state: TrainState, batches: Any) -> Any:
+            state, logs = epoch(state, batches)
+            return state, Logs(logs.names, logs.packed * 2 + 1)
+
+        return hiding
+
+    def repeats(run: Any) -> Any:
+        def again(state: TrainState) -> TrainState:
+            begun = state.clone()
+            run(state)
+            return run(begun)
+
+        return again
+
+    hooks = {
+        "leaves its input": Middleware("mine", writes, "step"),
+        "keeps the structure": Middleware("mine", grows, "step"),
+        "does not look back": Middleware("mine", looks, "step", looks_back=False),
+        "compiled equals eager": Middleware("mine", counts, "step"),
+        "leaves the state": Middleware("mine", zeroes, "host"),
+        "leaves the logs": Middleware("mine", hides, "epoch"),
+        "leaves the epochs": Middleware("mine", repeats, "run"),
+    }
+    return hooks[law]
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        "leaves its input",
+        "keeps the structure",
+        "does not look back",
+        "compiled equals eager",
+        "leaves the state",
+        "leaves the logs",
+        "leaves the epochs",
+    ],
+)
+def test_a_hook_that_breaks_a_law_is_told_which(law: str, aot_eager: None) -> None:
+    """`check_hook` fails for a hook that breaks a law, and names that law."""
+    with pytest.raises(AssertionError, match=law):
+        check_hook(broken(law))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_cfg
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ailab import tree
+from ailab import check, tree
+from ailab.assemble import assemble
 from ailab.build import loss_of
 from ailab.core.loss import Functional, as_mean, batch_size, module_state, state_dict_of
 from ailab.errors import ConfigError
@@ -332,3 +335,16 @@ def test_the_buffers_given_are_not_written_to() -> None:
 def test_batch_size_is_that_of_the_first_tensor_with_samples() -> None:
     """Texts and 0-d tensors have no samples; the first tensor that has says how many there are."""
     assert batch_size({"name": ["a"], "scale": torch.tensor(1.0), "input": torch.zeros(5, 2), "other": torch.zeros(3)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "pads"), [("per_sample", True), ("scalar", False), ("mean", False), ("dict", False), ("dict_per_sample", True)]
+)
+def test_padding_is_for_losses_that_mask_it(kind: str, pads: bool, tmp_path: Path) -> None:
+    """A run pads its last batch only where the loss, and every part of it, obeys the weights of the samples."""
+    results = {**RESULTS, "dict_per_sample": lambda output, target: {"a": per_sample(output, target)}}
+    criterion = results[kind]
+    with_classes = lambda output, target: criterion(output, functional.one_hot(target, 3).float())
+    cfg = {**tiny_cfg(tmp_path), "loss": dict(type=lambda: with_classes)}
+    check.check(cfg)
+    assert assemble(check.complete(cfg), torch.device("cpu"), say=lambda line: None).parts.pad is pads
