@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ailab import tree
 from ailab.build import loss_of
 from ailab.compile import compile
-from ailab.core.grad import has_custom_backward, local_grad, reciprocal
+from ailab.core.grad import _gradients, has_custom_backward, local_grad, reciprocal
 from ailab.core.loss import module_state
 from ailab.core.step import train_step
 from ailab.optim import build_optimizer
@@ -335,3 +335,18 @@ def test_the_state_is_untouched() -> None:
     for a, b in zip(tree.leaves(state), tree.leaves(before), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(aux.buffers["1.running_mean"], state.buffers["1.running_mean"])
+
+
+def test_the_engine_is_that_of_autograd_grad() -> None:
+    """The engine that eager gradients call by its private name gives `torch.autograd.grad`'s bits, and None where it does."""
+    torch.manual_seed(0)
+    used, unused = torch.randn(3, 4, requires_grad=True), torch.randn(2, requires_grad=True)
+    total, cotangent = (torch.tanh(used) ** 2).sum(), torch.tensor(0.3)
+    wanted = torch.autograd.grad(total, [used, unused], cotangent, allow_unused=True, retain_graph=True)
+    [mine, none] = _gradients(total, [used, unused], cotangent)
+    assert wanted[0] is not None
+    assert mine is not None
+    assert torch.equal(mine, wanted[0])
+    assert none is None
+    assert wanted[1] is None
+    assert used.grad is None

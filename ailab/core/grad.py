@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,20 @@ def _unscaled(grads: Params, batch: Batch) -> Params:
     return {n: g * inverse.to(g.dtype) for n, g in grads.items()}
 
 
+def _gradients(total: Tensor, leaves: list[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad` of a scalar; None for a leaf that took no part.
+
+    Eager mode calls the engine that it ends in, a private name, without the 35 us of Python before it: 6 % of a small step.
+    """
+    if torch.compiler.is_compiling():
+        found: Any = torch.autograd.grad(total, leaves, cotangent, allow_unused=True)
+        return found
+    engine: Any = torch.autograd.Variable._execution_engine
+    return engine.run_backward(
+        (total,), (cotangent,), False, False, tuple(leaves), allow_unreachable=True, accumulate_grad=False
+    )
+
+
 def local_grad(loss: Loss, trainable: Collection[str] | None = None) -> Grad:
     """The gradient of `total / weight` in one process; traces into one graph with whatever wraps it.
 
@@ -67,9 +81,7 @@ def local_grad(loss: Loss, trainable: Collection[str] | None = None) -> Grad:
             leaves = {n: _leaf(state.params[n]) for n in names}
             fixed = {n: p.detach() for n, p in state.params.items() if n not in leaves}
             total, aux = loss({**fixed, **leaves}, state.buffers, batch)
-            found: Any = torch.autograd.grad(  # None for a parameter that took no part
-                total, list(leaves.values()), _cotangent(total, aux, batch), allow_unused=True
-            )
+            found = _gradients(total, list(leaves.values()), _cotangent(total, aux, batch))
         return _unscaled({n: g for n, g in zip(leaves, found, strict=True) if g is not None}, batch), aux
 
     return grad

@@ -168,6 +168,8 @@ def _update_group(
     for key in row.from_lr:
         lists[key] = _starting_at(lr, step == 0, lists[key])
     _call(plan, traced, values, [grads[n] for n in names], [lists.get(key, []) for key in plan.columns], step, lr)
+    if plan.kernel and not copy and not traced:
+        return True  # written where `out` and `new` have it already
     out.update(zip(names, values))  # noqa: B905 - strict costs time in every step
     for key in keys:
         filled = zip(names, lists[key])  # noqa: B905
