@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,16 @@ from ailab.build import Parts, build_parts, build_stream, explained
 from ailab.compile import Compiled, compile, lift
 from ailab.core.epoch import PROGRESS, eval_epoch, fresh_progress, tally, train_epoch, workflow
 from ailab.core.grad import ddp_grad, graph_grad, local_grad
-from ailab.core.loss import state_dict_of, unless_empty
+from ailab.core.loss import batch_size, state_dict_of, unless_empty
 from ailab.core.run import run_epochs
 from ailab.core.step import eval_step, given, split_step, train_step
 from ailab.datasets import Stream
-from ailab.errors import ConfigError
+from ailab.errors import ConfigError, nearest
 from ailab.optim.state_dict import torch_state_dict
 from ailab.plan import Plan, planned, verify_gradient
 from ailab.registry import HOOKS
 from ailab.stack import Middleware, as_hooks, at, core_settings, stack, with_slots
-from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, Run, RunInfo, Step, TrainState
+from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, Run, RunInfo, Step, TrainState, seal
 
 Hook = Middleware[Any]
 
@@ -66,17 +67,17 @@ def assemble(
     parts = _alike(build_parts(cfg, device))
     rank, world = dist.rank(), dist.world_size()
     streams = {p["phase"]: build_stream(cfg, p, parts, device, rank, world, report=say) for p in cfg["workflow"]}
-    names: dict[str, tuple[str, ...]] = {}
-    info = _info(cfg, parts, streams, names, device, say)
+    info = _info(cfg, parts, streams, device, say)
     built = [("", h) for h in extra(info)] + _build_hooks(cfg, info)
     hooks = {p["phase"]: _served(p, cfg["workflow"], built) for p in cfg["workflow"]}
     _check(hooks, parts)
     state = parts.state.with_slot(PROGRESS, fresh_progress(device))
     state = with_slots(state, [h for _, h in built])
     for phase in streams:
-        names[phase] = _log_names(phase, parts, hooks[phase], state)
+        _probe(phase, parts, hooks[phase], state, info)
+    _check_reads(built, info)
     if "train" in streams:
-        state = with_slots(state, [tally(names["train"])])
+        state = with_slots(state, [tally(info.log_names["train"])])
     plan = planned(cfg, info, parts)
     if plan.enabled and plan.cut != "loss" and "train" in streams:
         verify_gradient(parts, state)
@@ -98,7 +99,6 @@ def _info(
     cfg: Mapping[str, Any],
     parts: Parts,
     streams: Mapping[str, Stream],
-    names: Mapping[str, tuple[str, ...]],
     device: torch.device,
     say: Callable[[str], None],
 ) -> RunInfo:
@@ -112,7 +112,7 @@ def _info(
         world_size=dist.world_size(),
         total_epochs=cfg["total_epochs"] if "train" in streams else 1,  # what changes nothing is not done twice
         phase_steps={phase: stream.steps for phase, stream in streams.items()},
-        log_names=names,
+        phase_samples={phase: stream.samples for phase, stream in streams.items()},
         base_lrs=tuple(float(g.hyper["lr"]) for g in optimizer.groups) if optimizer else (),
         say=say,
         model_state=state_dict_of(parts.model),
@@ -156,26 +156,55 @@ def _check(hooks: Mapping[str, Sequence[Hook]], parts: Parts) -> None:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
 
+def _check_reads(built: Sequence[tuple[str, Hook]], info: RunInfo) -> None:
+    """Compare the results that hooks need with those that an epoch of this run will have, all problems at once."""
+    problems = [
+        f"{path}: there is no result {name!r}.{nearest(name, info.results)}\n  An epoch of this run has: {', '.join(info.results)}."
+        for _, hook in built
+        for path, name in hook.reads.items()
+        if name not in info.results
+    ]
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
 def _outputs(hooks: Sequence[Hook], phase: str, parts: Parts) -> tuple[str, ...]:
-    """The model outputs that host hooks of a phase read."""
+    """The model outputs, and what hooks put beside them, that host hooks of a phase read."""
     asked = [n for h in at(hooks, "host", phase) for n in h.core.get("outputs", ())]
-    return tuple(dict.fromkeys(n for n in asked if n in parts.fields and n not in parts.sample))
+    offered = {*parts.fields, *(n for h in hooks for n in h.core.get("gives", ()))} - {*parts.sample}
+    return tuple(dict.fromkeys(n for n in asked if n in offered))
 
 
-def _log_names(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState) -> tuple[str, ...]:
-    """What a step of this phase reports, found by one shrunk, uncompiled, local step; its result is thrown away."""
-    loss = stack(parts.losses[phase], at(hooks, "loss", phase))
+def _probe(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, info: RunInfo) -> None:
+    """Find out what a phase reports, by one shrunk, uncompiled, local step; its result is thrown away."""
+    loss, outputs = stack(parts.losses[phase], at(hooks, "loss", phase)), _outputs(hooks, phase, parts)
     if phase == "train":
         assert parts.optimizer is not None
         grad = stack(local_grad(loss, parts.trainable), at(hooks, "grad"))
-        step = stack(train_step(grad, parts.optimizer), at(hooks, "step"))
+        step = stack(train_step(grad, parts.optimizer, outputs), at(hooks, "step"))
     else:
-        step = stack(eval_step(loss), at(hooks, "step", phase))
+        step = stack(eval_step(loss, outputs), at(hooks, "step", phase))
     sample = dict(parts.sample)
-    with torch.no_grad():
+    counted = _flop_counter() if any(h.core.get("flops") for h in at(hooks, "host", phase)) else nullcontext()
+    with torch.no_grad(), counted as counter:
         after, logs = explained(lambda: step(state, sample), f"the first {phase} step failed")
     _same_shape(state, after, phase)
-    return tuple(n for n, m in logs.items() if isinstance(m, Mean))
+    seen = seal(logs)
+    fields = {**sample, **seen.outputs}
+    more: list[str] = []
+    for h in hooks:
+        if (reports := h.reports) is not None and phase in (h.phases or (phase,)):
+            more += explained(lambda r=reports: r(fields, phase), f"hook {h.name!r} failed on the first samples")
+    info.log_names[phase], info.result_names[phase] = seen.names, (*seen.names, *more)
+    if counter is not None:
+        info.flops[phase] = counter.get_total_flops() / batch_size(sample)
+
+
+def _flop_counter() -> Any:
+    """A context that counts the floating-point operations of matrix products, convolutions and attention in it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    return FlopCounterMode(display=False)
 
 
 def _same_shape(before: TrainState, after: TrainState, phase: str) -> None:

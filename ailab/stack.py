@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 from ailab.errors import ConfigError
 from ailab.tree import clone
-from ailab.types import PyTree, TrainState
+from ailab.types import Batch, PyTree, TrainState
 
 F = TypeVar("F", bound=Callable[..., Any])
 Depth = Literal["loss", "grad", "step", "host", "epoch", "run"]
@@ -35,6 +35,12 @@ class Middleware(Generic[F]):
     core: Mapping[str, Any] = field(
         default_factory=dict
     )  # settings for the bare callables, e.g. {"ddp": {"bucket_cap_mb": 50}}
+    reads: Mapping[str, str] = field(
+        default_factory=dict
+    )  # results it needs, as "val_top1", by the path in the cfg that says so
+    reports: Callable[[Batch, str], Collection[str]] | None = (
+        None  # (some samples with the model's outputs, phase) -> results it adds to those of the steps
+    )
 
     def __call__(self, inner: F) -> F:
         """`inner` in this hook."""

@@ -54,11 +54,17 @@ class TrainState:
 
     def replace(self, **changes: Any) -> TrainState:
         """A state with these fields changed; the others are shared."""
-        return TrainState(**{**self._fields(), **changes})
+        return self._known(TrainState(**{**self._fields(), **changes}))
 
     def with_slot(self, name: str, value: PyTree) -> TrainState:
         """A state whose slot `name` holds `value`."""
-        return TrainState(self.step, self.params, self.buffers, self.opt_state, {**self.slots, name: value})
+        return self._known(TrainState(self.step, self.params, self.buffers, self.opt_state, {**self.slots, name: value}))
+
+    def _known(self, other: TrainState) -> TrainState:
+        """`other`, which need not read `at` from the device where it is that of this state."""
+        if "_at" in self.__dict__ and other.step is self.step:
+            object.__setattr__(other, "_at", self.__dict__["_at"])
+        return other
 
     def _fields(self) -> dict[str, Any]:
         return {
@@ -143,12 +149,19 @@ class Logs(Mapping[str, Mean]):
     hands out a single small tensor and a name costs nothing until it is read.
     """
 
-    __slots__ = ("names", "outputs", "packed")
+    __slots__ = ("names", "outputs", "packed", "wall")
 
-    def __init__(self, names: tuple[str, ...], packed: Tensor, outputs: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        packed: Tensor,
+        outputs: dict[str, Any] | None = None,
+        wall: Mapping[str, float] | None = None,
+    ):
         self.names = names
         self.packed = packed  # (len(names), 2) float64: total, weight
         self.outputs: dict[str, Any] = outputs or {}  # model outputs that a host hook asked for
+        self.wall: Mapping[str, float] = wall or {}  # what a host hook measured with a clock: no result, differs by run
 
     def __getitem__(self, name: str) -> Mean:
         if name not in self.names:
@@ -169,7 +182,12 @@ class Logs(Mapping[str, Mean]):
 
     def prefixed(self, prefix: str) -> Logs:
         """The same numbers under `prefix + name`."""
-        return Logs(tuple(prefix + n for n in self.names), self.packed, self.outputs)
+        wall = {prefix + n: v for n, v in self.wall.items()}
+        return Logs(tuple(prefix + n for n in self.names), self.packed, self.outputs, wall)
+
+    def with_wall(self, wall: Mapping[str, float]) -> Logs:
+        """The same numbers, and these of a clock beside them."""
+        return Logs(self.names, self.packed, self.outputs, {**self.wall, **wall})
 
     @staticmethod
     def join(parts: Iterable[Logs]) -> Logs:
@@ -177,7 +195,8 @@ class Logs(Mapping[str, Mean]):
         parts = list(parts)
         if not parts:
             return Logs((), torch.zeros(0, 2, dtype=torch.float64))
-        return Logs(tuple(n for p in parts for n in p.names), torch.cat([p.packed for p in parts]))
+        wall = {n: v for p in parts for n, v in p.wall.items()}
+        return Logs(tuple(n for p in parts for n in p.names), torch.cat([p.packed for p in parts]), None, wall)
 
 
 def pack(logs: Mapping[str, Mean]) -> Tensor:
@@ -220,7 +239,10 @@ class RunInfo:
     world_size: int
     total_epochs: int
     phase_steps: Mapping[str, int]  # steps of one epoch, by phase, in the order of the workflow
-    log_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what each phase reports
+    log_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what each step of a phase reports
+    result_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what a phase of an epoch reports
+    phase_samples: Mapping[str, int] = field(default_factory=dict)  # of one epoch, over all ranks
+    flops: dict[str, float] = field(default_factory=dict)  # of one sample in a step of a phase, where a hook asks (core)
     base_lrs: tuple[float, ...] = ()  # per parameter group, before any schedule
     say: Callable[[str], None] = print  # one line to the console, on rank 0
     model_state: Callable[[TrainState], dict[str, Tensor]] = lambda state: (
@@ -239,3 +261,8 @@ class RunInfo:
     def total_steps(self) -> int:
         """Training steps of the whole run."""
         return self.steps_per_epoch * self.total_epochs
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The results of an epoch, as "val_top1"."""
+        return tuple(f"{phase}_{n}" for phase, names in self.result_names.items() for n in names)

@@ -29,6 +29,7 @@ from ailab.types import WEIGHT, Aux, Batch, Grad, Logs, Mean, Params, RunInfo, S
 ARGUMENTS: dict[str, dict[str, Any]] = {  # what a hook needs, or what makes it do something
     "AMPHook": dict(dtype="bf16"),
     "AugmentHook": dict(ops=[]),
+    "EarlyStopHook": dict(metric="train_loss"),
     "GradAccumulateHook": dict(n=3),
     "GradClipHook": dict(max_norm=0.1),
     "LrSchedulerHook": dict(by="step", scheduler=dict(type="StepLR", step_size=1)),

@@ -28,6 +28,12 @@ class Order:
     lap_steps: int
     steps: int
 
+    @property
+    def samples(self) -> int:
+        """Samples of one epoch, all ranks together."""
+        laps, rest = divmod(self.steps, self.lap_steps)
+        return laps * min(self.size, self.lap_steps * self.batch_size) + min(self.size, rest * self.batch_size)
+
     def lap(self, epoch: int, lap: int = 0) -> Tensor:
         """Every sample once: (size,) int64 on the CPU."""
         if not self.shuffle:

@@ -122,6 +122,11 @@ class Stream:
         """Steps of one epoch."""
         return self.order.steps
 
+    @property
+    def samples(self) -> int:
+        """Samples of one epoch, all ranks together."""
+        return self.order.samples
+
     def indices(self, epoch: int, step: int) -> Tensor:
         """The samples of one global batch, all ranks together: (at most batch_size,) int64."""
         return self.order.indices(epoch, step)

@@ -7,6 +7,7 @@ from ailab.hooks.checkpoint import CheckpointHook as CheckpointHook
 from ailab.hooks.checkpoint import ResumeHook as ResumeHook
 from ailab.hooks.clip import GradClipHook as GradClipHook
 from ailab.hooks.ddp import DDPHook as DDPHook
+from ailab.hooks.early_stop import EarlyStopHook as EarlyStopHook
 from ailab.hooks.ema import EMAHook as EMAHook
 from ailab.hooks.log import LoggerHook as LoggerHook
 from ailab.hooks.lr import LrSchedulerHook as LrSchedulerHook

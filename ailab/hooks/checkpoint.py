@@ -19,6 +19,8 @@ from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import Batch, Epoch, Logs, Mean, Run, RunInfo, Step, TrainState
 
+Save = Callable[[TrainState, Mapping[str, float]], None]
+
 
 @HOOKS.register_module()
 def CheckpointHook(
@@ -28,10 +30,12 @@ def CheckpointHook(
     keep: Mapping[str, Any] | None = None,
     *,
     run: RunInfo,
+    name: str = "checkpoint",
 ) -> list[Middleware[Any]]:
     """Save to `save_dir/step_00001234/` at the end of every `interval`-th epoch, of the last one, and when a signal ends a run.
 
-    Written by rank 0, by rename; an epoch's checkpoint is written after all its phases, so it knows its results.
+    Written by rank 0, by rename; an epoch's checkpoint is written after all its phases, so it knows its results, and after all
+    hooks around it, wherever they stand in the cfg: what an early stop or a plateau has learnt from the epoch is in it.
 
     Args:
         interval: in workflow epochs.
@@ -39,35 +43,34 @@ def CheckpointHook(
         save_dir: `work_dir/checkpoints` by default.
         keep: what stays: `dict(last=2, best=1, metric="val_top1", mode="max")`; the newest two by default.
         run: given by the framework.
+        name: of this hook.
 
     Raises:
-        ConfigError: for an interval below 1.
+        ConfigError: for an interval below 1, or a `keep.metric` that no epoch of this run reports.
         CheckpointError: when a checkpoint cannot be written; it is no observer, the run ends.
     """
     if interval < 1 or (every_steps is not None and every_steps < 1):
-        raise ConfigError(f"cfg.hooks.checkpoint: interval={interval}, every_steps={every_steps}; both are at least 1.")
+        raise ConfigError(f"cfg.hooks.{name}: interval={interval}, every_steps={every_steps}; both are at least 1.")
     if not run.steps_per_epoch:
         return []  # nothing new comes out of an evaluation
-    directory = _directory(save_dir, run)
-    save = _saver(directory, Keep(**dict(keep or {})), run)
+    directory, kept = _directory(save_dir, run), Keep(**dict(keep or {}))
+    save = _saver(directory, kept, run)
+    ended: Mapping[str, float] | None = None  # the results of an epoch that is not saved yet
 
-    def wrap_step(step: Step) -> Step:
-        def saved(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
-            state, logs = step(state, batch)
-            assert every_steps is not None
-            # The last step of an epoch is saved with the epoch's results, a few lines below.
-            if state.at % every_steps == 0 and state.at % run.steps_per_epoch:
-                save(state, {})
-            return state, logs
-
-        return saved
+    def settle(state: TrainState, *, last: bool) -> None:
+        """Save the epoch that has ended, if it is one to be saved; `state` has come out of every hook around it."""
+        nonlocal ended
+        due = last or epochs_done(state) % interval == 0 or (every_steps and state.at % every_steps == 0)
+        if ended is not None and due:
+            save(state, ended)
+        ended = None
 
     def wrap_epoch(epoch: Epoch) -> Epoch:
         def saved(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
+            nonlocal ended
+            settle(state, last=False)
             state, logs = epoch(state, batches)
-            done = epochs_done(state)
-            if done % interval == 0 or done == run.total_epochs or (every_steps and state.at % every_steps == 0):
-                save(state, logs.values_as_floats())
+            ended = logs.values_as_floats()
             return state, logs
 
         return saved
@@ -77,18 +80,36 @@ def CheckpointHook(
             if run.rank == 0 and _resume_entry(run) is None:
                 _refuse_earlier_run(directory)
             try:
-                return run_all(state)
+                state = run_all(state)
             except Interrupted as stop:
                 save(stop.state, {})
                 raise Preempted(f"stopped by a signal at step {stop.state.at}; the state is saved in {directory}.") from None
+            settle(state, last=True)
+            return state
 
         return preemptible
 
-    hooks: list[Middleware[Any]] = [Middleware("checkpoint", wrap_epoch, "epoch"), Middleware("checkpoint", wrap_run, "run")]
-    return [Middleware("checkpoint", wrap_step, "host"), *hooks] if every_steps else hooks
+    reads = {f"cfg.hooks.{name}.keep.metric": kept.metric} if kept.metric else {}
+    hooks: list[Middleware[Any]] = [Middleware(name, wrap_epoch, "epoch", reads=reads), Middleware(name, wrap_run, "run")]
+    return [Middleware(name, _mid_epoch(every_steps, save, run), "host"), *hooks] if every_steps else hooks
 
 
-def _saver(directory: Path, keep: Keep, run: RunInfo) -> Callable[[TrainState, Mapping[str, float]], None]:
+def _mid_epoch(every: int, save: Save, run: RunInfo) -> Callable[[Step], Step]:
+    """Save after every so many steps; the last step of an epoch is saved with the epoch's results."""
+
+    def wrap(step: Step) -> Step:
+        def saved(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+            state, logs = step(state, batch)
+            if state.at % every == 0 and state.at % run.steps_per_epoch:
+                save(state, {})
+            return state, logs
+
+        return saved
+
+    return wrap
+
+
+def _saver(directory: Path, keep: Keep, run: RunInfo) -> Save:
     """How every rank saves a state with its results: rank 0 writes, and all hear whether it could."""
 
     def save(state: TrainState, metrics: Mapping[str, float]) -> None:

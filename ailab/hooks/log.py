@@ -13,7 +13,7 @@ from ailab import durable
 from ailab.config import snapshot
 from ailab.core.epoch import epochs_done
 from ailab.errors import ConfigError, NonFiniteError
-from ailab.hooks.scalars import Report, observe, running
+from ailab.hooks.scalars import Report, guarded, observe, running
 from ailab.hooks.view import Item, View, check_items, read
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
@@ -50,16 +50,22 @@ def LoggerHook(
     latest: dict[str, float] = {}
     clock = _Clock()
 
-    def emit(report: Report) -> None:
-        if report.final:
-            latest.update({f"{report.phase}_{n}": v for n, v in report.means.items()})
-        shown = {**report.means, **{n: read(item, View(report, latest)) for n, item in items.items()}}
-        rate = clock.rate(report)
-        line = _line(report, {n: v for n, v in shown.items() if v is not None}, rate, run)
-        run.say(line)
+    def write(line: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as f:
             f.write(line + "\n")
+
+    append = guarded(write, f"{name} ({file.name})", run)  # a full disk does not silence the console
+
+    def emit(report: Report) -> None:
+        if report.final:
+            latest.update({f"{report.phase}_{n}": v for n, v in report.means.items()})
+        items_now = {n: read(item, View(report, latest)) for n, item in items.items()}
+        shown = {**report.means, **report.wall, **items_now}
+        rate = clock.rate(report) if RATE not in report.wall else None
+        line = _line(report, {n: v for n, v in shown.items() if v is not None}, rate, run)
+        run.say(line)
+        append(line)
 
     hooks = observe(name, emit, run, every=interval)
 
@@ -99,6 +105,7 @@ def _number(value: Any) -> str:
     return f"{value:.4f}" if 1e-2 <= abs(value) < 1e4 or not value else f"{value:.2e}"
 
 
+RATE = "samples_per_s"  # the name under which a ThroughputHook reports what the logger would measure itself
 METRICS, CONFIG = "metrics.jsonl", "config.json"  # in the work_dir
 _KEYS = ("step", "epoch", "phase", "final", "lr")
 
@@ -132,10 +139,16 @@ def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
         if training and step > epoch * run.steps_per_epoch and step % interval == 0:
             emit(running(state, run))  # its line may not have come before the checkpoint: on a GPU numbers arrive later
 
-    def emit(report: Report) -> None:
+    def write(report: Report) -> None:
         head = {"step": report.step, "epoch": report.epoch, "phase": report.phase, "final": report.final}
+        wall = {f"wall_{n}": v for n, v in report.wall.items()} | {"wall_seconds": round(time.monotonic() - started, 3)}
         if lines is not None:
-            lines.append({**head, **report.means, "lr": list(report.lrs), "wall_seconds": round(time.monotonic() - started, 3)})
+            lines.append({**head, **report.means, "lr": list(report.lrs), **wall})
+
+    append = guarded(write, METRICS, run)  # a full disk does not switch the check below off
+
+    def emit(report: Report) -> None:
+        append(report)
         loss = report.means.get("loss", 0.0)
         if not math.isfinite(loss):
             raise NonFiniteError(
@@ -144,7 +157,7 @@ def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
             )
 
     def checked(run_all: Run) -> Run:
-        taken = sorted({n for names in run.log_names.values() for n in names if is_reserved(n)})
+        taken = sorted({n for names in run.result_names.values() for n in names if is_reserved(n)})
         if taken:
             raise ConfigError(f"metrics.jsonl has other uses for the key {taken[0]!r}; give that metric or loss another name.")
         return run_all

@@ -93,7 +93,7 @@ def _plateau(scheduler: Mapping[str, Any], metric: str, run: RunInfo, path: str)
 
         return watched
 
-    return Middleware(SLOT, wrap, "epoch", lambda state: rule.init())
+    return Middleware(SLOT, wrap, "epoch", lambda state: rule.init(), reads={"cfg.hooks.lr_scheduler.metric": metric})
 
 
 def _check(entry: Mapping[str, Any], path: str) -> list[str]:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ailab import dist
 from ailab.binding import Binding, bind
 from ailab.errors import ConfigError
+from ailab.hooks.class_metrics import Entry, class_metric
 from ailab.registry import HOOKS, METRICS
 from ailab.stack import Middleware
-from ailab.types import WEIGHT, Aux, Batch, Buffers, Epoch, Logs, Loss, Mean, Params, RunInfo, Step, TrainState
+from ailab.types import WEIGHT, Aux, Batch, Buffers, Loss, Mean, Params, RunInfo
 
 PHASES = ("train", "val", "test")
+_OWN: dict[str, Any] = {
+    "mapping": dict[str, str],
+    "phases": list[str],
+    "reduce": Literal["mean"] | None,
+    "probe": bool,
+}  # keys of an entry that its type does not get
 
 
 @HOOKS.register_module()
@@ -26,23 +31,33 @@ def MetricHook(*, run: RunInfo, name: str = "metrics", **metrics: Mapping[str, A
 
     A pure metric is a callable that returns a `Mean`; it is traced into the step and costs no host work. A class-style metric
     has `update`, `compute` and `reset` (a `LabBaseMetric`, any torchmetrics object): the fields that it names come out of the
-    step, padding is cut off, and its result joins the epoch's logs. Both see the global batch or its exact sums.
+    step, padding is cut off, and its result joins the epoch's logs. Both see the global batch or its exact sums. Of a dict each
+    number is a result of its own, "<name>_<key>".
+
+    A class-style metric is tried on the first few samples before the run. One that fails later is an observer: an epoch in
+    which it failed has no result, and after three of them it is off.
 
     Args:
         run: given by the framework.
         name: of this hook.
-        **metrics: each with `type`, optional `mapping`, `phases` (all by default) and the arguments of its type.
+        **metrics: each with `type`, optional `mapping`, `phases` (all by default) and the arguments of its type; a class-style
+            one also `reduce="mean"`, of a result that is no single number, and `probe=False`, where it cannot be computed on a
+            few samples.
+
+    Raises:
+        ConfigError: before the first step, for a metric that fails on the first samples or whose result is no number.
     """
     hooks: list[Middleware[Any]] = []
     for key, entry in metrics.items():
         path = f"cfg.hooks.{name}.{key}"
-        args = {k: v for k, v in entry.items() if k not in ("mapping", "phases")}
-        metric = METRICS.build(args, path)
+        metric = METRICS.build({k: v for k, v in entry.items() if k not in _OWN}, path)
         phases = tuple(entry.get("phases", PHASES))
         bound = bind(metric, entry.get("mapping", {}), path, defaults={"weight": WEIGHT})
-        hooks += (
-            _host(key, metric, bound, phases, run) if hasattr(metric, "compute") else [_pure(key, metric, bound, phases, path)]
-        )
+        if hasattr(metric, "compute"):
+            own = Entry(key, path, metric, bound, phases, entry.get("reduce"), entry.get("probe", True))
+            hooks += class_metric(own, run)
+        else:
+            hooks.append(_pure(key, metric, bound, phases, path))
     return hooks
 
 
@@ -50,7 +65,7 @@ def _check_entries(entry: Mapping[str, Any], path: str) -> list[str]:
     """The problems of a MetricHook entry of the cfg: each of its metrics is a component of its own."""
     problems: list[str] = []
     for key, metric in entry.items():
-        problems += METRICS.check(metric, f"{path}.{key}", keys={"mapping": dict[str, str], "phases": list[str]})
+        problems += METRICS.check(metric, f"{path}.{key}", keys=_OWN)
         if isinstance(metric, Mapping):
             strange = [p for p in metric.get("phases", ()) if p not in PHASES]
             problems += [f"{path}.{key}.phases: there is no phase {p!r}; phases are {', '.join(PHASES)}." for p in strange]
@@ -60,83 +75,23 @@ def _check_entries(entry: Mapping[str, Any], path: str) -> list[str]:
 MetricHook.check = _check_entries  # type: ignore[attr-defined]
 
 
-def _checker(bound: Binding) -> Any:
-    def check(fields: Collection[str], phase: str) -> list[str]:
-        return bound.check(fields)
-
-    return check
-
-
 def _pure(key: str, metric: Any, bound: Binding, phases: tuple[str, ...], path: str) -> Middleware[Loss]:
     def wrap(loss: Loss) -> Loss:
         def measured(params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
             total, aux = loss(params, buffers, batch)
             with torch.no_grad():
-                mean = metric(**bound.kwargs({**batch, **aux.outputs}))
-            if not isinstance(mean, Mean):
+                found = metric(**bound.kwargs({**batch, **aux.outputs}))
+            named = {f"{key}_{n}": m for n, m in found.items()} if isinstance(found, Mapping) else {key: found}
+            if strange := [m for m in named.values() if not isinstance(m, Mean)]:
                 raise ConfigError(
-                    f"{path}: the metric returned {type(mean).__name__}; a pure metric returns Mean(total, weight)."
+                    f"{path}: the metric returned {type(strange[0]).__name__}; a pure metric returns Mean(total, weight), "
+                    "or a dict of them."
                 )
-            return total, replace(aux, logs={**aux.logs, key: mean})
+            return total, replace(aux, logs={**aux.logs, **named})
 
         return measured
 
-    return Middleware(key, wrap, "loss", phases=phases, check=_checker(bound))
+    def check(fields: Collection[str], phase: str) -> list[str]:
+        return bound.check(fields)
 
-
-def _host(key: str, metric: Any, bound: Binding, phases: tuple[str, ...], run: RunInfo) -> list[Middleware[Any]]:
-    if hasattr(metric, "to"):
-        metric = metric.to(run.device)
-    if hasattr(metric, "sync_on_compute"):
-        metric.sync_on_compute = False  # every rank is shown every sample below, so there is nothing left to gather
-    copies = {phase: metric if i == 0 else copy.deepcopy(metric) for i, phase in enumerate(phases)}
-    counted = dict.fromkeys(phases, 0)
-
-    def host(phase: str) -> Middleware[Step]:
-        def wrap(step: Step) -> Step:
-            def measured(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
-                state, logs = step(state, batch)
-                assert isinstance(logs, Logs)
-                fields = bound.kwargs(_real({**batch, **logs.outputs}))
-                copies[phase].update(**{p: _gathered(v) for p, v in fields.items()})
-                counted[phase] += 1
-                return state, logs
-
-            return measured
-
-        return Middleware(key, wrap, "host", phases=(phase,), check=_checker(bound), core={"outputs": _fields(bound)})
-
-    def result(phase: str) -> Middleware[Epoch]:
-        def wrap(epoch: Epoch) -> Epoch:
-            def computed(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
-                state, logs = epoch(state, batches)
-                if not counted[phase]:
-                    return state, logs
-                value = torch.as_tensor(copies[phase].compute(), dtype=torch.float64).reshape(1, 1)
-                copies[phase].reset()
-                counted[phase] = 0
-                row = torch.cat([value, torch.ones_like(value)], 1).to(logs.packed.device)
-                return state, Logs.join([logs, Logs((key,), row)])
-
-            return computed
-
-        return Middleware(key, wrap, "epoch", phases=(phase,))
-
-    return [m for phase in phases for m in (host(phase), result(phase))]
-
-
-def _fields(bound: Binding) -> tuple[str, ...]:
-    return tuple(f for _, f in (*bound.mapped, *bound.free))
-
-
-def _real(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields without the padded samples."""
-    if WEIGHT not in fields:
-        return fields
-    keep = fields[WEIGHT] > 0
-    size = keep.shape[0]
-    return {n: v[keep] if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == size else v for n, v in fields.items()}
-
-
-def _gathered(value: Any) -> Any:
-    return dist.all_gather(value) if isinstance(value, Tensor) else value
+    return Middleware(key, wrap, "loss", phases=phases, check=check)

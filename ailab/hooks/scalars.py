@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -30,10 +30,11 @@ class Report:
     means: Mapping[str, float]  # means over the epoch so far, by log name
     samples: float  # counted so far in this epoch: the weight of the loss
     lrs: tuple[float, ...]  # per parameter group, as last used
+    wall: Mapping[str, float] = field(default_factory=dict)  # what hooks listed before measured with a clock
 
 
 Emit = Callable[[Report], None]
-_STRIKES = 3
+STRIKES = 3  # failures after which an observer is off
 
 
 def guarded(emit: Callable[[T], None], name: str, run: RunInfo) -> Callable[[T], None]:
@@ -42,7 +43,7 @@ def guarded(emit: Callable[[T], None], name: str, run: RunInfo) -> Callable[[T],
 
     def safe(told: T) -> None:
         nonlocal failures
-        if failures >= _STRIKES:
+        if failures >= STRIKES:
             return
         try:
             emit(told)
@@ -50,7 +51,7 @@ def guarded(emit: Callable[[T], None], name: str, run: RunInfo) -> Callable[[T],
             raise
         except Exception as e:  # whatever a writer, a network or a full disk may raise
             failures += 1
-            off = "; it is switched off now" if failures == _STRIKES else ""
+            off = "; it is switched off now" if failures == STRIKES else ""
             run.say(f"warning: hook {name!r} failed: {type(e).__name__}: {e}{off}")
 
     return safe
@@ -70,14 +71,14 @@ def observe(
         return []
     phases = [p["phase"] for p in run.cfg["workflow"] if p.get(name, {}).get("enable", True)]
     emit, begin = guarded(emit, name, run), guarded(begin, name, run) if begin else None
-    waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+    waiting: deque[tuple[int, Mapping[str, float], Tensor, torch.cuda.Event | None]] = deque()
 
     def drain(wait: bool) -> None:
-        while waiting and (wait or waiting[0][2] is None or waiting[0][2].query()):
-            step, values, event = waiting.popleft()
+        while waiting and (wait or waiting[0][3] is None or waiting[0][3].query()):
+            step, wall, values, event = waiting.popleft()
             if event is not None:
                 event.synchronize()
-            emit(_running(step, values, run))
+            emit(_running(step, values, run, wall))
 
     def wrap(step: Step) -> Step:
         def observed(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
@@ -85,7 +86,7 @@ def observe(
             if waiting:
                 drain(wait=False)
             if state.at % every == 0:
-                waiting.append((state.at, *_fetch(state)))
+                waiting.append((state.at, logs.wall if isinstance(logs, Logs) else {}, *_fetch(state)))
                 drain(wait=False)
             return state, logs
 
@@ -127,15 +128,15 @@ def running(state: TrainState, run: RunInfo) -> Report:
     values, event = _fetch(state)
     if event is not None:
         event.synchronize()
-    return _running(state.at, values, run)
+    return _running(state.at, values, run, {})
 
 
-def _running(step: int, values: Tensor, run: RunInfo) -> Report:
+def _running(step: int, values: Tensor, run: RunInfo, wall: Mapping[str, float]) -> Report:
     names = run.log_names["train"]
     rows = values.tolist()
     means = {n: (total / weight if weight else 0.0) for n, (total, weight) in zip(names, rows, strict=False)}
     epoch = (step - 1) // run.steps_per_epoch + 1
-    return Report(step, epoch, "train", False, means, rows[0][1], tuple(r[0] for r in rows[len(names) :]))
+    return Report(step, epoch, "train", False, means, rows[0][1], tuple(r[0] for r in rows[len(names) :]), wall)
 
 
 def results(state: TrainState, logs: Logs, run: RunInfo) -> list[Report]:
@@ -146,5 +147,6 @@ def results(state: TrainState, logs: Logs, run: RunInfo) -> list[Report]:
     for phase in run.phase_steps:
         mine = {n[len(phase) + 1 :]: v for n, v in rows.items() if n.startswith(f"{phase}_")}
         means = {n: (total / weight if weight else 0.0) for n, (total, weight) in mine.items()}
-        out.append(Report(state.at, epoch, phase, True, means, mine["loss"][1] if "loss" in mine else 0.0, rates))
+        wall = {n[len(phase) + 1 :]: v for n, v in logs.wall.items() if n.startswith(f"{phase}_")}
+        out.append(Report(state.at, epoch, phase, True, means, mine["loss"][1] if "loss" in mine else 0.0, rates, wall))
     return out

@@ -26,7 +26,7 @@ class View:
         """The names a path can start with."""
         return {
             "optimizer": {"param_groups": [{"lr": lr} for lr in self.report.lrs]},
-            "meters": {n: {"avg": v} for n, v in self.report.means.items()},
+            "meters": {n: {"avg": v} for n, v in self.report.means.items()},  # class-style ones when their phase has ended
             "metric_results": dict(self.latest),
             "step": self.report.step,
             "epoch": self.report.epoch,
@@ -68,9 +68,9 @@ def check_items(items: Mapping[str, Item], run: RunInfo, path: str) -> None:
     Raises:
         ConfigError: for a path that leads nowhere, with what is on offer.
     """
-    results = [f"{phase}_{n}" for phase, names in run.log_names.items() for n in names]
     known = ["step", "epoch", "samples", *(f"optimizer.param_groups.{i}.lr" for i in range(len(run.base_lrs)))]
-    known += [f"meters.{n}.avg" for names in run.log_names.values() for n in names] + [f"metric_results.{n}" for n in results]
+    known += dict.fromkeys(f"meters.{n}.avg" for names in run.result_names.values() for n in names)
+    known += [f"metric_results.{n}" for n in run.results]
     for name, item in items.items():
         if isinstance(item, str) and ".".join(split(item)) not in known:
             raise ConfigError(

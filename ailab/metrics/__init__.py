@@ -1,6 +1,7 @@
 """Metrics by name."""
 
 from ailab.metrics.accuracy import Accuracy, Top1Accuracy
+from ailab.metrics.image import PSNR, MeanIoU
 from ailab.metrics.lab import LabBaseMetric
 
-__all__ = ["Accuracy", "LabBaseMetric", "Top1Accuracy"]
+__all__ = ["PSNR", "Accuracy", "LabBaseMetric", "MeanIoU", "Top1Accuracy"]

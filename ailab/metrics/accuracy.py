@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,15 +39,29 @@ class Accuracy:
 
     Called with pred (B, C, ...) scores or logits; label (B, ...) int64 class indices, or (B, C, ...) one score per class;
     weight (B,), 0 for a sample that does not count. A sample with more dimensions (pixels) counts by its share that is right.
+    With several numbers, `topk=(1, 5)`, there are several results, "top1" and "top5", of one sorting.
+
+    Raises:
+        ValueError: a `topk` below 1, or none.
     """
 
-    topk: int = 5
+    topk: int | Sequence[int] = 5
 
-    def __call__(self, pred: Tensor, label: Tensor, weight: Tensor | None = None) -> Mean:
-        """The hits and how many samples count, as a `Mean`."""
+    def __post_init__(self) -> None:
+        if not self._ks or min(self._ks) < 1:
+            raise ValueError(f"topk is {self.topk!r}; it is a number of classes, at least 1, or several of them.")
+
+    @property
+    def _ks(self) -> tuple[int, ...]:
+        return (self.topk,) if isinstance(self.topk, int) else tuple(self.topk)
+
+    def __call__(self, pred: Tensor, label: Tensor, weight: Tensor | None = None) -> Mean | dict[str, Mean]:
+        """The hits and how many samples count, as a `Mean`; for several `topk` as one each."""
         label = class_indices(pred, label)
-        top = pred.topk(min(self.topk, pred.shape[1]), dim=1).indices
-        return Mean.of(per_sample((top == label.unsqueeze(1)).any(1).float()), weight)
+        top = pred.topk(min(max(self._ks), pred.shape[1]), dim=1).indices
+        hits = top == label.unsqueeze(1)
+        means = {f"top{k}": Mean.of(per_sample(hits[:, :k].any(1).float()), weight) for k in self._ks}
+        return next(iter(means.values())) if isinstance(self.topk, int) else means
 
 
 @METRICS.register_module()
