@@ -67,18 +67,21 @@ def assemble(
     parts = _alike(build_parts(cfg, device))
     rank, world = dist.rank(), dist.world_size()
     streams = {p["phase"]: build_stream(cfg, p, parts, device, rank, world, report=say) for p in cfg["workflow"]}
-    info = _info(cfg, parts, streams, device, say)
+    views: list[Callable[[TrainState], TrainState]] = []
+    info = replace(_info(cfg, parts, streams, device, say), model_state=_evaluated_state(parts, views))
     built = [("", h) for h in extra(info)] + _build_hooks(cfg, info)
+    views += [h.core["evaluated"] for _, h in built if "evaluated" in h.core]
     hooks = {p["phase"]: _served(p, cfg["workflow"], built) for p in cfg["workflow"]}
     _check(hooks, parts)
     state = parts.state.with_slot(PROGRESS, fresh_progress(device))
     state = with_slots(state, [h for _, h in built])
+    parts = _without_frozen(parts, built)
     for phase in streams:
         _probe(phase, parts, hooks[phase], state, info)
     _check_reads(built, info)
     if "train" in streams:
         state = with_slots(state, [tally(info.log_names["train"])])
-    plan = planned(cfg, info, parts)
+    plan = planned(cfg, info, parts, core_settings(hooks.get("train", ()), "compile"))
     if plan.enabled and plan.cut != "loss" and "train" in streams:
         verify_gradient(parts, state)
     steps = {phase: _step(phase, parts, hooks[phase], state, plan, info) for phase in streams}
@@ -115,9 +118,22 @@ def _info(
         phase_samples={phase: stream.samples for phase, stream in streams.items()},
         base_lrs=tuple(float(g.hyper["lr"]) for g in optimizer.groups) if optimizer else (),
         say=say,
-        model_state=state_dict_of(parts.model),
         optimizer_state=lambda state: torch_state_dict(optimizer, state.opt_state) if optimizer else {},
     )
+
+
+def _evaluated_state(
+    parts: Parts, views: Sequence[Callable[[TrainState], TrainState]]
+) -> Callable[..., dict[str, torch.Tensor]]:
+    """The model as evaluation sees it, by the names of the user's module; `views` are those of the hooks, in their order."""
+    named = state_dict_of(parts.model)
+
+    def model_state(state: TrainState) -> dict[str, torch.Tensor]:
+        for view in reversed(views):  # an outer hook hands its state inwards
+            state = view(state)
+        return named(state)
+
+    return model_state
 
 
 def _build_hooks(cfg: Mapping[str, Any], info: RunInfo) -> list[tuple[str, Hook]]:
@@ -166,6 +182,14 @@ def _check_reads(built: Sequence[tuple[str, Hook]], info: RunInfo) -> None:
     ]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def _without_frozen(parts: Parts, built: Sequence[tuple[str, Hook]]) -> Parts:
+    """The parts with fewer trainable parameters, where hooks keep some from being differentiated."""
+    trainable = parts.trainable - {n for _, h in built for n in h.core.get("frozen", ())}
+    if parts.optimizer is not None and not trainable:
+        raise ConfigError("cfg.hooks: there is nothing to train: every parameter is frozen.")
+    return replace(parts, trainable=frozenset(trainable))
 
 
 def _outputs(hooks: Sequence[Hook], phase: str, parts: Parts) -> tuple[str, ...]:

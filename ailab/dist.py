@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as td
@@ -106,6 +106,23 @@ def all_reduce(tensor: Tensor) -> Tensor:
         with peers("a sum over all ranks"):
             td.all_reduce(summed)
     return summed
+
+
+class _Summed(torch.autograd.Function):
+    """A sum over all ranks that each of them uses: the gradient of an addend is the sum of the gradients of all uses."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_reduce(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return all_reduce(grads[0].contiguous())
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, differentiable; every rank has to use it in its loss, and in the same order as the others."""
+    return tensor if world_size() == 1 else cast("Tensor", _Summed.apply(tensor))
 
 
 def from_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -34,6 +34,12 @@ class NonFiniteError(AilabError):
     exit_code = 4
 
 
+class SpikeError(AilabError):
+    """The loss left the range of its recent past, and the cfg says that this ends the run."""
+
+    exit_code = 4
+
+
 class CheckpointError(AilabError):
     """A checkpoint cannot be written, or none that is valid and fits can be read."""
 

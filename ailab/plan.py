@@ -31,13 +31,25 @@ class Plan:
     compiled: list[Compiled] = field(default_factory=list)
 
 
-def planned(cfg: Mapping[str, Any], info: RunInfo, parts: Parts) -> Plan:
-    """Decide what to compile, as a pure function of the cfg and the machine: a resumed run decides the same."""
+def planned(cfg: Mapping[str, Any], info: RunInfo, parts: Parts, needed: Mapping[str, Any]) -> Plan:
+    """Decide what to compile, as a pure function of the cfg and the machine: a resumed run decides the same.
+
+    Args:
+        cfg: completed.
+        info: of the run.
+        parts: of the run.
+        needed: what hooks ask of the compile line: `{"cut": "loss"}`.
+
+    Raises:
+        ConfigError: when cfg.compile says another cut than a hook needs.
+    """
     asked = cfg["compile"]
     options: dict[str, Any] = {k: v for k, v in asked.items() if v is not None} if isinstance(asked, dict) else {}
     enabled, why = _enabled(asked, info)
     sync = cfg["dist"]["sync"] if info.world_size > 1 else "none"
-    cut = options.get("cut", "step")
+    cut = options.get("cut", needed.get("cut", "step"))
+    if cut != needed.get("cut", cut):
+        raise ConfigError(f"cfg.compile.cut is {cut!r}, and a hook of this run needs {needed['cut']!r}: leave the cut out.")
     if sync == "ddp" or (cut == "step" and parts.optimizer is not None and not parts.optimizer.traced):
         cut = "loss"  # no graph may hold DDP's backward
     return Plan(enabled, why, cut, sync, options.get("mode"), options.get("donate", True))

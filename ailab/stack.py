@@ -31,6 +31,7 @@ class Middleware(Generic[F]):
     looks_back: bool = (
         True  # step depth: whether it reads the state it passed on after the call; if none does, eager steps donate
     )
+    bare: Callable[[F], F] | None = None  # changes the bare callable of its depth, before any hook wraps it
     check: Callable[[Collection[str], str], list[str]] | None = None  # (fields, phase) -> problems, before the first step
     core: Mapping[str, Any] = field(
         default_factory=dict
@@ -49,6 +50,9 @@ class Middleware(Generic[F]):
 
 def stack(bare: F, hooks: Iterable[Middleware[Any]]) -> F:
     """Wrap `bare` in every hook, first listed innermost."""
+    hooks = list(hooks)
+    for hook in hooks:
+        bare = bare if hook.bare is None else hook.bare(bare)
     for hook in hooks:
         bare = hook(bare)
     return bare

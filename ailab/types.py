@@ -25,6 +25,7 @@ Params: TypeAlias = dict[str, Tensor]
 Buffers: TypeAlias = dict[str, Tensor]
 Batch: TypeAlias = dict[str, Any]  # fields by name; tensors have the samples along dimension 0
 LOSS_SCALE = "_loss_scale"  # the reserved batch field: (), the loss is differentiated times this and gradients divided by it
+VIEWS = "_views"  # the reserved batch field: [(share, fields)], how often and with which other fields the criterion is asked
 OUTPUT = "@"  # prefix under which model outputs that a host hook reads travel beside the logs
 WEIGHT = "_weight"  # the reserved batch field: (B,) float32, 1 for a sample that counts and 0 for padding
 

@@ -30,7 +30,13 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # what a hook needs, or what makes it 
     "AMPHook": dict(dtype="bf16"),
     "AugmentHook": dict(ops=[]),
     "EarlyStopHook": dict(metric="train_loss"),
+    "FreezeHook": dict(params=["0.*"], until=1, by="step"),
     "GradAccumulateHook": dict(n=3),
+    "GradStatsHook": dict(patterns={"last": "3.*"}),
+    "LabelSmoothingHook": dict(classes=3),
+    "LookaheadHook": dict(k=2),
+    "RematHook": dict(modules=["0", "1"]),
+    "SWAHook": dict(start=1, by="step"),
     "GradClipHook": dict(max_norm=0.1),
     "LrSchedulerHook": dict(by="step", scheduler=dict(type="StepLR", step_size=1)),
     "LoggerHook": dict(interval=1),
@@ -158,7 +164,7 @@ def test_schedules_equal_torch(by: str, tmp_path: Path) -> None:
 
 def test_only_steps_that_are_not_finite_are_skipped() -> None:
     """A NaN batch changes nothing but the step count and the counter; the steps around it are as without it; ten end the run."""
-    net = TinyNet(SkipNonFiniteHook(max_in_a_row=3, every=1))
+    net = TinyNet(SkipNonFiniteHook("skip", max_in_a_row=3, every=1))
     bad = {**net.batches[0], "input": torch.full((6, 4), float("nan"))}
     step = stack(compile(net.step(), enabled=False, donate=False), at(net.hooks, "host"))
     state, _ = step(net.state, net.batches[0])

@@ -376,14 +376,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulate": {"hooks": dict(accumulate=dict(type="GradAccumulateHook", n=3))},
     "clip": {"hooks": dict(clip=dict(type="GradClipHook", max_norm=0.3))},
     "ema": {"hooks": dict(ema=dict(type="EMAHook", decay=0.9))},
-    "skip": {"dataset": dict(bad=5), "hooks": dict(skip=dict(type="SkipNonFiniteHook"))},
+    "skip": {"dataset": dict(bad=5), "hooks": dict(skip=dict(type="SkipNonFiniteHook", policy="skip"))},
     "loader": {"dataset": dict(type=Points)},
     "all": {
         "dataset": dict(bad=5),
         "hooks": dict(
             accumulate=dict(type="GradAccumulateHook", n=3),
             clip=dict(type="GradClipHook", max_norm=0.3),
-            skip=dict(type="SkipNonFiniteHook"),
+            skip=dict(type="SkipNonFiniteHook", policy="skip"),
             ema=dict(type="EMAHook", decay=0.9),
         ),
     },

@@ -29,7 +29,7 @@ FEATURES = {
     ),
     "clip, accumulation, skipping": (
         "accumulate=dict(type='GradAccumulateHook', n=2), clip=dict(type='GradClipHook', max_norm=0.5),"
-        "skip=dict(type='SkipNonFiniteHook'), "
+        "skip=dict(type='SkipNonFiniteHook', policy='skip'), "
     ),
 }
 WORKERS = "cfg['data']['train'] = dict(type=NoisyPoints); cfg['data']['train_dataloader']['num_workers'] = 2"

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ailab.binding import Binding, name_outputs
 from ailab.errors import ConfigError
-from ailab.types import WEIGHT, Aux, Batch, Buffers, Loss, Mean, Params, TrainState, widened
+from ailab.types import VIEWS, WEIGHT, Aux, Batch, Buffers, Loss, Mean, Params, TrainState, widened
 
 LOSS_PREFIX = "loss."  # of the criterion's own parameters and buffers
+Change = Callable[[nn.Module], None]  # alters classes and attributes of sub-modules; every tensor stays where it is
 
 
 class Functional:
@@ -43,10 +44,22 @@ class Functional:
         skeleton = copy.deepcopy(module, memo).train(training)
         self.call: Callable[..., Any] = (via(skeleton) if via else None) or skeleton
         names = {id(t): prefix + n for n, t in [*skeleton.named_parameters(), *skeleton.named_buffers()]}
-        homes = _homes(skeleton)
+        self._settle(skeleton, {path: names[id(store[key])] for path, store, key in homes(skeleton)})
+
+    def _settle(self, skeleton: nn.Module, names: Mapping[str, str]) -> None:
+        """Look up once where each tensor goes; `names`: of the state, by the dotted path in the skeleton."""
+        places = homes(skeleton)
         self._root = _Root(skeleton, self.call)
-        self._names = [("skeleton." + path, names[id(store[key])]) for path, store, key in homes]
-        self._homes = [(store, key, names[id(store[key])]) for _, store, key in homes]
+        self._names = [("skeleton." + path, names[path]) for path, _, _ in places]
+        self._homes = [(store, key, names[path]) for path, store, key in places]
+
+    def changed(self, change: Change) -> Functional:
+        """The same function of the same tensors, computed by a copy of the skeleton that `change` has altered in place."""
+        other = copy.copy(self)
+        skeleton = other.call = copy.deepcopy(self._root.skeleton)
+        change(skeleton)
+        other._settle(skeleton, {path.removeprefix("skeleton."): name for path, name in self._names})
+        return other
 
     def __call__(self, params: Params, buffers: Buffers, kwargs: Mapping[str, Any]) -> Any:
         """The module's output for these tensors; `buffers` are written to, or get a new tensor, where the module does so."""
@@ -87,7 +100,7 @@ class _Root(nn.Module):
         return self.call(**kwargs)
 
 
-def _homes(skeleton: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
+def homes(skeleton: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
     """`(dotted path, dict, key)` for every place that holds a tensor; a tied one has several."""
     stores = [(path, store) for path, module in skeleton.named_modules() for store in (module._parameters, module._buffers)]
     return [
@@ -129,39 +142,84 @@ def batch_size(batch: Batch) -> int:
     return next(int(v.shape[0]) for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0)
 
 
-def as_mean(value: Any, batch: Batch) -> Mean:
+def as_mean(value: Any, batch: Batch, share: Tensor | None = None) -> Mean:
     """What a criterion returned as a `Mean`: a `Mean`, per-sample losses (B,), or a scalar mean over the samples.
+
+    Args:
+        value: what it returned.
+        batch: what it was given, with the weights of the samples.
+        share: how often a value that no weights have reached is to count.
 
     Raises:
         ConfigError: for anything else. Shapes are static, so this is found on the first, shrunk step of a run.
     """
+    size = batch_size(batch)
+    if isinstance(value, Tensor) and value.shape == (size,) and value.dim() > 0:
+        return Mean.of(value, batch.get(WEIGHT))
     if isinstance(value, Mean):
-        return value
+        return value if share is None else _shared(value, share)
     if not isinstance(value, Tensor):
         raise ConfigError(
             f"cfg.loss: the criterion returned {type(value).__name__}; return a tensor, a Mean, or a dict of them."
         )
-    size = batch_size(batch)
     if value.dim() == 0:
         value = widened(value)
-        return Mean(value * size, torch.full_like(value, float(size)).detach())
-    if value.shape == (size,):
-        return Mean.of(value, batch.get(WEIGHT))
+        mean = Mean(value * size, torch.full_like(value, float(size)).detach())
+        return mean if share is None else _shared(mean, share)
     raise ConfigError(
         f"cfg.loss: the criterion returned a tensor of shape {tuple(value.shape)}, which is not a scalar.\n"
         f"  Return a scalar, one loss per sample ({size},), or ailab.Mean(total, weight)."
     )
 
 
-def _combine(result: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-    """The criterion's result as the loss and the named parts of it (the sum of the parts is the loss)."""
-    if not isinstance(result, Mapping):
-        mean = as_mean(result, batch)
-        return mean, {}
-    parts = {str(name): as_mean(value, batch) for name, value in result.items()}
+def _shared(mean: Mean, share: Tensor) -> Mean:
+    if share.dim():
+        raise ConfigError(
+            "cfg.loss: a hook weighs each sample on its own, and the criterion gives one number for all of them.\n"
+            "  Let it return one loss per sample (B,), or a Mean that obeys its argument `weight`."
+        )
+    return Mean(mean.total * share, mean.weight * share)
+
+
+def _views(ask: Callable[[Batch], Any], batch: Batch, obeys: bool) -> dict[str, Mean]:
+    """What the criterion says of a batch, by the name of the part ("" where it has none): the sums over all views of it.
+
+    Args:
+        ask: the criterion over the fields of a view.
+        batch: with the field VIEWS where a hook has put it; else there is one view, the batch itself.
+        obeys: whether the criterion is given the weights, so that a `Mean` of it has counted them.
+    """
+    found: dict[str, Mean] = {}
+    for share, fields in batch.get(VIEWS) or [(None, {})]:
+        view = {**batch, **fields}
+        if share is not None:
+            view[WEIGHT] = share * (batch[WEIGHT] if WEIGHT in batch else torch.ones(batch_size(batch), device=share.device))
+        result = ask(view)
+        for name, value in (result if isinstance(result, Mapping) else {"": result}).items():
+            mean = as_mean(value, view, None if isinstance(value, Mean) and obeys else share)
+            found[str(name)] = found[str(name)] + mean if str(name) in found else mean
+    return found
+
+
+def _combine(parts: Mapping[str, Mean], batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+    """The parts of a loss as the loss and its named parts (the sum of the parts is the loss)."""
+    if "" in parts:
+        return parts[""], {}
     weight = batch[WEIGHT].sum() if WEIGHT in batch else float(batch_size(batch))
     total = torch.stack([p.value * weight for p in parts.values()]).sum()
-    return Mean(total, torch.as_tensor(weight, dtype=total.dtype, device=total.device)), parts
+    return Mean(total, torch.as_tensor(weight, dtype=total.dtype, device=total.device)), dict(parts)
+
+
+def remodelled(loss: Loss, change: Change) -> Loss:
+    """`loss` with the same tensors, names and criterion, over a copy of the model's skeleton that `change` has altered.
+
+    Raises:
+        ConfigError: when `loss` is none that `pure_loss` made, so that there is no module to alter.
+    """
+    remake = getattr(loss, "remodelled", None)
+    if remake is None:
+        raise ConfigError("a hook changes modules of the model, and this loss was not made of a module by `loss_of`.")
+    return remake(change)
 
 
 def unless_empty(loss: Loss) -> Loss:
@@ -177,11 +235,12 @@ def unless_empty(loss: Loss) -> Loss:
         logs = {n: Mean(m.total * 0, m.weight * 0) for n, m in aux.logs.items()}
         return total * 0, replace(aux, weight=aux.weight * 0, logs=logs)
 
+    counted.remodelled = lambda change: unless_empty(remodelled(loss, change))  # type: ignore[attr-defined]
     return counted
 
 
 def pure_loss(
-    model: Callable[[Params, Buffers, Mapping[str, Any]], Any],
+    model: Functional,
     model_binding: Binding,
     criterion: Callable[[Params, Buffers, Mapping[str, Any]], Any] | None,
     loss_binding: Binding | None,
@@ -192,20 +251,35 @@ def pure_loss(
     The first result is the *total* of the loss over the batch, () in the loss's dtype; `aux.weight` is what it is to be
     divided by, so that micro-batches and ranks add up exactly. `aux.logs` holds "loss" and, for a criterion that returns a
     dict, its parts. Without a criterion the model itself must give an output named "loss".
+
+    A batch with the field VIEWS, [(share, fields)], has its criterion asked once for each: with these fields in place of the
+    batch's, and every sample counting `share` times, () or (B,); None is once. The sums are added, and divided once.
     """
+    obeys = loss_binding is not None and any(f == WEIGHT for _, f in (*loss_binding.mapped, *loss_binding.free))
 
     def loss(params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
         after = {n: b.clone() for n, b in buffers.items()}  # a forward may write to what it is given (BatchNorm)
         outputs = name_outputs(model(params, after, model_binding.kwargs(batch)), output_keys, "cfg.model.output_keys")
-        if criterion is None or loss_binding is None:
-            result = outputs["loss"]
-        else:
-            result = criterion(params, after, loss_binding.kwargs({**batch, **outputs}))
-        mean, parts = _combine(result, batch)
+        if criterion is None and VIEWS in batch:
+            raise ConfigError(
+                "cfg.loss: a hook changes what the criterion sees, and there is none: the model gives its own loss."
+            )
+
+        def ask(view: Batch) -> Any:
+            if criterion is None or loss_binding is None:
+                return outputs["loss"]
+            return criterion(params, after, loss_binding.kwargs({**view, **outputs}))
+
+        found = _views(ask, batch, obeys)
+        mean, parts = _combine(found, batch)
         logs = {"loss": Mean(mean.total.detach(), mean.weight.detach())}
         for name, part in parts.items():
             logs[name] = Mean(part.total.detach(), part.weight.detach())
         seen = {n: v.detach() if isinstance(v, Tensor) else v for n, v in outputs.items()}
         return mean.total, Aux(after, logs["loss"].weight, logs, seen)
 
+    def remade(change: Change) -> Loss:
+        return pure_loss(model.changed(change), model_binding, criterion, loss_binding, output_keys)
+
+    loss.remodelled = remade  # type: ignore[attr-defined]
     return loss

@@ -39,7 +39,9 @@ def GradAccumulateHook(n: int, name: str = "accumulate") -> Middleware[Grad]:
             outputs = [total.outputs]
             for part in parts[1:]:
                 more, aux = grad(state.replace(buffers=total.buffers, slots={**state.slots, **total.slots}), part)
-                grads = {k: g + more[k] * aux.weight.to(g.dtype) for k, g in grads.items()}
+                more = {k: g * aux.weight.to(g.dtype) for k, g in more.items()}
+                # A parameter that a micro-batch does not use has no gradient there.
+                grads = {k: grads[k] + more[k] if k in grads and k in more else {**grads, **more}[k] for k in {**grads, **more}}
                 total = _add(total, aux)
                 outputs.append(aux.outputs)
             scale = reciprocal(total.weight)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ailab import tree
+from ailab.errors import ConfigError
+from ailab.hooks.nonfinite import SkipNonFiniteHook
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import LOSS_SCALE, Aux, Batch, Buffers, Grad, Loss, Mean, Params, RunInfo, Step, TrainState
@@ -39,6 +41,8 @@ def AMPHook(
     if chosen is None:
         return []
     device = run.device.type
+    if chosen is torch.float16:
+        _refuse_hidden_overflows(run, name)
 
     def wrap(loss: Loss) -> Loss:
         def autocast(params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
@@ -57,6 +61,18 @@ def _dtype(asked: str, device: torch.device) -> torch.dtype | None:
     if device.type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _refuse_hidden_overflows(run: RunInfo, name: str) -> None:
+    """An overflow is how the scale finds its level; a hook inside that undoes such a step would hide it from the scale."""
+    for other, entry in run.cfg["hooks"].items():
+        if other == name:
+            return
+        if entry.get("type") in ("SkipNonFiniteHook", SkipNonFiniteHook) and entry.get("enable", True):
+            raise ConfigError(
+                f"cfg.hooks.{name}: with fp16 it is to be listed before '{other}', which would hide overflows.\n"
+                f"  Then an overflow halves the loss scale, and '{other}' sees only what is not finite in spite of it."
+            )
 
 
 def _scaled(init_scale: float, growth_interval: int, name: str) -> list[Middleware[Any]]:

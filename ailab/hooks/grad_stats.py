@@ -1,0 +1,84 @@
+"""GradStatsHook: how large gradients and updates are, as logs."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ailab import tree
+from ailab.errors import ConfigError, nearest
+from ailab.registry import HOOKS
+from ailab.stack import Middleware
+from ailab.types import Aux, Batch, Grad, Mean, Params, Step, TrainState
+
+_NONE: Mapping[str, str] = MappingProxyType({})
+
+
+@HOOKS.register_module()
+def GradStatsHook(patterns: Mapping[str, str] = _NONE, update: bool = True, name: str = "grad_stats") -> list[Middleware[Any]]:
+    """Log the 2-norm and the largest element of the gradient, and how far an update moves the parameters.
+
+    For all parameters the logs are "grad/norm", "grad/max" and "update/ratio", the 2-norm of the update over that of the
+    parameters before it (a healthy run is near 1e-3); for each pattern the same under "grad/norm/<label>" and so on. The
+    gradient is the one that the hooks listed before give: listed before `clip` it is the unclipped one. Computed on the device,
+    like any log, and averaged over the steps of an epoch.
+
+    Args:
+        patterns: {label: pattern of parameter names}, `{"encoder": "encoder.*"}`; all parameters are always there.
+        update: log the update, too.
+        name: of this hook.
+
+    Raises:
+        ConfigError: when a pattern matches no parameter.
+    """
+    groups: dict[str, list[str]] = {}  # parameter names by log suffix; found by `init`, before anything is traced
+
+    def init(state: TrainState) -> dict[str, Tensor]:
+        groups[""] = list(state.params)
+        for label, pattern in patterns.items():
+            groups[f"/{label}"] = fnmatch.filter(state.params, pattern)
+            if not groups[f"/{label}"]:
+                hint = nearest(pattern, state.params)
+                raise ConfigError(f"cfg.hooks.{name}.patterns.{label}: no parameter matches {pattern!r}.{hint}")
+        return {}
+
+    def wrap_grad(grad: Grad) -> Grad:
+        def measured(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
+            grads, aux = grad(state, batch)
+            logs = dict(aux.logs)
+            for suffix, names in groups.items():
+                mine = [grads[n] for n in names if n in grads]
+                logs[f"grad/norm{suffix}"] = _once(mine, 2.0)
+                logs[f"grad/max{suffix}"] = _once(mine, float("inf"))
+            return grads, replace(aux, logs=logs)
+
+        return measured
+
+    def wrap_step(step: Step) -> Step:
+        def measured(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+            after, logs = step(state, batch)
+            ratios: dict[str, Mean] = {}
+            for suffix, names in groups.items():
+                moved = _once([after.params[n] - state.params[n] for n in names], 2.0)
+                size = tree.norm([state.params[n] for n in names])
+                ratios[f"update/ratio{suffix}"] = Mean(moved.total / (size + 1e-12), moved.weight)
+            return after, {**logs, **ratios}
+
+        return measured
+
+    hooks: list[Middleware[Any]] = [Middleware(name, wrap_grad, "grad", init)]
+    return [*hooks, Middleware(name, wrap_step, "step")] if update else hooks
+
+
+def _once(tensors: list[Tensor], order: float) -> Mean:
+    """The norm of all tensors together, as one observation; nothing where there are none (all of them frozen)."""
+    if not tensors:
+        return Mean(torch.zeros(()), torch.zeros(()))
+    norm = tree.norm(tensors, order)
+    return Mean(norm, torch.ones_like(norm))

@@ -1,0 +1,89 @@
+"""SyncBatchNormHook: BatchNorm sees the batch of all ranks."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm  # of BatchNorm1d, 2d and 3d, and of SyncBatchNorm
+
+from ailab import dist
+from ailab.core.loss import remodelled
+from ailab.registry import HOOKS
+from ailab.stack import Middleware, unchanged
+from ailab.types import Loss, widened
+
+
+@HOOKS.register_module()
+def SyncBatchNormHook(name: str = "sync_batchnorm") -> Middleware[Loss]:
+    """Normalise by the mean and variance over the batches of all ranks in training; running statistics are theirs, too.
+
+    Parameters and running statistics are then those of one process with the whole batch. One small reduction per BatchNorm in
+    the forward and one in the backward. Evaluation is as it was, and so is everything in one process. The model needs no
+    conversion, and `torch.nn.SyncBatchNorm` in a model is served as well, also on a CPU.
+
+    Args:
+        name: of this hook.
+    """
+
+    def change(skeleton: nn.Module) -> None:
+        for module in skeleton.modules():
+            if isinstance(module, _BatchNorm):
+                module.__class__ = _synchronised(type(module))
+
+    def bare(loss: Loss) -> Loss:
+        return loss if dist.world_size() == 1 else remodelled(loss, change)
+
+    return Middleware(name, unchanged, "loss", bare=bare)
+
+
+@cache
+def _synchronised(cls: type[nn.Module]) -> type[nn.Module]:
+    """A class like this one of BatchNorm, whose moments are those over all ranks."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if not (self.training or self.running_mean is None):
+            return functional.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        self._check_input_dim(input)
+        x = widened(input.flatten(2) if input.dim() > 2 else input.unsqueeze(2))  # (N, C, L)
+        mean, variance, count = moments_of_all(x)
+        if self.training and self.running_mean is not None:
+            _remember(self, mean.detach(), variance.detach() * (count / (count - 1)))
+        scale = torch.rsqrt(variance + self.eps)
+        scale = scale if self.weight is None else scale * self.weight
+        out = (x - mean.view(1, -1, 1)) * scale.view(1, -1, 1)
+        out = out if self.bias is None else out + self.bias.view(1, -1, 1)
+        return out.view(input.shape).to(input.dtype)
+
+    return type(f"Synchronised{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def moments_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C,), biased variance (C,) and number () of the values of each channel of `x`, (N, C, L), over all ranks.
+
+    Each rank's own moments travel, and are joined as Chan et al. 1983 do: sums of squares would lose digits.
+    """
+    channels, mine = x.shape[1], torch.full((1,), float(x.shape[0] * x.shape[2]), dtype=x.dtype, device=x.device)
+    variance, mean = torch.var_mean(x, (0, 2), correction=0)
+    row = torch.cat([mean, variance, mine])
+    before, after = dist.rank(), dist.world_size() - dist.rank() - 1
+    rows = dist.summed(functional.pad(row.unsqueeze(0), (0, 0, before, after)))  # (world, 2 C + 1)
+    means, variances, counts = rows[:, :channels], rows[:, channels : 2 * channels], rows[:, -1:]
+    share = counts / counts.sum()
+    whole = (share * means).sum(0)
+    return whole, (share * (variances + (means - whole) ** 2)).sum(0), counts.sum()
+
+
+def _remember(module: Any, mean: Tensor, variance: Tensor) -> None:
+    """New running statistics: an exponential average, or a plain one where `momentum` is None."""
+    count = module.num_batches_tracked + 1
+    factor = count.to(mean.dtype).reciprocal() if module.momentum is None else module.momentum
+    for key, value in (("running_mean", mean), ("running_var", variance)):
+        old = getattr(module, key)
+        setattr(
+            module, key, torch.lerp(old, value.to(old.dtype), factor if isinstance(factor, float) else factor.to(old.dtype))
+        )
+    module.num_batches_tracked = count
