@@ -500,14 +500,14 @@ def test_label_maps_of_every_mode(tmp_path: Path) -> None:
     picture(tmp_path / "rgb.png", colour.to(torch.uint8))
     assert torch.equal(read_label_map(tmp_path / "rgb.png"), deep)
     Image.new("CMYK", (4, 4)).save(tmp_path / "c.tif")
-    for path, message in (("c.tif", "mode CMYK holds no classes"), ("none.png", "missing")):
-        with pytest.raises(BadFile, match=message):
-            read_label_map(tmp_path / path)
-    with pytest.raises(BadFile, match="bomb"):
-        read_label_map(tmp_path / "p.png", max_pixels=100)
-    (tmp_path / "p.png").write_bytes((tmp_path / "p.png").read_bytes()[:60])
-    with pytest.raises(BadFile, match="corrupt"):
-        read_label_map(tmp_path / "p.png")
+    whole = (tmp_path / "p.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:-40])
+    (tmp_path / "text.png").write_text("no picture")
+    cases = {"c.tif": "unsupported_mode", "none.png": "missing", "cut.png": "truncated", "text.png": "corrupt", "p.png": "bomb"}
+    for name, kind in cases.items():
+        with pytest.raises(BadFile, match=name) as error:
+            read_label_map(tmp_path / name, max_pixels=100 if kind == "bomb" else 1e6)
+        assert error.value.kind == kind
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
@@ -537,11 +537,11 @@ def test_flac_is_read_by_soundfile_and_told_without_it(tmp_path: Path, monkeypat
         assert torch.equal(read_audio(tmp_path / name)[0], wav)
         assert torch.equal(read_audio(tmp_path / name, start=2, frames=3)[0], wav[:, 2:5])
     (tmp_path / "bad.flac").write_bytes(b"no sound")
-    with pytest.raises(BadFile, match=r"corrupt: .*bad\.flac"):
+    with pytest.raises(BadFile, match=r"bad\.flac: it cannot be decoded"):
         read_audio(tmp_path / "bad.flac")
     monkeypatch.setitem(sys.modules, "soundfile", None)
     for name in ("x.flac", "float.wav"):
-        with pytest.raises(BadFile, match=r"needs the package soundfile: pip install 'ailab\[audio\]'"):
+        with pytest.raises(DataError, match=r"needs the package soundfile: pip install 'ailab\[audio\]'"):
             read_audio(tmp_path / name)
 
 
@@ -551,10 +551,10 @@ def test_a_damaged_wav_is_told(tmp_path: Path) -> None:
     cases = {b"": "truncated", b"text" * 20: "corrupt", whole[:30]: "truncated", whole[:100]: "truncated"}
     for content, kind in cases.items():
         (tmp_path / "y.wav").write_bytes(content)
-        with pytest.raises(BadFile, match=f"^{kind}: ") as error:
+        with pytest.raises(BadFile, match=r"y\.wav: ") as error:
             read_audio(tmp_path / "y.wav")
         assert error.value.kind == kind
-    with pytest.raises(BadFile, match="missing"):
+    with pytest.raises(BadFile, match=r"none\.wav: there is no such file"):
         read_audio(tmp_path / "none.wav")
 
 
@@ -565,7 +565,7 @@ def test_frames_are_spread_over_a_clip(tmp_path: Path) -> None:
     assert read_frames(tmp_path, 5)[:, 0, 0, 0].tolist() == [1, 3, 5, 7, 9]
     assert read_frames(sorted(tmp_path.iterdir())[:2], 3)[:, 0, 0, 0].tolist() == [0, 1, 1]
     picture(tmp_path / "9.png", pixels())
-    with pytest.raises(BadFile, match="differ in size"):
+    with pytest.raises(ValueError, match="differ in size"):
         read_frames(tmp_path, 5)
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadFile, match="there is no frame"):

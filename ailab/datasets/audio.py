@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import wave
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ailab.datasets.image import BadFile
+from ailab.datasets.bad import BadFile
+from ailab.errors import DataError
 
 SOUNDS = (".wav", ".flac", ".ogg", ".aiff", ".aif")
 
@@ -44,16 +46,36 @@ def read_audio(path: str | Path, *, start: int = 0, frames: int = -1) -> tuple[T
         frames: number of them; all that follow when -1. Fewer come at the end of the file.
 
     Raises:
-        BadFile: the file is missing, is no sound, is damaged or shorter than its header says, or needs soundfile.
+        BadFile: the file is missing, is no sound, is damaged or shorter than its header says.
+        DataError: it needs soundfile, which is not installed.
     """
     samples, sound = _opened(path, start, frames)
     return samples, sound.rate
 
 
+def check_reader(paths: Iterable[str | Path]) -> None:
+    """Check that what the endings of the files ask for is installed.
+
+    Raises:
+        DataError: a file needs soundfile, which is not.
+    """
+    other = next((Path(p) for p in paths if Path(p).suffix.lower() != ".wav"), None)
+    if other is not None:
+        _soundfile(other, f"a {other.suffix or 'sound'} file")
+
+
+def _soundfile(path: Path, what: str) -> Any:
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:  # OSError: its library is missing
+        raise DataError(f"{path}: reading {what} needs the package soundfile: pip install 'ailab[audio]'.") from error
+    return soundfile
+
+
 def _opened(path: str | Path, start: int, frames: int) -> tuple[Tensor, Sound]:
     path = Path(path)
     if not path.is_file():
-        raise BadFile("missing", f"{path}: there is no such file")
+        raise BadFile("missing", "there is no such file", str(path))
     if path.suffix.lower() != ".wav":
         return _by_soundfile(path, start, frames, f"a {path.suffix or 'sound'} file")
     try:
@@ -62,9 +84,9 @@ def _opened(path: str | Path, start: int, frames: int) -> tuple[Tensor, Sound]:
     except wave.Error as error:
         if "unknown format" in str(error):  # floats, mostly
             return _by_soundfile(path, start, frames, f"a WAV file of this kind ({error})")
-        raise BadFile("corrupt", f"{path}: {error}") from error
+        raise BadFile("corrupt", f"no WAV file: {error}", str(path)) from error
     except EOFError as error:
-        raise BadFile("truncated", f"{path}: the file ends within its header") from error
+        raise BadFile("truncated", "the file ends within its header", str(path)) from error
 
 
 def _by_wave(path: Path, file: wave.Wave_read, start: int, frames: int) -> tuple[Tensor, Sound]:
@@ -76,7 +98,8 @@ def _by_wave(path: Path, file: wave.Wave_read, start: int, frames: int) -> tuple
     content = file.readframes(wanted)
     width = file.getsampwidth()
     if len(content) != wanted * width * sound.channels:
-        raise BadFile("truncated", f"{path}: {len(content)} bytes of sound; the header says {wanted * width * sound.channels}")
+        said = wanted * width * sound.channels
+        raise BadFile("truncated", f"{len(content)} bytes of sound; the header says {said}", str(path))
     return _samples(content, width).view(-1, sound.channels).T.contiguous(), sound
 
 
@@ -94,16 +117,12 @@ def _samples(content: bytes, width: int) -> Tensor:
 
 
 def _by_soundfile(path: Path, start: int, frames: int, what: str) -> tuple[Tensor, Sound]:
-    try:
-        import soundfile
-    except (ImportError, OSError) as error:  # OSError: its library is missing
-        raise BadFile("package", f"{path}: reading {what} needs the package soundfile: pip install 'ailab[audio]'") from error
-    library: Any = soundfile
+    library = _soundfile(path, what)
     try:
         with library.SoundFile(str(path)) as file:
             sound = Sound(int(file.frames), int(file.samplerate), int(file.channels))
             file.seek(min(start, sound.frames))
             samples = file.read(frames=frames, dtype="float32", always_2d=True)
     except (library.LibsndfileError, RuntimeError) as error:
-        raise BadFile("corrupt", f"{path}: {error}") from error
+        raise BadFile("corrupt", f"it cannot be decoded: {error}", str(path)) from error
     return torch.from_numpy(samples).T.contiguous(), sound

@@ -10,9 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ailab.datasets.audio import SOUNDS, read_audio, sound_info
+from ailab.datasets.audio import SOUNDS, check_reader, read_audio, sound_info
 from ailab.datasets.folder import FolderPerClassDataset
-from ailab.datasets.image import BadFile
 from ailab.datasets.listed import ListDataset
 from ailab.datasets.pipeline import build_transform
 from ailab.datasets.ready.image_classification import labelled
@@ -38,7 +37,8 @@ class AudioClassificationDataset(ListDataset, AudioClassificationTask):
         allow_outside_root: accept sounds outside `root`.
 
     Raises:
-        DataError: as `ClassificationImageDataset`. While reading, a sound of another rate is a bad sample: there is no resampling.
+        DataError: as `ClassificationImageDataset`; a FLAC, Ogg or AIFF file without the package soundfile. While reading, a
+            sound of another rate is a bad sample: there is no resampling.
     """
 
     def __init__(
@@ -65,13 +65,14 @@ class AudioClassificationDataset(ListDataset, AudioClassificationTask):
             self.classes, items = labelled(
                 annotation_file, x_key, y_key, classes=classes, root=root, allow_outside_root=allow_outside_root
             )
+        check_reader(path for path, _ in items)
         super().__init__(items)
 
     def load_audio(self, raw: Any) -> Tensor:
         """(C, frames)."""
         sound = sound_info(raw[0])
         if self.rate is not None and sound.rate != self.rate:
-            raise BadFile("rate", f"{raw[0]}: {sound.rate} frames per second; expected {self.rate}")
+            raise ValueError(f"{raw[0]}: {sound.rate} frames per second; expected {self.rate}")
         spare = max(sound.frames - self.frames, 0)
         start = {"random": int(torch.randint(spare + 1, ())), "center": spare // 2, "start": 0}[self.crop]
         audio, _ = read_audio(raw[0], start=start, frames=self.frames)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ailab.datasets.boxes import BoxFormat, BoxPolicy, box_tensor
 from ailab.datasets.coco import CocoAnnotationDataset
-from ailab.datasets.image import BadFile, read_image
+from ailab.datasets.image import read_image
 from ailab.datasets.pipeline import Sample, build_transform
 from ailab.datasets.rle import check_segmentation, decoded
 from ailab.datasets.tasks.objects import ObjectsTask
@@ -95,7 +95,7 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
         image = read_image(self.image_file(info))
         size = (info["height"], info["width"])
         if tuple(image.shape[-2:]) != size:
-            raise BadFile("size", f"{self.image_file(info)}: {tuple(image.shape[-2:])} pixels; the annotation says {size}")
+            raise ValueError(f"{self.image_file(info)}: {tuple(image.shape[-2:])} pixels; the annotation says {size}")
         sample: Sample = {"image": image, "image_id": torch.tensor(image_id), "size": torch.tensor(size)}
         sample["labels"] = torch.tensor([self.class_index[a["category_id"]] for a in objects], dtype=torch.int64)
         if "bbox" in self.tasks:
@@ -186,7 +186,7 @@ class COCOSegmentationDataset(COCODataset):
         image = read_image(self.image_file(info))
         mask = self.class_map(raw)
         if image.shape[-2:] != mask.shape:
-            raise BadFile("size", f"{self.image_file(info)}: {tuple(image.shape[-2:])} pixels; annotated: {tuple(mask.shape)}")
+            raise ValueError(f"{self.image_file(info)}: {tuple(image.shape[-2:])} pixels; annotated: {tuple(mask.shape)}")
         return {"image": image, "mask": mask, "image_id": torch.tensor(image_id), "size": torch.tensor(mask.shape)}
 
     def class_map(self, raw: Any) -> Tensor:

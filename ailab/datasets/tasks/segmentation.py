@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ailab.datasets.image import BadFile
+from ailab.datasets.bad import BadFile
+from ailab.datasets.headers import PNG, check_png
 from ailab.datasets.pipeline import Sample
 from ailab.datasets.tasks.task import Task, tensor_of
 
@@ -90,16 +92,22 @@ def read_label_map(path: str | Path, *, max_pixels: float = 64e6) -> Tensor:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        data = Path(path).read_bytes()
+        if data.startswith(PNG):
+            check_png(data, int(max_pixels))  # Pillow gives 0 for rows that are not there
+        with Image.open(BytesIO(data)) as picture:
             if picture.width * picture.height > max_pixels:
-                raise BadFile("bomb", f"{path}: {picture.width}x{picture.height} pixels, more than {max_pixels:.0f}")
+                raise BadFile("bomb", f"{picture.width}x{picture.height} pixels, more than {max_pixels:.0f}", str(path))
             if picture.mode in ("RGB", "RGBA"):
                 r, g, b = torch.from_numpy(np.array(picture.convert("RGB"))).long().unbind(-1)
                 return r + 256 * g + 65536 * b
             if picture.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
-                raise BadFile("mode", f"{path}: mode {picture.mode} holds no classes; save it with a palette or as gray")
+                text = f"mode {picture.mode} holds no classes; save it with a palette or as gray"
+                raise BadFile("unsupported_mode", text, str(path))
             return torch.from_numpy(np.array(picture).astype("int64"))
+    except BadFile as error:
+        raise BadFile(error.kind, error.message, str(path)) from error
     except FileNotFoundError as error:
-        raise BadFile("missing", f"{path}: there is no such file") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadFile("corrupt", f"{path}: {error}") from error
+        raise BadFile("missing", "there is no such file", str(path)) from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadFile("corrupt", f"no map of classes: {error}", str(path)) from error
