@@ -201,3 +201,24 @@ def test_workers_and_ranks_make_the_same_batches() -> None:
     ]
     assert len(made[0]) == 5
     assert all(torch.equal(a[k], b[k]) for a, b in zip(*made, strict=True) for k in a)
+
+
+class Squares(ListDataset):
+    def _get_sample(self, raw: Any) -> Any:
+        torch.rand(raw)  # a sample may draw as it likes
+        return {"image": torch.full((1, 8, 8), float(raw))}
+
+
+def test_the_size_of_a_batch_is_that_of_every_rank() -> None:
+    """What a collate function draws is a function of (seed, epoch, batch), whatever the workers and the world size."""
+
+    def sizes(epoch: int, **more: Any) -> list[int]:
+        stream = Stream(
+            Squares(range(40)), batch_size=4, shuffle=True, seed=2, pad=True, collate_fn=MultiScaleCollate([2, 4, 6]), **more
+        )
+        return [b["image"].shape[-1] for b in stream.epoch(epoch)]
+
+    first = sizes(0)
+    assert len(set(first)) > 1
+    assert first == sizes(0, num_workers=2) == sizes(0, rank=0, world_size=2) == sizes(0, rank=1, world_size=2)
+    assert first != sizes(1)
