@@ -17,6 +17,7 @@ from ailab import tree
 from ailab.binding import OUTPUT_KEYS, Binding, bind, check_outputs, name_outputs
 from ailab.core.loss import LOSS_PREFIX, Functional, module_state, pure_loss
 from ailab.datasets import Stream
+from ailab.datasets.collate import build_collate
 from ailab.errors import AilabError, ConfigError, DataError, nearest
 from ailab.losses.torch_losses import maskable
 from ailab.optim import Optimizer, build_optimizer
@@ -115,7 +116,7 @@ def _optimizer(cfg: Mapping[str, Any], state: TrainState, trainable: frozenset[s
 def _sample(cfg: Mapping[str, Any], datasets: Mapping[str, Any], device: torch.device) -> Batch:
     """A few real samples of the first phase, read as its stream will read them."""
     phase, dataset = next(iter(datasets.items()))
-    collate = cfg["data"][f"{phase}_dataloader"]["collate_fn"]
+    collate = build_collate(cfg["data"][f"{phase}_dataloader"]["collate_fn"], f"cfg.data.{phase}_dataloader.collate_fn")
 
     def quiet(line: str) -> None:
         """Bad samples are reported when the run reads them."""
@@ -270,6 +271,7 @@ def build_stream(
     """The batches of one workflow entry on this rank."""
     phase = entry["phase"]
     loader = dict(cfg["data"][f"{phase}_dataloader"])
+    loader["collate_fn"] = build_collate(loader["collate_fn"], f"cfg.data.{phase}_dataloader.collate_fn")
     if loader["shuffle"] is None:
         loader["shuffle"] = phase == "train"
     if loader["persistent_workers"] is None:

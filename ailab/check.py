@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, cast
 from ailab.binding import OUTPUT_KEYS, bind, has_forward
 from ailab.config import copied
 from ailab.errors import ConfigError
-from ailab.registry import DATASETS, HOOKS, LOSSES, MODELS, OPTIMIZERS, Registry
+from ailab.registry import COLLATES, DATASETS, HOOKS, LOSSES, MODELS, OPTIMIZERS, Registry
 from ailab.signature import AtLeast, Parameters, check_arguments, name_of, parameters
 
 PHASES = ("train", "val", "test")
@@ -51,7 +51,7 @@ class Loader:
     drop_last: bool = False
     timeout: Annotated[float, AtLeast(0)] = 0  # seconds
     multiprocessing_context: Any = None
-    collate_fn: Any = None
+    collate_fn: Any = None  # a name, dict(type=...) or a callable
 
 
 @dataclass
@@ -182,6 +182,10 @@ def _check_data(value: Any) -> list[str]:
     problems, data = _section(Data, value, "cfg.data"), _dict(value)
     for phase in PHASES:
         problems += _section(Loader, data.get(f"{phase}_dataloader"), f"cfg.data.{phase}_dataloader")
+        collate = _dict(data.get(f"{phase}_dataloader")).get("collate_fn")
+        if isinstance(collate, (str, dict)):
+            entry = {"type": collate} if isinstance(collate, str) else collate
+            problems += COLLATES.check(entry, f"cfg.data.{phase}_dataloader.collate_fn")
         if isinstance(data.get(phase), dict):
             problems += DATASETS.check(data[phase], f"cfg.data.{phase}")
     return problems

@@ -135,6 +135,7 @@ class Fetcher(torch.utils.data.Dataset[Loaded]):
             good = [s for s in samples if s is not None] or self._stand_in(key, bad)
             if not good:
                 return Loaded(None, len(key.ids), bad, f"no sample of this batch can be read, nor any of the {_TRIES} after it")
+            _seed_generators(mix(self.seed, key.epoch, key.spare, 1))  # for what a collate function draws: alike on every rank
             try:
                 return Loaded(self._collate(samples, good), len(key.ids), bad)
             except Exception as error:  # user data: any class can come

@@ -1,0 +1,116 @@
+"""A storage of the images of a COCO JSON file with their annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from ailab.datasets.base import LabBaseDataset
+from ailab.datasets.boxes import BoxPolicy, checked_box
+from ailab.datasets.paths import inside
+from ailab.datasets.records import lookup, parse_json, read_text
+from ailab.errors import DataError
+from ailab.signature import listed
+
+_PARTS = ("images", "annotations", "categories")
+
+
+class CocoAnnotationDataset(LabBaseDataset):
+    """The storage: its raw record is `(image id, image, annotations)`, the last two as in the file. The order is the file's.
+
+    Categories, whose ids may have gaps, become the classes 0, 1, ... in the order of their ids.
+    Source of the format: cocodataset.org/#format-data.
+
+    Args:
+        coco_json: the annotation file.
+        images_dir: the folder that file names are relative to.
+        box_policy: what happens to a box that has no area or reaches outside its image by more than a pixel: "error", "clip"
+            (cut at the border) or "drop".
+        allow_outside_root: accept images outside `images_dir`.
+
+    Raises:
+        DataError: the file is no COCO file or has no image; an id is there twice; an annotation names an image or a category that
+            is not there, or has a bad box; an image has no size or is outside `images_dir`.
+    """
+
+    def __init__(
+        self,
+        coco_json: str | Path,
+        images_dir: str | Path,
+        *,
+        box_policy: BoxPolicy = "error",
+        allow_outside_root: bool = False,
+    ):
+        self.coco_json, self.img_dir = Path(coco_json), Path(images_dir)
+        self.allow_outside_root = allow_outside_root
+        content = parse_json(read_text(self.coco_json), str(self.coco_json))
+        parts = {name: _part(content, name, self.coco_json) for name in _PARTS}
+        categories = self._by_id(parts["categories"], "category", lambda *_: None)
+        self.images = self._by_id(parts["images"], "image", self._check_image)
+        self.ids = list(self.images)
+        if not self.ids:
+            raise DataError(f"{self.coco_json}: the split is empty: 'images' has no entry.")
+        self.categories = [categories[i] for i in sorted(categories)]
+        self.classes = [str(lookup(c, "name", lambda: f"{self.coco_json}, category")) for c in self.categories]
+        self.class_index = {c["id"]: i for i, c in enumerate(self.categories)}
+        self.annotations: dict[int, list[dict[str, Any]]] = {i: [] for i in self.ids}
+        self._dropped: set[int] = set()
+        checked = self._by_id(parts["annotations"], "annotation", lambda a, where: self._check_annotation(a, where, box_policy))
+        for annotation in checked.values():
+            if annotation["id"] not in self._dropped:
+                self.annotations[annotation["image_id"]].append(annotation)
+
+    def _len(self) -> int:
+        return len(self.ids)
+
+    def _get_raw(self, index: int) -> Any:
+        image_id = self.ids[index]
+        return image_id, self.images[image_id], self.annotations[image_id]
+
+    def image_file(self, image: Mapping[str, Any]) -> str:
+        """The path of an image of the file."""
+        where = f"{self.coco_json}, image id {image['id']}"
+        return inside(self.img_dir, image["file_name"], where, allow_outside_root=self.allow_outside_root)
+
+    def _by_id(self, entries: list[Any], what: str, check: Callable[[dict[str, Any], str], None]) -> dict[int, dict[str, Any]]:
+        """The entries of one part by their ids, in their order, each checked."""
+        found: dict[int, dict[str, Any]] = {}
+        for i, entry in enumerate(entries):
+            key = lookup(entry, "id", lambda i=i: f"{self.coco_json}, {what} number {i}")
+            if not isinstance(key, int):
+                raise DataError(f"{self.coco_json}, {what} number {i}: expected a whole number as id, got {key!r:.60}.")
+            if key in found:
+                raise DataError(f"{self.coco_json}: the {what} id {key} is there twice; ids have to differ.")
+            check(entry, f"{self.coco_json}, {what} id {key}")
+            found[key] = entry
+        return found
+
+    def _check_image(self, image: dict[str, Any], where: str) -> None:
+        for side in ("width", "height"):
+            value = lookup(image, side, lambda: where)
+            if not isinstance(value, int) or value < 1:
+                raise DataError(f"{where}: expected a whole number of pixels as {side!r}, got {value!r:.60}.")
+        lookup(image, "file_name", lambda: where)
+        self.image_file(image)
+
+    def _check_annotation(self, annotation: dict[str, Any], where: str, policy: BoxPolicy) -> None:
+        image = self.images.get(lookup(annotation, "image_id", lambda: where))
+        if image is None:
+            raise DataError(f"{where}: there is no image with the id {annotation['image_id']!r:.60}.")
+        if lookup(annotation, "category_id", lambda: where) not in self.class_index:
+            known = listed(f"{c['id']} {c['name']}" for c in self.categories)
+            raise DataError(f"{where}: unknown category id {annotation['category_id']!r:.60}. Categories: {known}.")
+        if "bbox" in annotation:
+            box = checked_box(annotation["bbox"], (image["height"], image["width"]), policy, where, form="xywh")
+            if box is None:
+                self._dropped.add(annotation["id"])
+            else:
+                annotation["bbox"] = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+def _part(content: Any, name: str, path: Path) -> list[Any]:
+    if not isinstance(content, dict) or not isinstance(cast("dict[str, Any]", content).get(name), list):
+        came = listed(cast("dict[str, Any]", content)) if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{path}: no COCO file: expected {name!r} with a list, among {listed(_PARTS)}. It has: {came}.")
+    return cast("list[Any]", content[name])

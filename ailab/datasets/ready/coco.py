@@ -1,0 +1,220 @@
+"""COCO: detection, instance masks and keypoints, and maps of classes painted out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ailab.datasets.boxes import BoxFormat, BoxPolicy, box_tensor
+from ailab.datasets.coco import CocoAnnotationDataset
+from ailab.datasets.image import read_image
+from ailab.datasets.pipeline import Sample, build_transform
+from ailab.datasets.rle import check_segmentation, decoded
+from ailab.datasets.tasks.objects import ObjectsTask
+from ailab.errors import DataError
+from ailab.registry import DATASETS
+from ailab.signature import listed
+
+_FORMATS: dict[str, tuple[BoxFormat, bool]] = {  # name -> format, and whether as fractions of the picture's sides
+    "xyxy": ("xyxy", False),
+    "xywh": ("xywh", False),
+    "cxcywh": ("cxcywh", False),
+    "pascal": ("xyxy", False),
+    "coco": ("xywh", False),
+    "yolo": ("cxcywh", True),
+}
+_TASKS = ("bbox", "mask", "keypoints")
+
+
+@DATASETS.register_module()
+class COCODataset(CocoAnnotationDataset, ObjectsTask):
+    """Objects in pictures: `{"image": (3, H, W) uint8, "image_id": (), "size": (2,) H and W of the file, "boxes": (N, 4), ...}`.
+
+    With "bbox": "boxes" float32 and "labels" (N,) int64. With "mask": "masks" (N, H, W) bool. With "keypoints": "keypoints"
+    (N, K, 2) and "visible" (N, K). With `ignore_crowd=False` also "iscrowd" and "area" (N,), in pixels of the file.
+
+    Args:
+        annotation_file: the COCO JSON.
+        images_root: the folder of the pictures.
+        tasks: which of "bbox", "mask" ("segmentation"), "keypoints"; the labels come along.
+        box_format: "xyxy", "xywh", "cxcywh"; "pascal" and "coco" are the first two, "yolo" is the last with `normalize`.
+        normalize: boxes as fractions of the width and height of the delivered picture.
+        min_area: of a box, in pixels of the file; smaller objects are left out.
+        ignore_crowd: leave out annotations of crowds.
+        keep_empty: keep pictures in which there is no object.
+        transform: see `build_transform`.
+        box_policy: for boxes outside their picture: "error", "clip" or "drop".
+        allow_outside_root: accept pictures outside `images_root`.
+
+    Raises:
+        DataError: as `CocoAnnotationDataset`; an object lacks what a task needs; no picture is left. While reading, a picture
+            whose size is not the annotated one is a bad sample.
+    """
+
+    rows: ClassVar[tuple[str, ...]] = (*ObjectsTask.rows, "iscrowd", "area")
+
+    def __init__(
+        self,
+        annotation_file: str | Path,
+        images_root: str | Path,
+        tasks: Sequence[str] = ("bbox",),
+        *,
+        box_format: Literal["xyxy", "xywh", "cxcywh", "pascal", "coco", "yolo"] = "xyxy",
+        normalize: bool = False,
+        min_area: float = 0.0,
+        ignore_crowd: bool = True,
+        keep_empty: bool = True,
+        transform: Any = None,
+        box_policy: BoxPolicy = "error",
+        allow_outside_root: bool = False,
+    ):
+        super().__init__(annotation_file, images_root, box_policy=box_policy, allow_outside_root=allow_outside_root)
+        self.tasks = tuple("mask" if t == "segmentation" else t for t in tasks)
+        if wrong := [t for t in self.tasks if t not in _TASKS]:
+            raise DataError(f"COCODataset: tasks has {wrong[0]!r}; there are {listed(_TASKS)}.")
+        self.transform = build_transform(transform)
+        self.box_format, fraction = _FORMATS[box_format]
+        self.normalize, self.ignore_crowd = normalize or fraction, ignore_crowd
+        for image_id, found in self.annotations.items():
+            kept = [a for a in found if not (ignore_crowd and a.get("iscrowd")) and _area(a) >= min_area]
+            self.annotations[image_id] = kept
+            for annotation in kept:
+                self._check_parts(annotation)
+        if not keep_empty:
+            self.ids = [i for i in self.ids if self.annotations[i]]
+        if not self.ids:
+            raise DataError(f"{self.coco_json}: the split is empty: no picture has an object that is left.")
+
+    def load(self, raw: Any) -> Sample:
+        """The picture and the fields of its objects."""
+        image_id, info, objects = raw
+        image = read_image(self.image_file(info))
+        size = (info["height"], info["width"])
+        if tuple(image.shape[-2:]) != size:
+            raise ValueError(f"{self.image_file(info)}: {tuple(image.shape[-2:])} pixels; the annotation says {size}")
+        sample: Sample = {"image": image, "image_id": torch.tensor(image_id), "size": torch.tensor(size)}
+        sample["labels"] = torch.tensor([self.class_index[a["category_id"]] for a in objects], dtype=torch.int64)
+        if "bbox" in self.tasks:
+            boxes = box_tensor([a["bbox"] for a in objects])
+            sample["boxes"] = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+        if "mask" in self.tasks:
+            sample["masks"] = self.masks(objects, size)
+        if "keypoints" in self.tasks:
+            points = [torch.tensor(a["keypoints"], dtype=torch.float32).view(-1, 3) for a in objects]
+            joined = torch.stack(points) if points else torch.zeros(0, self.keypoint_count, 3)
+            sample.update(keypoints=joined[..., :2].contiguous(), visible=joined[..., 2].long())
+        if not self.ignore_crowd:
+            sample["iscrowd"] = torch.tensor([int(a.get("iscrowd", 0)) for a in objects], dtype=torch.int64)
+            sample["area"] = torch.tensor([float(a.get("area", _area(a))) for a in objects])
+        return sample
+
+    @property
+    def keypoint_count(self) -> int:
+        """Points of one object."""
+        return max((len(c.get("keypoints", ())) for c in self.categories), default=0)
+
+    def masks(self, objects: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> Tensor:
+        """(N, H, W) bool."""
+        found = [decoded(a["segmentation"], size, f"{self.coco_json}, annotation id {a['id']}") for a in objects]
+        return torch.stack(found) if found else torch.zeros(0, *size, dtype=torch.bool)
+
+    def _check_parts(self, annotation: dict[str, Any]) -> None:
+        where = f"{self.coco_json}, annotation id {annotation['id']}"
+        image = self.images[annotation["image_id"]]
+        for task, part in (("bbox", "bbox"), ("mask", "segmentation"), ("keypoints", "keypoints")):
+            if task in self.tasks and part not in annotation:
+                raise DataError(f"{where}: there is no {part!r}, which the task {task!r} needs. It has: {listed(annotation)}.")
+        if "mask" in self.tasks:
+            check_segmentation(annotation["segmentation"], (image["height"], image["width"]), where)
+        if "keypoints" in self.tasks and len(annotation["keypoints"]) != 3 * self.keypoint_count:
+            count = f"3 x {self.keypoint_count} numbers of keypoints, as the categories say"
+            raise DataError(f"{where}: expected {count}, got {len(annotation['keypoints'])}.")
+
+
+@DATASETS.register_module()
+class COCOSegmentationDataset(COCODataset):
+    """Classes of pixels: `{"image", "mask": (H, W) int64, "image_id", "size"}`; objects with masks in the mode "instance".
+
+    The class of an object is its number in `classes`, after 0 for the background. Smaller objects lie over larger ones, and
+    crowds are `ignore_index`.
+
+    Args:
+        annotation_file: the COCO JSON.
+        images_root: the folder of the pictures.
+        mode: "semantic", or "instance", which is `COCODataset(tasks=("bbox", "mask"))`.
+        ignore_index: of pixels that do not count.
+        keep_empty: as in `COCODataset`, with `transform`, `box_policy` and `allow_outside_root`.
+    """
+
+    kinds: Mapping[str, str] = {**ObjectsTask.kinds, "mask": "mask"}
+
+    def __init__(
+        self,
+        annotation_file: str | Path,
+        images_root: str | Path,
+        mode: Literal["semantic", "instance"] = "semantic",
+        *,
+        ignore_index: int = 255,
+        keep_empty: bool = True,
+        transform: Any = None,
+        box_policy: BoxPolicy = "error",
+        allow_outside_root: bool = False,
+    ):
+        self.mode, self.ignore_index = mode, ignore_index
+        super().__init__(
+            annotation_file,
+            images_root,
+            ("mask",) if mode == "semantic" else ("bbox", "mask"),
+            ignore_crowd=mode == "instance",
+            keep_empty=keep_empty,
+            transform=transform,
+            box_policy=box_policy,
+            allow_outside_root=allow_outside_root,
+        )
+        if mode == "semantic":
+            self.classes = ["background", *(self.classes or ())]
+
+    def load(self, raw: Any) -> Sample:
+        """The picture and the map, or its objects."""
+        if self.mode == "instance":
+            return super().load(raw)
+        image_id, info, _ = raw
+        image = read_image(self.image_file(info))
+        mask = self.class_map(raw)
+        if image.shape[-2:] != mask.shape:
+            raise ValueError(f"{self.image_file(info)}: {tuple(image.shape[-2:])} pixels; annotated: {tuple(mask.shape)}")
+        return {"image": image, "mask": mask, "image_id": torch.tensor(image_id), "size": torch.tensor(mask.shape)}
+
+    def class_map(self, raw: Any) -> Tensor:
+        """(H, W) int64, the class of each pixel of one raw record."""
+        _, info, objects = raw
+        size = (info["height"], info["width"])
+        mask = torch.zeros(size, dtype=torch.int64)
+        masks = self.masks(objects, size)
+        areas = masks.flatten(1).sum(1)
+        for i in areas.argsort(descending=True, stable=True).tolist():
+            crowd = objects[i].get("iscrowd")
+            mask[masks[i]] = self.ignore_index if crowd else self.class_index[objects[i]["category_id"]] + 1
+        return mask
+
+    def class_weights(self) -> Tensor:
+        """Weights against the imbalance, (classes,) float32: one over a class's share of the pixels, of mean 1; 0 for none.
+
+        It paints every map of the data set once.
+        """
+        assert self.classes is not None
+        counts = torch.zeros(256 if self.ignore_index < 256 else self.ignore_index + 1, dtype=torch.float64)
+        for i in range(len(self)):
+            counts += self.class_map(self._get_raw(i)).flatten().bincount(minlength=len(counts))[: len(counts)]
+        seen = counts[: len(self.classes)]
+        weights = torch.where(seen > 0, seen.sum() / seen.clamp_min(1), 0.0)
+        return (weights / weights[seen > 0].mean()).float()
+
+
+def _area(annotation: Mapping[str, Any]) -> float:
+    box = annotation.get("bbox")
+    return float(box[2] * box[3]) if box else float(annotation.get("area", 0.0))

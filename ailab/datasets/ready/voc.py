@@ -1,0 +1,112 @@
+"""Pascal VOC: detection and maps of classes, in the layout of the development kit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ailab.datasets.boxes import BoxFormat, BoxPolicy, box_tensor
+from ailab.datasets.file_annotation import FileAnnotationDataset
+from ailab.datasets.image import read_image
+from ailab.datasets.pipeline import build_transform
+from ailab.datasets.tasks import DetectionTask, SegmentationTask, read_label_map
+from ailab.datasets.voc import VocAnnotationDataset
+from ailab.registry import DATASETS
+
+VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow") + (
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
+
+
+@DATASETS.register_module()
+class VOCDataset(VocAnnotationDataset, DetectionTask):
+    """Objects in pictures: `{"image": (3, H, W) uint8, "boxes": (N, 4) float32, "labels": (N,) int64}`.
+
+    Args:
+        root: the folder of `Annotations`, `JPEGImages` and `ImageSets/Main`.
+        split: the name of a file there without ".txt": "train", "val", "trainval", "test"; all XML files when None.
+        classes: the names of the classes in order; the 20 of VOC when left out.
+        difficult: keep objects that are marked as difficult.
+        box_format: of the boxes.
+        normalize: boxes as fractions of the picture's width and height.
+        transform: see `build_transform`.
+        box_policy: for boxes outside their picture: "error", "clip" or "drop".
+
+    Raises:
+        DataError: as `VocAnnotationDataset`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str | None = "train",
+        *,
+        classes: Sequence[str] | None = None,
+        difficult: bool = False,
+        box_format: BoxFormat = "xyxy",
+        normalize: bool = False,
+        transform: Any = None,
+        box_policy: BoxPolicy = "error",
+    ):
+        root, self.classes, self.difficult = Path(root), list(classes or VOC_CLASSES), difficult
+        names = root / "ImageSets" / "Main" / f"{split}.txt" if split is not None else None
+        super().__init__(root / "JPEGImages", root / "Annotations", names=names, classes=self.classes, box_policy=box_policy)
+        self.transform = build_transform(transform)
+        self.box_format, self.normalize = box_format, normalize
+
+    def load_image(self, raw: Any) -> Tensor:
+        """The picture."""
+        return read_image(raw[0])
+
+    def load_boxes(self, raw: Any) -> Tensor:
+        """(N, 4) xyxy, from the corner of the first pixel."""
+        return box_tensor([o["box"] for o in self._objects(raw[1])])
+
+    def load_labels(self, raw: Any) -> list[str]:
+        """The names of the classes."""
+        return [o["name"] for o in self._objects(raw[1])]
+
+    def _objects(self, annotation: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [o for o in annotation["object"] if self.difficult or o.get("difficult", "0") != "1"]
+
+
+@DATASETS.register_module()
+class VOCSegmentationDataset(FileAnnotationDataset, SegmentationTask):
+    """Classes of pixels: `{"image": (3, H, W) uint8, "mask": (H, W) int64}`, 0 the background and 255 the borders.
+
+    Args:
+        root: the folder of `JPEGImages`, `SegmentationClass` and `ImageSets/Segmentation`.
+        split: the name of a file there without ".txt".
+        classes: the names of the classes after the background; the 20 of VOC when left out.
+        transform: see `build_transform`.
+
+    Raises:
+        DataError: the split's file is missing or empty, or a name leads out of `root`.
+    """
+
+    def __init__(self, root: str | Path, split: str = "train", *, classes: Sequence[str] | None = None, transform: Any = None):
+        super().__init__(Path(root) / "ImageSets" / "Segmentation" / f"{split}.txt", root=root)
+        self.classes = ["background", *(classes or VOC_CLASSES)]
+        self.transform = build_transform(transform)
+        for i, name in enumerate(self.samples):
+            self.file(f"JPEGImages/{name}.jpg", i)
+
+    def load_image(self, raw: Any) -> Tensor:
+        """The picture."""
+        return read_image(self.file(f"JPEGImages/{raw}.jpg"))
+
+    def load_mask(self, raw: Any) -> Tensor:
+        """The map of classes."""
+        return read_label_map(self.file(f"SegmentationClass/{raw}.png"))

@@ -1,0 +1,177 @@
+"""Windows of a long sequence: a time series to forecast, a text to continue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ailab.datasets.base import LabBaseDataset
+from ailab.datasets.records import read_text
+from ailab.datasets.table import Column, TableDataset
+from ailab.datasets.vocabulary import ByteVocabulary, CharVocabulary
+from ailab.errors import DataError
+from ailab.registry import DATASETS
+
+_IN_MEMORY = 1 << 26  # tokens that are kept as int64
+
+
+def _span(rows: int, part: Sequence[float], needed: int, what: str) -> tuple[int, int]:
+    """The rows of a part, given as two fractions of the whole.
+
+    Raises:
+        DataError: they are no part, or hold fewer rows than one window.
+    """
+    if len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
+        raise DataError(f"{what}: expected part=(start, end) with 0 <= start < end <= 1, got {tuple(part)}.")
+    start, end = round(rows * part[0]), round(rows * part[1])
+    if end - start < needed:
+        raise DataError(f"{what}: the split is empty: part={tuple(part)} has {end - start} rows, and a window takes {needed}.")
+    return start, end
+
+
+@DATASETS.register_module()
+class WindowedTimeSeries(LabBaseDataset):
+    """Windows of a table in order of time: `{"series": (window, C) float32, "target": (horizon, K) float32}`, the rows that follow.
+
+    No window reaches outside its part, so that train and val have no row in common.
+
+    Args:
+        table_path: a .csv, .tsv or Excel file of numbers, one row for each time, as `TableDataset`.
+        window: rows to look at.
+        horizon: rows to predict, right after them.
+        stride: rows from one window to the next.
+        inputs: columns to look at; all when left out.
+        targets: columns to predict; the inputs when left out.
+        part: of the rows, as fractions: train (0, 0.8), val (0.8, 1).
+        normalize: the part whose mean and standard deviation every column is normalised by; that of train, for every split.
+        header: whether the first row holds the names of the columns.
+
+    Raises:
+        DataError: the table cannot be read, lacks a column, has a cell that is no number, or the part is shorter than a window.
+    """
+
+    def __init__(
+        self,
+        table_path: str | Path,
+        window: int,
+        horizon: int = 1,
+        *,
+        stride: int = 1,
+        inputs: Sequence[Column] | None = None,
+        targets: Sequence[Column] | None = None,
+        part: Sequence[float] = (0.0, 1.0),
+        normalize: Sequence[float] | None = None,
+        header: bool = True,
+    ):
+        x = TableDataset(table_path, inputs=inputs, target=None, header=header).tensors()["input"]
+        y = x if targets is None else TableDataset(table_path, inputs=targets, target=None, header=header).tensors()["input"]
+        if min(window, horizon, stride) < 1:
+            raise DataError(
+                f"WindowedTimeSeries: window, horizon and stride are 1 at least; got {window}, {horizon}, {stride}."
+            )
+        if normalize is not None:
+            first, last = _span(len(x), normalize, 2, f"{table_path}: normalize")
+            x, y = _normalized(x, first, last), _normalized(y, first, last)
+        start, end = _span(len(x), part, window + horizon, str(table_path))
+        self._fields = {
+            "series": x[start : end - horizon].unfold(0, window, stride).transpose(1, 2),
+            "target": y[start + window : end].unfold(0, horizon, stride).transpose(1, 2),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All windows, stacked: views that overlap in memory."""
+        return self._fields
+
+    def _len(self) -> int:
+        return len(self._fields["series"])
+
+    def _get_raw(self, index: int) -> Any:
+        return {name: values[index] for name, values in self._fields.items()}
+
+    def _get_sample(self, raw: Any) -> Any:
+        return raw
+
+
+def _normalized(values: Tensor, first: int, last: int) -> Tensor:
+    """Each column by the mean and standard deviation of some rows; one that is constant there is only shifted."""
+    std, mean = torch.std_mean(values[first:last], 0)
+    return (values - mean) / torch.where(std > 0, std, 1.0)
+
+
+@DATASETS.register_module()
+class TextWindows(LabBaseDataset):
+    """Windows of a text file for language modelling: `{"input": (window,) int64, "target": (window,) int64}`, the next token each.
+
+    Args:
+        path: a file; at the level of bytes any file, which is mapped into memory and not read as a whole.
+        window: tokens of a sample.
+        stride: tokens from one window to the next; `window` when left out, so that each token is predicted once.
+        level: "byte", tokens 0 to 255; or "char", the tokens of `CharVocabulary` over `alphabet`.
+        alphabet: the characters that there are; those of the whole file, whatever the part, when left out.
+        part: of the file, as fractions: train (0, 0.9), val (0.9, 1).
+
+    Raises:
+        DataError: the file cannot be read, is no UTF-8 text (char), has a character outside the alphabet, or the part is shorter
+            than a window and one token.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        window: int,
+        *,
+        stride: int | None = None,
+        level: Literal["byte", "char"] = "byte",
+        alphabet: str | None = None,
+        part: Sequence[float] = (0.0, 1.0),
+    ):
+        self.window, self.stride = window, window if stride is None else stride
+        if min(self.window, self.stride) < 1:
+            raise DataError(f"TextWindows: window and stride are 1 at least; got {self.window} and {self.stride}.")
+        self.vocabulary: ByteVocabulary | CharVocabulary = ByteVocabulary()
+        if level == "char":
+            text = read_text(Path(path))
+            self.vocabulary = CharVocabulary(text if alphabet is None else alphabet)
+            tokens: Tensor = self.vocabulary.encode(text)
+        else:
+            tokens = _mapped(Path(path))
+        start, end = _span(len(tokens), part, self.window + 1, str(path))
+        self._tokens = tokens[start:end]
+
+    def tensors(self) -> dict[str, Tensor] | None:
+        """All windows, stacked: views that overlap in memory; None for a large file, which is read by window."""
+        if len(self._tokens) > _IN_MEMORY:
+            return None
+        tokens = self._tokens.long()
+        return {"input": self._windows(tokens[:-1]), "target": self._windows(tokens[1:])}
+
+    def _windows(self, tokens: Tensor) -> Tensor:
+        return tokens.unfold(0, self.window, self.stride)
+
+    def _len(self) -> int:
+        return (len(self._tokens) - 1 - self.window) // self.stride + 1
+
+    def _get_raw(self, index: int) -> Tensor:
+        if not 0 <= index < self._len():
+            raise IndexError(f"window {index} of {self._len()}")
+        return self._tokens[index * self.stride : index * self.stride + self.window + 1].long()
+
+    def _get_sample(self, raw: Any) -> Any:
+        return {"input": raw[:-1], "target": raw[1:]}
+
+
+def _mapped(path: Path) -> Tensor:
+    """The bytes of a file, (N,) uint8, mapped and not read."""
+    try:
+        size = path.stat().st_size
+        return (
+            torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+            if size
+            else torch.zeros(0, dtype=torch.uint8)
+        )
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}.") from error

@@ -1,0 +1,53 @@
+"""Classification and regression of anything that is a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ailab.datasets.pipeline import Sample
+from ailab.datasets.tasks.task import Task, target_of, tensor_of
+
+
+class ClassificationTask(Task):
+    """Samples `{"input": tensor, "target": () int64}`; with `multi_label`, the target is (classes,) float32 of 0 and 1.
+
+    A transform sees an input of three dimensions as a picture.
+    """
+
+    kinds: Mapping[str, str] = {"input": "image"}
+    multi_label: bool = False
+
+    def load_input(self, raw: Any) -> Any:
+        """A tensor, an array, a picture or numbers."""
+        raise NotImplementedError(f"{type(self).__name__}: define load_input.")
+
+    def load_label(self, raw: Any) -> Any:
+        """The index or, with `classes`, the name of a class; a list of them with `multi_label`."""
+        raise NotImplementedError(f"{type(self).__name__}: define load_label.")
+
+    def load(self, raw: Any) -> Sample:
+        """Both fields."""
+        target = target_of(self.load_label(raw), self.classes, self.multi_label)
+        return {"input": tensor_of(self.load_input(raw), "load_input"), "target": target}
+
+
+class RegressionTask(Task):
+    """Samples `{"input": tensor, "target": float32}`, of any shape; a transform sees three dimensions as a picture."""
+
+    kinds: Mapping[str, str] = {"input": "image"}
+
+    def load_input(self, raw: Any) -> Any:
+        """A tensor, an array, a picture or numbers."""
+        raise NotImplementedError(f"{type(self).__name__}: define load_input.")
+
+    def load_target(self, raw: Any) -> Any:
+        """Finite numbers."""
+        raise NotImplementedError(f"{type(self).__name__}: define load_target.")
+
+    def load(self, raw: Any) -> Sample:
+        """Both fields."""
+        target = tensor_of(self.load_target(raw), "load_target").float()
+        if not target.isfinite().all():
+            raise ValueError(f"the target is not finite: {target.tolist()!r:.80}")
+        return {"input": tensor_of(self.load_input(raw), "load_input"), "target": target}
