@@ -11,6 +11,27 @@ from ailab.errors import DataError
 _FIRST = 16  # samples that all fail the same way: a programming error, not bad data
 
 
+KINDS = ("missing", "unreadable", "empty", "not_an_image", "truncated", "corrupt", "bomb", "unsupported_mode")  # of a BadFile
+
+
+class BadFile(DataError):
+    """A file that gives no picture.
+
+    Args:
+        kind: one of `KINDS`.
+        message: what is wrong with it, without the path.
+        path: of the file.
+    """
+
+    def __init__(self, kind: str, message: str, path: str = ""):
+        assert kind in KINDS
+        super().__init__(kind, message, path)
+        self.kind, self.message, self.path = kind, message, path
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
 class Bad(NamedTuple):
     """A sample that could not be read."""
 
