@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ailab import dist, tree
+from ailab import dist
 from ailab.build import Parts, build_parts, build_stream, explained
 from ailab.compile import Compiled, compile, lift
 from ailab.core.epoch import PROGRESS, eval_epoch, fresh_progress, tally, train_epoch, workflow
 from ailab.core.grad import ddp_grad, graph_grad, local_grad
-from ailab.core.loss import batch_size, state_dict_of, unless_empty
+from ailab.core.loss import state_dict_of, unless_empty
 from ailab.core.run import run_epochs
 from ailab.core.step import eval_step, given, split_step, train_step
 from ailab.datasets import Stream
-from ailab.errors import ConfigError, nearest
+from ailab.errors import ConfigError
 from ailab.optim.state_dict import torch_state_dict
 from ailab.plan import Plan, planned, verify_gradient
+from ailab.probe import asked_outputs, check_fields, check_reads, probe
 from ailab.registry import HOOKS
 from ailab.stack import Middleware, as_hooks, at, core_settings, stack, with_slots
-from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, Run, RunInfo, Step, TrainState, seal
+from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, Run, RunInfo, Step, TrainState
 
 Hook = Middleware[Any]
 
@@ -72,13 +72,13 @@ def assemble(
     built = [("", h) for h in extra(info)] + _build_hooks(cfg, info)
     views += [h.core["evaluated"] for _, h in built if "evaluated" in h.core]
     hooks = {p["phase"]: _served(p, cfg["workflow"], built) for p in cfg["workflow"]}
-    _check(hooks, parts)
+    check_fields(hooks, parts)
     state = parts.state.with_slot(PROGRESS, fresh_progress(device))
     state = with_slots(state, [h for _, h in built])
     parts = _without_frozen(parts, built)
     for phase in streams:
-        _probe(phase, parts, hooks[phase], state, info)
-    _check_reads(built, info)
+        probe(phase, parts, hooks[phase], state, info)
+    check_reads(built, info)
     if "train" in streams:
         state = with_slots(state, [tally(info.log_names["train"])])
     plan = planned(cfg, info, parts, core_settings(hooks.get("train", ()), "compile"))
@@ -159,31 +159,6 @@ def _served(entry: Mapping[str, Any], workflow: Sequence[Mapping[str, Any]], bui
     return [h for n, h in built if (any(on(n, p) for p in workflow) if around_all(h) else on(n, entry))]
 
 
-def _check(hooks: Mapping[str, Sequence[Hook]], parts: Parts) -> None:
-    """Compare what hooks read with what there is, all problems at once."""
-    problems = [
-        problem
-        for phase, mine in hooks.items()
-        for hook in mine
-        if hook.check is not None and phase in (hook.phases or ("train",))
-        for problem in hook.check(parts.fields, phase)
-    ]
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
-
-
-def _check_reads(built: Sequence[tuple[str, Hook]], info: RunInfo) -> None:
-    """Compare the results that hooks need with those that an epoch of this run will have, all problems at once."""
-    problems = [
-        f"{path}: there is no result {name!r}.{nearest(name, info.results)}\n  An epoch of this run has: {', '.join(info.results)}."
-        for _, hook in built
-        for path, name in hook.reads.items()
-        if name not in info.results
-    ]
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
-
-
 def _without_frozen(parts: Parts, built: Sequence[tuple[str, Hook]]) -> Parts:
     """The parts with fewer trainable parameters, where hooks keep some from being differentiated."""
     trainable = parts.trainable - {n for _, h in built for n in h.core.get("frozen", ())}
@@ -192,66 +167,10 @@ def _without_frozen(parts: Parts, built: Sequence[tuple[str, Hook]]) -> Parts:
     return replace(parts, trainable=frozenset(trainable))
 
 
-def _outputs(hooks: Sequence[Hook], phase: str, parts: Parts) -> tuple[str, ...]:
-    """The model outputs, and what hooks put beside them, that host hooks of a phase read."""
-    asked = [n for h in at(hooks, "host", phase) for n in h.core.get("outputs", ())]
-    offered = {*parts.fields, *(n for h in hooks for n in h.core.get("gives", ()))} - {*parts.sample}
-    return tuple(dict.fromkeys(n for n in asked if n in offered))
-
-
-def _probe(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, info: RunInfo) -> None:
-    """Find out what a phase reports, by one shrunk, uncompiled, local step; its result is thrown away."""
-    loss, outputs = stack(parts.losses[phase], at(hooks, "loss", phase)), _outputs(hooks, phase, parts)
-    if phase == "train":
-        assert parts.optimizer is not None
-        grad = stack(local_grad(loss, parts.trainable), at(hooks, "grad"))
-        step = stack(train_step(grad, parts.optimizer, outputs), at(hooks, "step"))
-    else:
-        step = stack(eval_step(loss, outputs), at(hooks, "step", phase))
-    sample = dict(parts.sample)
-    counted = _flop_counter() if any(h.core.get("flops") for h in at(hooks, "host", phase)) else nullcontext()
-    with torch.no_grad(), counted as counter:
-        after, logs = explained(lambda: step(state, sample), f"the first {phase} step failed")
-    _same_shape(state, after, phase)
-    seen = seal(logs)
-    fields = {**sample, **seen.outputs}
-    more: list[str] = []
-    for h in hooks:
-        if (reports := h.reports) is not None and phase in (h.phases or (phase,)):
-            more += explained(lambda r=reports: r(fields, phase), f"hook {h.name!r} failed on the first samples")
-    info.log_names[phase], info.result_names[phase] = seen.names, (*seen.names, *more)
-    if counter is not None:
-        info.flops[phase] = counter.get_total_flops() / batch_size(sample)
-
-
-def _flop_counter() -> Any:
-    """A context that counts the floating-point operations of matrix products, convolutions and attention in it."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    return FlopCounterMode(display=False)
-
-
-def _same_shape(before: TrainState, after: TrainState, phase: str) -> None:
-    """Refuse a hook that changes the structure of the state."""
-    old, new = dict(tree.items(before)), dict(tree.items(after))
-
-    def spec(leaf: Any) -> Any:
-        return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf)
-
-    changed = [p for p in {**old, **new} if p not in old or p not in new or spec(old[p]) != spec(new[p])]
-    if changed and not any(
-        p.startswith("opt_state.state") for p in changed
-    ):  # a class's own optimizer may fill its memory late
-        raise ConfigError(
-            f"a {phase} step changes the structure of the state at: {', '.join(changed[:5])}.\n"
-            "  A hook has to return what it was given, in shape and dtype; make its memory in `init`."
-        )
-
-
 def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, plan: Plan, info: RunInfo) -> Step:
     """The step of one phase above the compile line."""
     loss = stack(parts.losses[phase], at(hooks, "loss", phase))
-    outputs = _outputs(hooks, phase, parts)
+    outputs = asked_outputs(hooks, phase, parts)
     layers = [*at(hooks, "step", phase), tally(info.log_names[phase])]
 
     def line(step: Step, *, enabled: bool = plan.enabled, donate: bool = plan.donate) -> Compiled:

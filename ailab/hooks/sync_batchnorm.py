@@ -32,7 +32,7 @@ def SyncBatchNormHook(name: str = "sync_batchnorm") -> Middleware[Loss]:
     def change(skeleton: nn.Module) -> None:
         for module in skeleton.modules():
             if isinstance(module, _BatchNorm):
-                module.__class__ = _synchronised(type(module))
+                module.__class__ = _synchronised(type(module))  # pyright: ignore[reportAttributeAccessIssue]
 
     def bare(loss: Loss) -> Loss:
         return loss if dist.world_size() == 1 else remodelled(loss, change)
