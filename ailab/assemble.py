@@ -19,6 +19,7 @@ from ailab.core.run import run_epochs
 from ailab.core.step import eval_step, given, split_step, train_step
 from ailab.datasets import Stream
 from ailab.errors import ConfigError
+from ailab.guard import guarded
 from ailab.optim.state_dict import torch_state_dict
 from ailab.plan import Plan, planned, verify_gradient
 from ailab.registry import HOOKS
@@ -76,8 +77,9 @@ def assemble(
     state = parts.state.with_slot(PROGRESS, fresh_progress(device))
     state = with_slots(state, [h for _, h in built])
     parts = _without_frozen(parts, built)
+    paths = {id(h): f"cfg.hooks.{n}" for n, h in built if n}
     for phase in streams:
-        names[phase] = _log_names(phase, parts, hooks[phase], state)
+        names[phase] = _log_names(phase, parts, guarded(hooks[phase], paths), state)
     if "train" in streams:
         state = with_slots(state, [tally(names["train"])])
     plan = planned(cfg, info, parts, core_settings(hooks.get("train", ()), "compile"))
