@@ -19,6 +19,7 @@ from ailab.core.run import run_epochs
 from ailab.core.step import eval_step, given, split_step, train_step
 from ailab.datasets import Stream
 from ailab.errors import ConfigError
+from ailab.guard import guarded
 from ailab.optim.state_dict import torch_state_dict
 from ailab.plan import Plan, planned, verify_gradient
 from ailab.probe import asked_outputs, check_fields, check_reads, probe
@@ -76,8 +77,9 @@ def assemble(
     state = parts.state.with_slot(PROGRESS, fresh_progress(device))
     state = with_slots(state, [h for _, h in built])
     parts = _without_frozen(parts, built)
+    paths = {id(h): f"cfg.hooks.{n}" for n, h in built if n}
     for phase in streams:
-        probe(phase, parts, hooks[phase], state, info)
+        probe(phase, parts, guarded(hooks[phase], paths), state, info)
     check_reads(built, info)
     if "train" in streams:
         state = with_slots(state, [tally(info.log_names["train"])])

@@ -16,7 +16,6 @@ from ailab.build import loss_of
 from ailab.compile import compile
 from ailab.core.grad import local_grad
 from ailab.core.loss import module_state
-from ailab.core.step import eval_step
 from ailab.errors import ConfigError, NonFiniteError
 from ailab.hooks import AMPHook, EMAHook, GradAccumulateHook, GradClipHook, LrSchedulerHook, SkipNonFiniteHook
 from ailab.optim import build_optimizer
@@ -132,20 +131,6 @@ def test_clipping_equals_torch() -> None:
             torch.testing.assert_close(g, p.grad)
 
 
-def test_the_average_equals_torch() -> None:
-    """EMAHook without warm-up equals swa_utils.AveragedModel with get_ema_multi_avg_fn over 20 steps."""
-    net = TinyNet(EMAHook(decay=0.9, warmup=False))
-    average = torch.optim.swa_utils.AveragedModel(net.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
-    state, step = net.state.clone(), net.step()
-    average.update_parameters(net.model)  # its first update copies
-    for i in range(20):
-        state, _ = step(state, net.batches[i % 2])
-        net.model.load_state_dict({**state.params, **state.buffers})
-        average.update_parameters(net.model)
-    for name, p in average.module.named_parameters():
-        torch.testing.assert_close(state.slots["ema"][name], p.detach())
-
-
 @pytest.mark.parametrize("by", ["epoch", "step"])
 def test_schedules_equal_torch(by: str, tmp_path: Path) -> None:
     """The rate of every update is the one torch's scheduler had before it, by epoch and by step, bitwise."""
@@ -180,14 +165,14 @@ def test_only_steps_that_are_not_finite_are_skipped() -> None:
 
 
 def test_half_precision_scales_as_torch_does(tmp_path: Path) -> None:
-    """Over 60 steps with overflows the fp16 scale, the skips and the parameters are those of torch.amp.GradScaler."""
+    """Over 200 steps with overflows the fp16 scale, the skips and the parameters are those of torch.amp.GradScaler."""
     hooks = AMPHook("fp16", init_scale=2.0**8, growth_interval=5, run=info(tmp_path))
     net = TinyNet([h for h in hooks if h.depth != "loss"])  # the scale is what is tested; the forward stays float32
     model, scaler = net.model, torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=5)
     model.load_state_dict({**net.state.params, **net.state.buffers})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     state, step = net.state.clone(), net.step()
-    for i in range(60):
+    for i in range(200):
         batch = dict(net.batches[i % 2])
         if i % 7 == 3:
             batch["input"] = batch["input"] * float("inf")
@@ -235,19 +220,6 @@ def test_a_small_weight_of_the_average_keeps_its_digits() -> None:
     state = TrainState(torch.tensor(1), one, {}, {}, {"ema": zero})
     after, _ = update(lambda state, batch: (state, {}))(state, {})
     torch.testing.assert_close(after.slots["ema"]["w"], torch.tensor([1e-4]), rtol=1e-6, atol=0)
-
-
-def test_validation_sees_the_average() -> None:
-    """The evaluating step of EMAHook is that of a state whose parameters are the average, and hands back the state as it was."""
-    net = TinyNet(EMAHook(decay=0.5, warmup=False))
-    state, _ = net.run(net.step())
-    bare = eval_step(net.loss(training=False))
-    after, logs = stack(bare, at(net.hooks, "step", "val"))(state, net.batches[0])
-    _, expected = bare(state.replace(params=state.slots["ema"]), net.batches[0])
-    assert torch.equal(logs["loss"].total, expected["loss"].total)
-    assert not torch.equal(logs["loss"].total, bare(state, net.batches[0])[1]["loss"].total)
-    for (path, x), (_, y) in zip(tree.items(after), tree.items(state), strict=True):
-        assert torch.equal(x, y), path
 
 
 def overflowing(micro: int | None = None) -> Middleware[Any]:

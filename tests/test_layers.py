@@ -27,7 +27,7 @@ optim | models | losses | metrics | datasets
 core
 hooks
 build
-plan | probe
+plan | probe | guard
 assemble
 show | testing
 fit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,17 +64,13 @@ def _gradients(total: Tensor, leaves: list[Tensor], cotangent: Tensor) -> Sequen
     )
 
 
-def _alone(aux: Aux) -> Aux:
-    return aux
-
-
-def local_grad(loss: Loss, trainable: Collection[str] | None = None, joined: Callable[[Aux], Aux] = _alone) -> Grad:
+def local_grad(loss: Loss, trainable: Collection[str] | None = None, ranks: int = 1) -> Grad:
     """The gradient of `total / weight` in one process; traces into one graph with whatever wraps it.
 
     Args:
         loss: a pure loss.
         trainable: names of the parameters to differentiate; all of them by default.
-        joined: what the Aux becomes before its weight divides the total.
+        ranks: over how many processes the weight and the logs are summed; the gradient is this one's part, times `ranks`.
 
     Returns:
         `grad(state, batch) -> (gradients by name, Aux)`. A parameter that the loss does not use has no entry.
@@ -86,8 +82,8 @@ def local_grad(loss: Loss, trainable: Collection[str] | None = None, joined: Cal
             leaves = {n: _leaf(state.params[n]) for n in names}
             fixed = {n: p.detach() for n, p in state.params.items() if n not in leaves}
             total, aux = loss({**fixed, **leaves}, state.buffers, batch)
-            aux = joined(aux)
-            found = _gradients(total, list(leaves.values()), _cotangent(total, aux, batch))
+            aux = reduce_aux(aux) if ranks > 1 else aux
+            found = _gradients(total, list(leaves.values()), _cotangent(total, aux, batch, ranks))
         return _unscaled({n: g for n, g in zip(leaves, found, strict=True) if g is not None}, batch), aux
 
     return grad
@@ -142,14 +138,15 @@ def ddp_grad(loss: Loss, state: TrainState, trainable: Collection[str] | None = 
 def graph_grad(loss: Loss, trainable: Collection[str] | None = None) -> Grad:
     """The gradient over all processes with one all-reduce per dtype traced into the graph, bucketed."""
     # The global weight divides, as under DDP: a backward that reaches other ranks (SyncBatchNormHook) adds up like with like.
-    local = local_grad(loss, trainable, reduce_aux)
+    ranks = dist.world_size()
+    local = local_grad(loss, trainable, ranks)
 
     def grad(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
         grads, aux = local(state, batch)
         names = list(grads)
         for dtype in {grads[n].dtype: None for n in names}:
             bucket = [n for n in names if grads[n].dtype == dtype]
-            flat = torch.cat([grads[n].reshape(-1) for n in bucket])
+            flat = torch.cat([grads[n].reshape(-1) for n in bucket]) * (1 / ranks)
             parts = dist.all_reduce(flat).split([grads[n].numel() for n in bucket])
             grads = {**grads, **{n: p.view_as(grads[n]) for n, p in zip(bucket, parts, strict=True)}}
         return grads, aux

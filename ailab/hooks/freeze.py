@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from ailab import tree
 from ailab.errors import ConfigError, nearest
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
-from ailab.types import Aux, Batch, Buffers, Grad, Loss, Mean, Params, RunInfo, Step, TrainState
+from ailab.types import Aux, Batch, Buffers, Grad, Loss, Mean, Params, PyTree, RunInfo, Step, TrainState
 
 
 @HOOKS.register_module()
@@ -27,8 +28,8 @@ def FreezeHook(
     """Leave the parameters whose names match as they are.
 
     For good, they are not differentiated at all, as with `optimizer.freeze`. With `until` they are part of the graph from the
-    start, for it is the same graph all along: their gradient is zero and no update, weight decay included, reaches them until
-    so many epochs (or steps) are through. Buffers (BatchNorm's running statistics) are not parameters and go on.
+    start, for it is the same graph all along: their gradient is zero, and they and their optimizer memory stay as they are
+    until so many epochs (or steps) are through. Buffers (BatchNorm's running statistics) are not parameters and go on.
 
     Args:
         params: patterns of parameter names: `["backbone.*"]`.
@@ -59,8 +60,8 @@ def FreezeHook(
         def kept(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
             after, logs = step(state, batch)
             frozen = state.step < steps
-            held = {n: torch.where(frozen, state.params[n], p) if n in mine else p for n, p in after.params.items()}
-            return after.replace(params=held), logs
+            params, memory = (_held(frozen, mine, getattr(state, f), getattr(after, f)) for f in ("params", "opt_state"))
+            return after.replace(params=params, opt_state=memory), logs
 
         return kept
 
@@ -87,6 +88,17 @@ def _finder(patterns: Sequence[str], path: str, found: set[str]) -> Callable[[Tr
         return {}
 
     return init
+
+
+def _held(frozen: Tensor, names: set[str], before: PyTree, after: PyTree) -> PyTree:
+    """`after`, where `frozen` holds with what `before` has under these parameter names, at any level of nested dicts."""
+    if not isinstance(after, dict):
+        return after
+    entries = cast("dict[str, Any]", after).items()
+    return {
+        k: v if k not in before else tree.where(frozen, before[k], v) if k in names else _held(frozen, names, before[k], v)
+        for k, v in entries
+    }
 
 
 def matching(patterns: Sequence[str], names: Collection[str], path: str) -> set[str]:

@@ -41,7 +41,7 @@ def SyncBatchNormHook(name: str = "sync_batchnorm") -> Middleware[Loss]:
 
 
 @cache
-def _synchronised(cls: type[nn.Module]) -> type[nn.Module]:
+def _synchronised(cls: type[_BatchNorm]) -> type[_BatchNorm]:
     """A class like this one of BatchNorm, whose moments are those over all ranks."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
