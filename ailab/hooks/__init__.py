@@ -13,5 +13,7 @@ from ailab.hooks.log import LoggerHook as LoggerHook
 from ailab.hooks.lr import LrSchedulerHook as LrSchedulerHook
 from ailab.hooks.metrics import MetricHook as MetricHook
 from ailab.hooks.nonfinite import SkipNonFiniteHook as SkipNonFiniteHook
+from ailab.hooks.profiler import ProfilerHook as ProfilerHook
 from ailab.hooks.tensorboard import TensorboardHook as TensorboardHook
+from ailab.hooks.throughput import ThroughputHook as ThroughputHook
 from ailab.hooks.wandb import WandbHook as WandbHook
