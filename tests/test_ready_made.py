@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from ailab import tree
 from ailab.datasets import (
     AudioClassificationDataset,
     ClassificationImageDataset,
@@ -94,6 +96,11 @@ def test_labels_may_be_numbers_or_many(tmp_path: Path) -> None:
         ("image,label\n0.png,5\n", {"classes": ["a", "c"]}, r"a\.csv, line 2, 'label': there is no class 5; there are 2"),
         ("image,label\n../0.png,a\n", {}, r"a\.csv, line 2: '../0.png' leads out of the data set's root"),
         ("image,label\n", {}, "the split is empty"),
+        (
+            "image,label\n0.png,999999999\n",
+            {},
+            r"a\.csv: a label is 999999999; expected the indices of at most 1048576 classes",
+        ),
         ("image,label\n0.png,0.5\n", {"classes": ["0.5x"]}, r"line 2, 'label': unknown class '0.5'.* Did you mean '0.5x'"),
     ],
 )
@@ -614,6 +621,41 @@ def test_nested_samples_of_any_names_make_batches() -> None:
     assert batch["two"][0].tolist() == [[0], [1], [2], [3]]
     assert batch["two"][1]["inner"][0].tolist() == [0, 1, 2, 3]
     assert batch["two"][1]["inner"][1].tolist() == [0, 2, 4, 6]
+
+
+def ready(folder: Path, scene: tuple[Path, Path]) -> list[Any]:
+    """One of each kind."""
+    picture(folder / "f" / "cat" / "0.png")
+    (folder / "a.txt").write_text("f/cat/0.png\n")
+    (folder / "t.csv").write_text("a,b\n" + "1,2\n" * 9)
+    sound(folder / "s" / "a" / "x.wav", torch.arange(20)[None])
+    flip = [{"type": "RandomHorizontalFlip"}]
+    return [
+        ClassificationImageDataset(folder / "f", transform=flip),
+        COCODataset(*scene, tasks=("bbox", "mask", "keypoints"), transform=[{"type": "Mosaic", "size": 32}]),
+        COCOSegmentationDataset(*scene, transform=flip),
+        MAEAnnFileDataset(folder / "a.txt", img_size=8, patch_size=4),
+        AudioClassificationDataset(folder / "s", 10),
+        TextWindows(folder / "t.csv", 5),
+        TextWindows(folder / "t.csv", 5, level="char", part=(0.2, 1)),
+        WindowedTimeSeries(folder / "t.csv", 3),
+        WrappedDataset([(1.0, 2)]),
+    ]
+
+
+def test_data_sets_travel_to_workers(tmp_path: Path, scene: tuple[Path, Path]) -> None:
+    """Pickled, as spawn does it, every one is the same: the same length and, under a seed, the same sample; and none is large."""
+    for data in ready(tmp_path, scene):
+        content = pickle.dumps(data)
+        copy = pickle.loads(content)
+        assert len(content) < 60_000
+        assert len(copy) == len(data)
+        made = []
+        for one in (data, copy):
+            torch.manual_seed(3)
+            made.append(dict(tree.items(one[0])))
+        assert list(made[0]) == list(made[1])
+        assert all(torch.equal(made[0][n], made[1][n]) for n in made[0])
 
 
 READY = "AudioClassificationDataset COCODataset COCOSegmentationDataset ClassificationImageDataset MAEAnnFileDataset TextWindows VOCDataset VOCSegmentationDataset WindowedTimeSeries"  # noqa: E501
