@@ -28,6 +28,13 @@ class AtLeast:
 
 
 @dataclass(frozen=True)
+class CheckedBy:
+    """A check of a value that is itself a description of something: `Annotated[Any, CheckedBy(check)]`."""
+
+    check: Callable[[Any, str], list[str]]  # (value, path) -> problems
+
+
+@dataclass(frozen=True)
 class Parameters:
     """The parameters of a callable that can be given by name."""
 
@@ -110,12 +117,21 @@ def mismatch(value: Any, annotation: Any, path: str) -> list[str]:
 
     Only simple annotations are judged: builtins, None, `Literal`, unions and containers of these. Any other accepts all.
     """
+    if check := _check_of(annotation):
+        return check.check(value, path)
     if fits(value, annotation):
         return []
     came = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     kind = "" if value is None or isinstance(value, bool) else f"{type(value).__name__} "
     hint = nearest(value, _literals(annotation)) if isinstance(value, str) else ""
     return [f"{path}: expected {_described(annotation)}, got {kind}{came}." + (f"\n {hint}" if hint else "")]
+
+
+def _check_of(annotation: Any) -> CheckedBy | None:
+    """The check in an annotation, also in a union of it with None."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    found = [a for m in members if get_origin(m) is Annotated for a in get_args(m)[1:] if isinstance(a, CheckedBy)]
+    return found[0] if found else None
 
 
 def fits(value: Any, annotation: Any) -> bool:

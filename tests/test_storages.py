@@ -199,6 +199,20 @@ def test_a_missing_folder_is_told(tmp_path: Path) -> None:
 # Tables
 
 
+@pytest.mark.parametrize(
+    ("text", "settings", "message"),
+    [
+        ("image,label\nx,1\n", {"columns": ["labels"]}, r"t\.csv: there is no column 'labels'. Did you mean 'label'"),
+        ("id,label\n1,a\n2,b\n1,c\n", {"unique": "id"}, r"t\.csv: record 2, column 'id': .*1.* is there already"),
+        ("image,label\n", {}, r"t\.csv: the split is empty"),
+    ],
+)
+def test_a_bad_table_is_told(tmp_path: Path, text: str, settings: Any, message: str) -> None:
+    """A missing column, an id twice and a table without a row, when the data set is made."""
+    with pytest.raises(DataError, match=message):
+        TableAnnotationDataset(written(tmp_path / "t.csv", text), **settings)
+
+
 def test_excel_without_openpyxl_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message names the file and the package that is missing."""
     pd = pytest.importorskip("pandas")
@@ -326,7 +340,14 @@ def test_a_bad_voc_file_is_told(tmp_path: Path, objects: Any, settings: Any, xml
 
 def test_deep_and_foreign_xml_is_refused(tmp_path: Path) -> None:
     """Nesting has a limit; a file without <annotation> and one without its picture are told."""
-    for content, message in (("<a>" * 100, "nested deeper than 64"), ("<a/>", "no VOC file")):
+    encoded = '<?xml version="1.0" encoding="{}"?><annotation/>'
+    cases = {
+        "<a>" * 100: "nested deeper than 64",
+        "<a/>": "no VOC file",
+        encoded.format("martian"): "line 1: unknown encoding: martian; save the file as UTF-8",
+        encoded.format("utf-7"): "save the file as UTF-8",
+    }
+    for content, message in cases.items():
         written(tmp_path / "Annotations" / "a.xml", content)
         picture(tmp_path / "JPEGImages" / "a.png")
         with pytest.raises(DataError, match=message):

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from files import coco, picture, pixels, sound, thing, voc
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ailab.datasets import (
@@ -579,6 +581,20 @@ def test_vocabularies_read_back_what_they_write() -> None:
         assert tokens.dtype == torch.int64
         assert vocabulary.decode(tokens) == vocabulary.decode(vocabulary.marked(tokens)) == text
         assert int(vocabulary.marked(tokens).max()) < len(vocabulary)
+
+
+@settings(max_examples=40)
+@given(st.text(max_size=8), st.text(max_size=8))
+def test_characters_are_looked_up_exactly(alphabet: str, text: str) -> None:
+    """For any texts, the index in the sorted alphabet, or an error that names the first strange character."""
+    vocabulary = CharVocabulary(alphabet)
+    strange = [i for i, c in enumerate(text) if c not in alphabet]
+    if strange:
+        with pytest.raises(DataError) as error:
+            vocabulary.encode(text)
+        assert f"{text[strange[0]]!r} (at {strange[0]})" in str(error.value)
+    else:
+        assert vocabulary.encode(text).tolist() == [3 + sorted(set(alphabet)).index(c) for c in text]
 
 
 def test_graphs_of_different_sizes_make_one_batch() -> None:

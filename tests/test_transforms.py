@@ -24,6 +24,7 @@ from ailab.datasets import (
 from ailab.datasets.pipeline import transformed
 from ailab.datasets.tasks.objects import ObjectsTask
 from ailab.errors import ConfigError
+from ailab.registry import COLLATES, DATASETS
 
 
 def marked(h: int, w: int, box: tuple[int, int, int, int], value: int = 200) -> dict[str, Any]:
@@ -231,6 +232,32 @@ def test_randaugment_and_friends_are_torchvisions() -> None:
     assert data[0]["target"].tolist() == 1
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        [{"type": "RandomResizedCrop", "size": 12}, {"type": "RandomHorizontalFlip"}],
+        [{"type": "TrivialAugmentWide"}, {"type": "RandomErasing", "p": 1.0}],
+        [{"type": "ColorJitter", "brightness": 0.5}, {"type": "ToDtype", "dtype": torch.float32, "scale": True}],
+        [{"type": "RandomApply", "transforms": [{"type": "GaussianBlur", "kernel_size": 3}]}],
+    ],
+)
+def test_a_picture_alone_is_transformed_as_one_in_a_dict(spec: list[Any]) -> None:
+    """The short way for samples with one picture and nothing to move with it gives the same bits, and leaves the label."""
+    short, long = build_transform(spec), build_transform([*spec, lambda sample: sample])
+    assert short is not None
+    assert long is not None
+    assert (short.alone, long.alone) == (True, False)
+    sample = {"input": pixels(0, 20, 20), "target": torch.tensor([0.0, 1.0])}
+    for seed in range(5):
+        made = []
+        for pipeline in (short, long):
+            torch.manual_seed(seed)
+            made.append(transformed(pipeline, sample, {"input": "image"}))
+        assert type(made[0]["input"]) is Tensor
+        assert torch.equal(made[0]["input"], made[1]["input"])
+        assert torch.equal(made[0]["target"], sample["target"])
+
+
 def test_a_video_is_transformed_alike_in_every_frame() -> None:
     """One crop for all frames."""
     frames = torch.arange(20 * 20, dtype=torch.int32).view(1, 1, 20, 20).expand(4, 3, 20, 20).clone().to(torch.uint8)
@@ -261,6 +288,21 @@ def test_a_transform_that_does_not_exist_is_told(spec: Any, message: str) -> Non
     """With its place in the list, the nearest name and what it takes."""
     with pytest.raises(ConfigError, match=message):
         build_transform(spec)
+
+
+def test_transforms_are_checked_with_the_cfg() -> None:
+    """Before anything is built, in lists and in each other, with the path in the cfg."""
+    transform = [{"type": "Resize", "sise": 4}, {"type": "RandomApply", "transforms": [{"type": "Flip"}]}, 3]
+    entry = {"type": "WrappedDataset", "dataset": {"type": "Nothing"}, "transform": transform}
+    problems = "\n".join(DATASETS.check(entry, "cfg.data.train"))
+    assert "cfg.data.train.transform.0.sise: Resize takes no 'sise'" in problems
+    assert "cfg.data.train.transform.0.size: Resize needs 'size'" in problems
+    assert "cfg.data.train.transform.1.transforms.0.type: there is no transform 'Flip'" in problems
+    assert "cfg.data.train.transform.2: expected dict(type=...)" in problems
+    assert "cfg.data.train.dataset.type: there is no dataset 'Nothing'" in problems
+    assert DATASETS.check({"type": "WrappedDataset", "dataset": [1], "transform": None}, "cfg.data.train") == []
+    nested = COLLATES.check({"type": "MultiScaleCollate", "sizes": [4], "collate": "PadColate"}, "cfg")
+    assert "cfg.collate.type: there is no collate function 'PadColate'" in nested[0]
 
 
 def test_a_transform_has_to_give_a_dict() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.utils.data import default_collate  # pyright: ignore[reportUnknownVar
 from ailab.binding import wrap_sample
 from ailab.errors import ConfigError, nearest
 from ailab.registry import COLLATES
+from ailab.signature import CheckedBy
 
 Size = int | Sequence[int]
 MASK = "_mask"  # ending of the field that says what of another counts
@@ -129,6 +130,17 @@ def SegmentationCollate(size: int | Sequence[int], ignore_index: int = 255) -> P
     return PadCollate(max_size={"image": sides, "mask": sides}, pad_value={"mask": ignore_index})
 
 
+def check_collate(spec: Any, path: str) -> list[str]:
+    """The problems of `build_collate(spec, path)`, without building."""
+    if isinstance(spec, str):
+        spec = {"type": spec}
+    if isinstance(spec, Mapping):
+        return COLLATES.check(spec, path)
+    return (
+        [] if spec is None or callable(spec) else [f"{path}: expected a name, dict(type=...) or a callable, got {spec!r:.60}."]
+    )
+
+
 @COLLATES.register_module()
 @dataclass(frozen=True)
 class MultiScaleCollate:
@@ -143,7 +155,7 @@ class MultiScaleCollate:
     """
 
     sizes: Sequence[Size]
-    collate: Any = None
+    collate: Annotated[Any, CheckedBy(check_collate)] = None
     images: Sequence[str] = ("image",)
     masks: Sequence[str] = ()
     points: Sequence[str] = ()

@@ -42,7 +42,7 @@ def decoded(value: Any, size: tuple[int, int], where: str) -> Tensor:
         return run_mask(_run_lengths(cast("dict[str, Any]", value), size, where), size)
     masks = _coco_masks(where)
     runs = masks.merge(masks.frPyObjects([[float(x) for x in p] for p in value], *size))
-    return torch.from_numpy(masks.decode(runs)).bool()
+    return run_mask(uncompressed(runs["counts"]), size)
 
 
 def run_mask(counts: Sequence[int], size: tuple[int, int]) -> Tensor:

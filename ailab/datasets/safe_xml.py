@@ -30,6 +30,8 @@ def read_xml(path: str | Path) -> dict[str, Any]:
         tree.parser.Parse(content, True)
     except expat.ExpatError as error:
         raise DataError(f"{path}, line {error.lineno}: no XML: {expat.ErrorString(error.code)}.") from error
+    except (LookupError, ValueError) as error:  # an encoding that Python or expat does not know
+        raise DataError(f"{path}, line 1: {error}; save the file as UTF-8.") from error
     return tree.root
 
 

@@ -23,17 +23,36 @@ class TableAnnotationDataset(LabBaseDataset):
         table_path: .csv, also compressed, .tsv, .xls or .xlsx.
         loader_fun: path -> DataFrame, instead of what the ending says.
         header: whether the first row holds the names of the columns.
+        columns: the columns that there have to be.
+        unique: a column whose values have to differ.
         **read: goes to the pandas reader: `sep`, `sheet_name`, `usecols` and so on.
 
     Raises:
-        DataError: the file cannot be read as a table.
+        DataError: the file cannot be read as a table, has no row, lacks a column, or two rows have the same `unique`.
     """
 
     def __init__(
-        self, table_path: str | Path, loader_fun: Callable[..., Any] | None = None, *, header: bool = True, **read: Any
+        self,
+        table_path: str | Path,
+        loader_fun: Callable[..., Any] | None = None,
+        *,
+        header: bool = True,
+        columns: Sequence[str] = (),
+        unique: str | None = None,
+        **read: Any,
     ):
         self.table_path = Path(table_path)
         self.table: Any = _read(self.table_path, loader_fun, {**read} if header or loader_fun else {"header": None, **read})
+        names = list(self.table.columns)
+        for name in [*columns, *([unique] if unique else [])]:
+            if name not in names:
+                hint = f"{nearest(name, map(str, names))}\n  It has: {names[:20]}"
+                raise DataError(f"{self.table_path}: there is no column {name!r}.{hint}")
+        if not len(self.table):
+            raise DataError(f"{self.table_path}: the split is empty: the table has no row.")
+        if unique and len(again := self.table.index[self.table[unique].duplicated()]):
+            value = self.table[unique].loc[again[0]]
+            raise DataError(f"{self.table_path}: record {again[0]}, column {unique!r}: {value!r} is there already.")
 
     def _len(self) -> int:
         return len(self.table)

@@ -70,7 +70,7 @@ class CharVocabulary:
 
     def __init__(self, characters: Iterable[str]):
         self.characters = sorted({c for text in characters for c in text})
-        self._index = {c: i for i, c in enumerate(self.characters, 3)}
+        self._codes = torch.tensor([ord(c) for c in self.characters], dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.characters) + 3
@@ -81,12 +81,20 @@ class CharVocabulary:
         Raises:
             DataError: a character is not in the alphabet.
         """
-        try:
-            return torch.tensor([self._index[c] for c in text], dtype=torch.int64)
-        except KeyError as error:
-            at = text.index(error.args[0])
-            known = f"the alphabet of {len(self.characters)}"
-            raise DataError(f"the character {error.args[0]!r} (at {at}) is not in {known}.") from None
+        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"expected text, got {type(text).__name__} {text!r:.60}")
+        if not text:
+            return torch.zeros(0, dtype=torch.int64)
+        codes = torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32).long()
+        if len(self._codes):
+            known = torch.searchsorted(self._codes, codes).clamp_max(len(self._codes) - 1)  # the characters are sorted by code
+            same = self._codes[known] == codes
+        else:
+            known = same = torch.zeros_like(codes)
+        if not same.all():
+            at = int(same.int().argmin())
+            raise DataError(f"the character {text[at]!r} (at {at}) is not in the alphabet of {len(self.characters)}.")
+        return known + 3
 
     def decode(self, tokens: Tensor) -> str:
         """The text, without special tokens."""

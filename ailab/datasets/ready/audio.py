@@ -13,7 +13,7 @@ from torch import Tensor
 from ailab.datasets.audio import SOUNDS, check_reader, read_audio, sound_info
 from ailab.datasets.folder import FolderPerClassDataset
 from ailab.datasets.listed import ListDataset
-from ailab.datasets.pipeline import build_transform
+from ailab.datasets.pipeline import TransformSpec, build_transform
 from ailab.datasets.ready.image_classification import labelled
 from ailab.datasets.tasks import AudioClassificationTask
 from ailab.registry import DATASETS
@@ -53,7 +53,7 @@ class AudioClassificationDataset(ListDataset, AudioClassificationTask):
         y_key: str = "label",
         classes: Sequence[str] | None = None,
         root: str | Path | None = None,
-        transform: Any = None,
+        transform: TransformSpec = None,
         allow_outside_root: bool = False,
     ):
         self.frames, self.rate, self.crop, self.mono = frames, rate, crop, mono

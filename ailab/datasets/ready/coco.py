@@ -12,7 +12,7 @@ from torch import Tensor
 from ailab.datasets.boxes import BoxFormat, BoxPolicy, box_tensor
 from ailab.datasets.coco import CocoAnnotationDataset
 from ailab.datasets.image import read_image
-from ailab.datasets.pipeline import Sample, build_transform
+from ailab.datasets.pipeline import Sample, TransformSpec, build_transform
 from ailab.datasets.rle import check_segmentation, decoded
 from ailab.datasets.tasks.objects import ObjectsTask
 from ailab.errors import DataError
@@ -68,7 +68,7 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
         min_area: float = 0.0,
         ignore_crowd: bool = True,
         keep_empty: bool = True,
-        transform: Any = None,
+        transform: TransformSpec = None,
         box_policy: BoxPolicy = "error",
         allow_outside_root: bool = False,
     ):
@@ -160,7 +160,7 @@ class COCOSegmentationDataset(COCODataset):
         *,
         ignore_index: int = 255,
         keep_empty: bool = True,
-        transform: Any = None,
+        transform: TransformSpec = None,
         box_policy: BoxPolicy = "error",
         allow_outside_root: bool = False,
     ):

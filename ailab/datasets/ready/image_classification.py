@@ -13,12 +13,14 @@ from ailab.datasets.folder import FolderPerClassDataset
 from ailab.datasets.image import read_image
 from ailab.datasets.listed import ListDataset
 from ailab.datasets.paths import inside
-from ailab.datasets.pipeline import build_transform
+from ailab.datasets.pipeline import TransformSpec, build_transform
 from ailab.datasets.records import Records, lookup, read_records
 from ailab.datasets.tasks import ClassificationTask
 from ailab.datasets.tasks.task import class_index
 from ailab.errors import DataError
 from ailab.registry import DATASETS
+
+_MOST = 1 << 20  # classes that are counted by their highest index
 
 
 @DATASETS.register_module()
@@ -37,6 +39,7 @@ class ClassificationImageDataset(ListDataset, ClassificationTask):
         multi_label: a record has a list of labels (in a table, `separator` between them); the target is (classes,) float32.
         separator: of several labels in one cell.
         size_hint: (H, W) that the transform will ask for: much larger JPEGs are decoded at a fraction of their size.
+        resize: (H, W), or the shorter side, that pictures are resized to as they are read, before a cache keeps them.
         allow_outside_root: accept pictures outside `root`.
 
     Raises:
@@ -51,14 +54,16 @@ class ClassificationImageDataset(ListDataset, ClassificationTask):
         *,
         classes: Sequence[str] | None = None,
         root: str | Path | None = None,
-        transform: Any = None,
+        transform: TransformSpec = None,
         multi_label: bool = False,
         separator: str = ";",
         size_hint: Sequence[int] | None = None,
+        resize: int | Sequence[int] | None = None,
         allow_outside_root: bool = False,
     ):
         self.transform, self.multi_label = build_transform(transform), multi_label
         self.size_hint = (size_hint[0], size_hint[1]) if size_hint is not None else None
+        self.resize = (resize[0], resize[1]) if isinstance(resize, Sequence) else resize
         if os.path.isdir(annotation_file):
             folders = FolderPerClassDataset(annotation_file, classes)
             self.classes = folders.classes
@@ -77,7 +82,7 @@ class ClassificationImageDataset(ListDataset, ClassificationTask):
 
     def load_input(self, raw: Any) -> Tensor:
         """The picture."""
-        return read_image(raw[0], size_hint=self.size_hint)
+        return read_image(raw[0], size_hint=self.size_hint, resize=self.resize)
 
     def load_label(self, raw: Any) -> Any:
         """The index of the class, or several."""
@@ -103,17 +108,19 @@ def labelled(
     if not records.rows:
         raise DataError(f"{file}: the split is empty: there is no record.")
     values = [_label(lookup(r, y_key, lambda i=i: records.where(i)), separator) for i, r in enumerate(records.rows)]
-    names = list(classes) if classes is not None else _classes(values)
+    names = list(classes) if classes is not None else _classes(values, file)
+    index = {name: i for i, name in enumerate(names or ())}  # the first look-up, for many records of many classes
+    many = separator is not None
     place = Path(root) if root is not None else Path(file).parent
     items: list[tuple[str, Any]] = []
     for i, (row, value) in enumerate(zip(records.rows, values, strict=True)):
         where = records.where(i)
         path = inside(place, lookup(row, x_key, lambda w=where: w), where, allow_outside_root=allow_outside_root)
         try:
-            label: Any = [class_index(v, names) for v in value] if separator is not None else class_index(value, names)
+            found = [i if (i := _known(v, index)) is not None else class_index(v, names) for v in (value if many else [value])]
         except ValueError as error:
             raise DataError(f"{where}, {y_key!r}: {error}.") from error
-        items.append((path, label))
+        items.append((path, found if many else found[0]))
     return names, items
 
 
@@ -137,15 +144,21 @@ def _label(value: Any, separator: str | None) -> Any:
         return [_label(v, None) for v in cast("Sequence[Any]", parts if isinstance(parts, (list, tuple)) else [parts])]
     if isinstance(value, str):
         text = value.strip()
-        return int(text) if text.isdecimal() and text.isascii() else text
+        return int(text) if text.isdecimal() and text.isascii() and len(text) < 10 else text
     return value
 
 
-def _classes(values: Sequence[Any]) -> list[str] | None:
+def _known(value: Any, index: dict[str, int]) -> int | None:
+    return index.get(value) if isinstance(value, str) else None
+
+
+def _classes(values: Sequence[Any], file: str | Path) -> list[str] | None:
     """The distinct names of a file, sorted; of numbers, as many as the highest asks for."""
     flat = [one for v in values for one in (cast("list[Any]", v) if isinstance(v, list) else [v])]
     names = {one for one in flat if isinstance(one, str)}
     if names:
         return sorted(names | {str(one) for one in flat if not isinstance(one, str)})
     whole = [one for one in flat if isinstance(one, int)]
+    if max(whole, default=0) >= _MOST:
+        raise DataError(f"{file}: a label is {max(whole)}; expected the indices of at most {_MOST} classes, from 0.")
     return [str(i) for i in range(max(whole) + 1)] if whole else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ailab.datasets.file_annotation import FileAnnotationDataset
 from ailab.datasets.image import read_image
-from ailab.datasets.pipeline import Sample, build_transform
+from ailab.datasets.pipeline import Sample, TransformSpec, build_transform
 from ailab.datasets.records import lookup
 from ailab.datasets.tasks.task import Task
 from ailab.errors import ConfigError
@@ -74,7 +74,7 @@ class MAEAnnFileDataset(FileAnnotationDataset, Task):
         img_size: int = 224,
         patch_size: int = 16,
         mask_ratio: float = 0.75,
-        transform: Any = None,
+        transform: TransformSpec = None,
         *,
         x_key: str = "image",
         root: str | Path | None = None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ailab.datasets.boxes import BoxFormat, BoxPolicy, box_tensor
 from ailab.datasets.file_annotation import FileAnnotationDataset
 from ailab.datasets.image import read_image
-from ailab.datasets.pipeline import build_transform
+from ailab.datasets.pipeline import TransformSpec, build_transform
 from ailab.datasets.tasks import DetectionTask, SegmentationTask, read_label_map
 from ailab.datasets.voc import VocAnnotationDataset
 from ailab.registry import DATASETS
@@ -57,7 +57,7 @@ class VOCDataset(VocAnnotationDataset, DetectionTask):
         difficult: bool = False,
         box_format: BoxFormat = "xyxy",
         normalize: bool = False,
-        transform: Any = None,
+        transform: TransformSpec = None,
         box_policy: BoxPolicy = "error",
     ):
         root, self.classes, self.difficult = Path(root), list(classes or VOC_CLASSES), difficult
@@ -96,7 +96,9 @@ class VOCSegmentationDataset(FileAnnotationDataset, SegmentationTask):
         DataError: the split's file is missing or empty, or a name leads out of `root`.
     """
 
-    def __init__(self, root: str | Path, split: str = "train", *, classes: Sequence[str] | None = None, transform: Any = None):
+    def __init__(
+        self, root: str | Path, split: str = "train", *, classes: Sequence[str] | None = None, transform: TransformSpec = None
+    ):
         super().__init__(Path(root) / "ImageSets" / "Segmentation" / f"{split}.txt", root=root)
         self.classes = ["background", *(classes or VOC_CLASSES)]
         self.transform = build_transform(transform)

@@ -129,18 +129,31 @@ class TextWindows(LabBaseDataset):
         alphabet: str | None = None,
         part: Sequence[float] = (0.0, 1.0),
     ):
+        self.path, self.level, self.alphabet, self.part = Path(path), level, alphabet, tuple(part)
         self.window, self.stride = window, window if stride is None else stride
         if min(self.window, self.stride) < 1:
             raise DataError(f"TextWindows: window and stride are 1 at least; got {self.window} and {self.stride}.")
-        self.vocabulary: ByteVocabulary | CharVocabulary = ByteVocabulary()
-        if level == "char":
-            text = read_text(Path(path))
-            self.vocabulary = CharVocabulary(text if alphabet is None else alphabet)
-            tokens: Tensor = self.vocabulary.encode(text)
+        self.vocabulary, self._tokens = self._read()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the tokens: another process maps the file itself."""
+        return {**self.__dict__, "_tokens": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.vocabulary, self._tokens = self._read()
+
+    def _read(self) -> tuple[ByteVocabulary | CharVocabulary, Tensor]:
+        """The vocabulary, and the tokens of the part."""
+        vocabulary: ByteVocabulary | CharVocabulary = ByteVocabulary()
+        if self.level == "char":
+            text = read_text(self.path)
+            vocabulary = CharVocabulary(text if self.alphabet is None else self.alphabet)
+            tokens: Tensor = vocabulary.encode(text)
         else:
-            tokens = _mapped(Path(path))
-        start, end = _span(len(tokens), part, self.window + 1, str(path))
-        self._tokens = tokens[start:end]
+            tokens = _mapped(self.path)
+        start, end = _span(len(tokens), self.part, self.window + 1, str(self.path))
+        return vocabulary, tokens[start:end]
 
     def tensors(self) -> dict[str, Tensor] | None:
         """All windows, stacked: views that overlap in memory; None for a large file, which is read by window."""

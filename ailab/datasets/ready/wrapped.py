@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from ailab.binding import wrap_sample
 from ailab.datasets.listed import ListDataset
-from ailab.datasets.pipeline import Sample, build_transform
+from ailab.datasets.pipeline import Sample, TransformSpec, build_transform
 from ailab.datasets.tasks.task import Task, picture_tensor, tensor_of
 from ailab.errors import DataError, nearest
 from ailab.registry import DATASETS
-from ailab.signature import listed
+from ailab.signature import CheckedBy, listed
+
+
+def _check_dataset(spec: Any, path: str) -> list[str]:
+    """The problems of a data set that is described by a dict."""
+    return DATASETS.check(spec, path) if isinstance(spec, Mapping) else []
 
 
 @DATASETS.register_module()
@@ -32,10 +37,10 @@ class WrappedDataset(ListDataset, Task):
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: Annotated[Any, CheckedBy(_check_dataset)],
         *,
         fields: Mapping[str, str] | None = None,
-        transform: Any = None,
+        transform: TransformSpec = None,
         kinds: Mapping[str, str] | None = None,
     ):
         super().__init__(DATASETS.build(dataset, "dataset") if isinstance(dataset, Mapping) else dataset)
