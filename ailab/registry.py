@@ -236,3 +236,4 @@ LR_SCHEDULERS = Registry(
     "lr scheduler", "ailab.optim", ("torch.optim.lr_scheduler",), _subclass(torch.optim.lr_scheduler.LRScheduler)
 )
 TRANSFORMS = Registry("transform", "ailab.datasets", ("torchvision.transforms.v2",))
+SAMPLERS = Registry("sampler", "ailab.datasets")

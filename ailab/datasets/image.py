@@ -107,7 +107,12 @@ def resized(picture: Tensor, size: int | tuple[int, int]) -> Tensor:
     if size == (h, w):
         return picture
     last = picture[None].contiguous(memory_format=torch.channels_last)  # three times as fast
-    return torch.nn.functional.interpolate(last, size, mode="bilinear", antialias=True, align_corners=False)[0]
+    return (
+        torch.nn.functional.interpolate(last, size, mode="bilinear", antialias=True, align_corners=False)[0]
+        .permute(1, 2, 0)
+        .contiguous()
+        .permute(2, 0, 1)
+    )
 
 
 class _Found(NamedTuple):
