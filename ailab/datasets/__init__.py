@@ -1,6 +1,15 @@
 """Datasets and batch transforms by name, and the stream that makes batches of them."""
 
-from ailab.datasets.augment import BatchAffine, BatchErase, BatchFlip, BatchNormalize, BatchShift
+from ailab.datasets.augment import (
+    BatchAffine,
+    BatchCrop,
+    BatchErase,
+    BatchFlip,
+    BatchJitter,
+    BatchNormalize,
+    BatchResizedCrop,
+    BatchShift,
+)
 from ailab.datasets.base import LabBaseDataset
 from ailab.datasets.digits import Digits
 from ailab.datasets.fashion_mnist import FashionMNIST
@@ -12,9 +21,12 @@ from ailab.datasets.table import TableAnnotationDataset, TableDataset
 __all__ = [
     "BadFile",
     "BatchAffine",
+    "BatchCrop",
     "BatchErase",
     "BatchFlip",
+    "BatchJitter",
     "BatchNormalize",
+    "BatchResizedCrop",
     "BatchShift",
     "ClassBalancedSampler",
     "CurriculumSampler",

@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_HEAD = struct.Struct("<8sQQIIII")  # magic, size and mtime of the source, channels, height, width, checksum
+_HEAD = struct.Struct(
+    "<8sQQIIIII"
+)  # magic, size and mtime of the source, channels, height, width, order of the memory, checksum
 _MAGIC = b"ailab 1\n"
 _SPARE = 0.1  # of the file system that is left free
 SHARED = Path("/dev/shm")  # memory that looks like files
@@ -58,8 +60,9 @@ class Cache:
         """Keep a picture, where there is room; a failure costs nothing but the time to decode it again."""
         if picture.dtype != torch.uint8 or picture.dim() != 3:
             return
-        rows = picture.permute(1, 2, 0).contiguous().numpy().tobytes()
-        head = _HEAD.pack(_MAGIC, about.st_size, about.st_mtime_ns, *picture.shape, zlib.crc32(rows))
+        planes = picture.is_contiguous()  # else pixels, the order in which decoders give them
+        rows = (picture if planes else picture.permute(1, 2, 0).contiguous()).numpy().tobytes()
+        head = _HEAD.pack(_MAGIC, about.st_size, about.st_mtime_ns, *picture.shape, planes, zlib.crc32(rows))
         partial = place.with_name(f"{place.name}.{os.getpid()}-{threading.get_ident()}")
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -87,12 +90,13 @@ def _read(place: Path, source: os.stat_result) -> Tensor | None:
                 return None
     except OSError:
         return None
-    magic, length, changed, c, h, w, checksum = _HEAD.unpack_from(content)
+    magic, length, changed, c, h, w, planes, checksum = _HEAD.unpack_from(content)
     if (magic, length, changed) != (_MAGIC, source.st_size, source.st_mtime_ns) or size != _HEAD.size + c * h * w:
         return None
     if zlib.crc32(memoryview(content)[_HEAD.size :]) != checksum:
         return None
-    return torch.frombuffer(content, dtype=torch.uint8, offset=_HEAD.size).view(h, w, c).permute(2, 0, 1)
+    values = torch.frombuffer(content, dtype=torch.uint8, offset=_HEAD.size)
+    return values.view(c, h, w) if planes else values.view(h, w, c).permute(2, 0, 1)
 
 
 def run_cache(kind: str | None, work_dir: Path) -> Cache | None:
