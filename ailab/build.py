@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -17,11 +18,12 @@ from ailab import tree
 from ailab.binding import OUTPUT_KEYS, Binding, bind, check_outputs, name_outputs
 from ailab.core.loss import LOSS_PREFIX, Functional, module_state, pure_loss
 from ailab.datasets import Stream
+from ailab.datasets.cache import run_cache
 from ailab.datasets.collate import build_collate
 from ailab.errors import AilabError, ConfigError, DataError, nearest
 from ailab.losses.torch_losses import maskable
 from ailab.optim import Optimizer, build_optimizer
-from ailab.registry import DATASETS, LOSSES, MODELS, OPTIMIZERS
+from ailab.registry import DATASETS, LOSSES, MODELS, OPTIMIZERS, SAMPLERS
 from ailab.rng import mix
 from ailab.types import WEIGHT, Aux, Batch, Buffers, Loss, Params, TrainState
 
@@ -133,6 +135,7 @@ def _sample(cfg: Mapping[str, Any], datasets: Mapping[str, Any], device: torch.d
         name=f"cfg.data.{phase}",
         report=quiet,
         max_bad_frac=1.0,
+        **_reading(cfg),
     )
     return tree.to(next(iter(stream.epoch(0))), device)
 
@@ -276,8 +279,10 @@ def build_stream(
         loader["shuffle"] = phase == "train"
     if loader["persistent_workers"] is None:
         loader["persistent_workers"] = loader["num_workers"] > 0
-    optional = ("prefetch_factor", "multiprocessing_context", "timeout")
+    optional = ("prefetch_factor", "multiprocessing_context")
     loader = {k: v for k, v in loader.items() if k not in optional or (v and loader["num_workers"])}
+    if loader["sampler"] is not None:
+        loader["sampler"] = SAMPLERS.build(loader["sampler"], f"cfg.data.{phase}_dataloader.sampler")
     return Stream(
         parts.datasets[phase],
         seed=cfg["seed"],
@@ -288,6 +293,17 @@ def build_stream(
         iters=entry["iters"],
         name=f"cfg.data.{phase}",
         max_bad_frac=cfg["data"]["max_bad_frac"],
+        **_reading(cfg),
         **loader,
         **more,
     )
+
+
+def _reading(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """How samples are read, in any phase."""
+    data = cfg["data"]
+    return {
+        "truncated": data["truncated"],
+        "nan_is_bad": data["nan_is_bad"],
+        "cache": run_cache(data["cache"], Path(cfg["work_dir"])),
+    }

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, cast
 from ailab.binding import OUTPUT_KEYS, bind, has_forward
 from ailab.config import copied
 from ailab.errors import ConfigError
-from ailab.registry import COLLATES, DATASETS, HOOKS, LOSSES, MODELS, OPTIMIZERS, Registry
+from ailab.registry import COLLATES, DATASETS, HOOKS, LOSSES, MODELS, OPTIMIZERS, SAMPLERS, Registry
 from ailab.signature import AtLeast, Parameters, check_arguments, name_of, parameters
 
 PHASES = ("train", "val", "test")
@@ -49,7 +49,8 @@ class Loader:
     prefetch_factor: Positive | None = None
     shuffle: bool | None = None  # None: in the train phase
     drop_last: bool = False
-    timeout: Annotated[float, AtLeast(0)] = 0  # seconds
+    sampler: dict[str, Any] | None = None  # in place of shuffle
+    timeout: Annotated[float, AtLeast(0)] = 300  # seconds that a batch may take a worker; 0: no limit
     multiprocessing_context: Any = None
     collate_fn: Any = None  # a name, dict(type=...) or a callable
 
@@ -65,6 +66,9 @@ class Data:
     val_dataloader: dict[str, Any] = field(default_factory=dict[str, Any])
     test_dataloader: dict[str, Any] = field(default_factory=dict[str, Any])
     max_bad_frac: Annotated[float, AtLeast(0)] = 0.01  # of the samples of an epoch
+    truncated: Literal["skip", "fill"] = "skip"  # pictures that end early
+    nan_is_bad: bool = True  # a sample with a NaN in it
+    cache: Literal["ram", "disk"] | None = None  # of decoded pictures
 
 
 @dataclass
@@ -182,10 +186,14 @@ def _check_data(value: Any) -> list[str]:
     problems, data = _section(Data, value, "cfg.data"), _dict(value)
     for phase in PHASES:
         problems += _section(Loader, data.get(f"{phase}_dataloader"), f"cfg.data.{phase}_dataloader")
-        collate = _dict(data.get(f"{phase}_dataloader")).get("collate_fn")
-        if isinstance(collate, (str, dict)):
+        loader, path = _dict(data.get(f"{phase}_dataloader")), f"cfg.data.{phase}_dataloader"
+        if isinstance(collate := loader.get("collate_fn"), (str, dict)):
             entry = {"type": collate} if isinstance(collate, str) else collate
-            problems += COLLATES.check(entry, f"cfg.data.{phase}_dataloader.collate_fn")
+            problems += COLLATES.check(entry, f"{path}.collate_fn")
+        if loader.get("sampler") is not None:
+            problems += SAMPLERS.check(loader["sampler"], f"{path}.sampler")
+            if loader.get("shuffle") is not None:
+                problems.append(f"{path}.shuffle: a sampler says what comes when; leave shuffle out.")
         if isinstance(data.get(phase), dict):
             problems += DATASETS.check(data[phase], f"cfg.data.{phase}")
     return problems

@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from ailab import check, config, dist, tree
 from ailab.assemble import Job, assemble
+from ailab.bad_samples import BAD_SAMPLES, BadSampleLog
 from ailab.core.epoch import Interrupted
+from ailab.datasets.cache import run_cache
 from ailab.errors import AilabError, ConfigError, Preempted
 from ailab.hooks.log import METRICS, LoggerHook, ProgressHook, RecordHook, is_reserved
 from ailab.show import picture
@@ -55,6 +57,8 @@ def fit(cfg: Mapping[str, Any]) -> Result:
         bar.reset(total=job.info.total_steps)
         with lock(work_dir) if dist.rank() == 0 else nullcontext():
             say(_opening(job))
+            for stream in job.streams.values():
+                stream.record_bad(BadSampleLog(work_dir / BAD_SAMPLES))
             state = _trained(job)
             metrics = _results(job.info)
         say(_closing(work_dir, metrics))
@@ -87,6 +91,8 @@ def _started(cfg: Mapping[str, Any]) -> Generator[tuple[dict[str, Any], torch.de
         yield full, device, [warning] if warning else []
     finally:
         dist.stop()
+        if full["data"]["cache"] == "ram" and (cache := run_cache("ram", Path(full["work_dir"]))):
+            cache.clear()  # a process that is not done yet decodes again what it misses
 
 
 class Signals:

@@ -237,3 +237,4 @@ LR_SCHEDULERS = Registry(
 )
 TRANSFORMS = Registry("transform", "ailab.datasets", ("torchvision.transforms.v2",))
 COLLATES = Registry("collate function", "ailab.datasets")
+SAMPLERS = Registry("sampler", "ailab.datasets")

@@ -24,7 +24,7 @@ check | stack | dist | manifest
 compile | commit
 checkpoint | workdir
 optim | models | losses | metrics | datasets
-core
+core | bad_samples
 hooks
 build
 plan | probe | guard

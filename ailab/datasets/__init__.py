@@ -1,7 +1,16 @@
 """Datasets and batch transforms by name, and the stream that makes batches of them."""
 
 from ailab.datasets.audio import read_audio
-from ailab.datasets.augment import BatchAffine, BatchErase, BatchFlip, BatchNormalize, BatchShift
+from ailab.datasets.augment import (
+    BatchAffine,
+    BatchCrop,
+    BatchErase,
+    BatchFlip,
+    BatchJitter,
+    BatchNormalize,
+    BatchResizedCrop,
+    BatchShift,
+)
 from ailab.datasets.base import LabBaseDataset
 from ailab.datasets.coco import CocoAnnotationDataset
 from ailab.datasets.collate import MultiScaleCollate, PadCollate, SegmentationCollate
@@ -26,6 +35,7 @@ from ailab.datasets.ready import (
     WindowedTimeSeries,
     WrappedDataset,
 )
+from ailab.datasets.sampling import ClassBalancedSampler, CurriculumSampler, LengthSampler, WeightedSampler
 from ailab.datasets.stream import Stream
 from ailab.datasets.table import TableAnnotationDataset, TableDataset
 from ailab.datasets.tasks import (
@@ -55,17 +65,22 @@ __all__ = [
     "AudioClassificationTask",
     "BadFile",
     "BatchAffine",
+    "BatchCrop",
     "BatchErase",
     "BatchFlip",
+    "BatchJitter",
     "BatchNormalize",
+    "BatchResizedCrop",
     "BatchShift",
     "ByteVocabulary",
     "COCODataset",
     "COCOSegmentationDataset",
     "CharVocabulary",
+    "ClassBalancedSampler",
     "ClassificationImageDataset",
     "ClassificationTask",
     "CocoAnnotationDataset",
+    "CurriculumSampler",
     "DetectionTask",
     "Digits",
     "FashionMNIST",
@@ -76,6 +91,7 @@ __all__ = [
     "KeypointFlip",
     "KeypointTask",
     "LabBaseDataset",
+    "LengthSampler",
     "LetterBox",
     "ListDataset",
     "MAEAnnFileDataset",
@@ -101,6 +117,7 @@ __all__ = [
     "VOCSegmentationDataset",
     "VideoClassificationTask",
     "VocAnnotationDataset",
+    "WeightedSampler",
     "WindowedTimeSeries",
     "WrappedDataset",
     "build_transform",

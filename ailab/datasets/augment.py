@@ -126,6 +126,106 @@ class BatchErase:
 
 @TRANSFORMS.register_module()
 @dataclass(frozen=True)
+class BatchCrop:
+    """Cut a window out of each picture, at a place of its own; keeps the dtype.
+
+    Args:
+        size: (height, width) of the windows.
+        pad: pixels of `fill` put around each picture first.
+        fill: the value of the border, in the units of the picture.
+    """
+
+    size: Sequence[int]
+    pad: int = 0
+    fill: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, height, width)."""
+        x = functional.pad(x, [self.pad] * 4, value=self.fill) if self.pad else x
+        (b, c, h, w), (height, width) = x.shape, self.size
+        top = torch.randint(0, h - height + 1, (b, 1), device=x.device)
+        left = torch.randint(0, w - width + 1, (b, 1), device=x.device)
+        rows = (torch.arange(height, device=x.device) + top)[:, None, :, None]  # (B, 1, height, 1)
+        cols = (torch.arange(width, device=x.device) + left)[:, None, None, :]
+        sample = torch.arange(b, device=x.device)[:, None, None, None]
+        channel = torch.arange(c, device=x.device)[None, :, None, None]
+        return x[sample, channel, rows, cols]
+
+
+@TRANSFORMS.register_module()
+@dataclass(frozen=True)
+class BatchResizedCrop:
+    """Cut a window of random area and aspect out of each picture and resize it, bilinear; integers become float32.
+
+    The random crop of Inception (Szegedy et al., arXiv:1409.4842), window inside the picture. Not antialiased: pictures that are
+    more than twice as large as `size` should be shrunk when they are read.
+
+    Args:
+        size: (height, width) of the result.
+        area: the range of the window's share of the picture.
+        ratio: the range of its aspect, width to height, log-uniform.
+    """
+
+    size: Sequence[int]
+    area: Sequence[float] = (0.08, 1.0)
+    ratio: Sequence[float] = (3 / 4, 4 / 3)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, height, width)."""
+        x, (h, w) = _real(x), x.shape[-2:]
+        share = _uniform(x, self.area[0], self.area[1])
+        aspect = torch.exp(_uniform(x, math.log(self.ratio[0]), math.log(self.ratio[1]))) * h / w
+        wide, high = (share * aspect).sqrt().clamp(max=1), (share / aspect).sqrt().clamp(max=1)  # of the picture's sides
+        zero = torch.zeros_like(wide)
+        at_x, at_y = _uniform(x, -1, 1) * (1 - wide), _uniform(x, -1, 1) * (1 - high)  # centres; a picture spans [-1, 1]
+        maps = torch.stack([torch.stack([wide, zero, at_x], 1), torch.stack([zero, high, at_y], 1)], 1)
+        grid = functional.affine_grid(maps.to(x.dtype), [*x.shape[:2], *self.size], align_corners=False)
+        return functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+@TRANSFORMS.register_module()
+@dataclass(frozen=True)
+class BatchJitter:
+    """Change brightness, contrast and saturation of each picture, in this order; integers become float32, units are kept.
+
+    Each factor is uniform in [1 - value, 1 + value], and the result cut off at 0 and `limit`, as torchvision's ColorJitter does.
+
+    Args:
+        brightness: the largest change, 0 or more.
+        contrast: of the distance to the picture's mean grey.
+        saturation: of the distance of each pixel to its own grey; for three channels, else not used.
+        limit: the value of white; 255 for integers and 1 for floats when left out.
+    """
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    limit: float | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, H, W), each with its own factors."""
+        white = self.limit if self.limit is not None else 1.0 if x.is_floating_point() else 255.0
+        x = _real(x)
+        x = (x * self._factor(x, self.brightness)).clamp(0, white)
+        mean = _grey(x).mean((-2, -1), keepdim=True)
+        x = (mean + (x - mean) * self._factor(x, self.contrast)).clamp(0, white)
+        if x.shape[1] == 3:
+            grey = _grey(x)
+            x = (grey + (x - grey) * self._factor(x, self.saturation)).clamp(0, white)
+        return x
+
+    @staticmethod
+    def _factor(x: Tensor, most: float) -> Tensor:
+        return _uniform(x, max(0.0, 1 - most), 1 + most, 1, 1, 1).to(x.dtype)
+
+
+def _grey(x: Tensor) -> Tensor:
+    """The luma of RGB (ITU-R BT.601), or the only channel: (B, 1, H, W)."""
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:] if x.shape[1] == 3 else x.mean(1, keepdim=True)
+
+
+@TRANSFORMS.register_module()
+@dataclass(frozen=True)
 class BatchNormalize:
     """`(x - mean) / std`, one number for all channels or one for each, in the units of the input; integers become float32."""
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from ailab.errors import DataError
 
 _FIRST = 16  # samples that all fail the same way: a programming error, not bad data
+_SHOWN = 10  # of a kind, one by one
 
 
 KINDS = ("missing", "unreadable", "empty", "not_an_image", "truncated", "corrupt", "bomb", "unsupported_mode")  # of a BadFile
@@ -36,8 +37,9 @@ class Bad(NamedTuple):
     """A sample that could not be read."""
 
     sample: int  # its index
-    kind: str  # class of the exception
+    kind: str  # of a `BadFile`, "wrong_type", "wrong_shape" or "not_a_number"; else the class of the exception
     message: str
+    path: str = ""  # of the file, where the exception says which
 
 
 class BadSamples:
@@ -46,26 +48,35 @@ class BadSamples:
     Args:
         name: the split, for messages.
         size: samples of the dataset.
-        max_bad_frac: the share of them that may be bad, rounded up to whole samples.
-        report: called with one line about each bad sample, once.
+        max_bad_frac: the share of them that may be bad, rounded up to whole samples; over several ranks, of what this one has
+            been asked for.
+        report: called with a line about each bad sample, once; of a kind that comes often only with its count, per epoch.
+        share: the part of the dataset that this rank reads in an epoch.
     """
 
-    def __init__(self, name: str, size: int, max_bad_frac: float, report: Callable[[str], None]):
+    def __init__(self, name: str, size: int, max_bad_frac: float, report: Callable[[str], None], share: float = 1.0):
         self.name, self.size, self.report = name, size, report
-        self.allowed = math.ceil(max_bad_frac * size)
+        self.record: Callable[[str, Bad, bool], bool] | None = None  # (split, sample, kept) -> whether it is new
         self.found: dict[int, Bad] = {}
-        self._asked = self._failed = 0
+        self.kept: dict[int, Bad] = {}  # damaged, and good enough
+        self._frac, self._share = max_bad_frac, share
+        self._asked = self._failed = self._told = 0
 
-    def add(self, bad: Sequence[Bad], asked: int) -> None:
+    @property
+    def allowed(self) -> int:
+        """How many samples may be bad by now."""
+        return math.ceil(self._frac * min(self.size, max(self._asked, self._share * self.size)))
+
+    def add(self, bad: Sequence[Bad], asked: int, kept: Sequence[Bad] = ()) -> None:
         """Take note of the bad ones among the next `asked` samples.
 
         Raises:
             DataError: more than the allowed share is bad, or all of the first samples failed in the same way.
         """
         for sample in bad:
-            if sample.sample not in self.found:
-                self.found[sample.sample] = sample
-                self.report(f"{self.name}: sample {sample.sample} is bad and was replaced: {sample.kind}: {sample.message}")
+            self._note(self.found, sample, "is bad and was replaced")
+        for sample in kept:
+            self._note(self.kept, sample, "is damaged and was used")
         self._asked += asked
         self._failed += min(len(bad), asked)  # what was tried beyond those as a stand-in does not count
         kinds = {sample.kind for sample in self.found.values()}
@@ -74,13 +85,34 @@ class BadSamples:
         if len(self.found) > self.allowed:
             raise self.error(f"more than {self.allowed} of {self.size} samples are bad")
 
+    def end_epoch(self) -> None:
+        """Report the counts, where there are more than at the last one."""
+        if len(self.found) + len(self.kept) > self._told:
+            self._told = len(self.found) + len(self.kept)
+            used = f"; {len(self.kept)} damaged ones were used" if self.kept else ""
+            self.report(f"{self.name}: {len(self.found)} of {self.size} samples were bad so far ({self._counts()}){used}.")
+
     def error(self, why: str) -> DataError:
         """The error that ends the run, with the counts by kind and the first ones."""
-        kinds = [sample.kind for sample in self.found.values()]
         lines = [f"{self.name}: {why}."]
-        if kinds:
-            counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+        if self.found:
             first = next(iter(self.found.values()))
-            lines.append(f"  Bad so far: {counts}; samples {list(self.found)[:10]}.")
+            lines.append(f"  Bad so far: {self._counts()}; samples {list(self.found)[:10]}.")
             lines.append(f"  First: {first.kind}: {first.message}")
+            if first.kind == "wrong_shape":
+                lines.append(
+                    "  Samples that may differ need a collate_fn that pads them, or a transform that makes them equal."
+                )
         return DataError("\n".join(lines))
+
+    def _note(self, known: dict[int, Bad], sample: Bad, what: str) -> None:
+        if sample.sample in known:
+            return
+        known[sample.sample] = sample
+        new = self.record is None or self.record(self.name, sample, known is self.kept)
+        if new and sum(s.kind == sample.kind for s in known.values()) <= _SHOWN:
+            self.report(f"{self.name}: sample {sample.sample} {what}: {sample.kind}: {sample.message}")
+
+    def _counts(self) -> str:
+        kinds = [sample.kind for sample in self.found.values()]
+        return ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))) or "none"

@@ -100,14 +100,14 @@ def read_image(
 
 
 def resized(picture: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """(C, H, W) uint8 at another size, or with its shorter side of that length; bilinear, antialiased, memory in HWC order."""
+    """(C, H, W) uint8 at another size, or with its shorter side of that length; bilinear, antialiased; contiguous."""
     h, w = picture.shape[-2:]
     if isinstance(size, int):
         size = (size, max(1, size * w // h)) if h <= w else (max(1, size * h // w), size)
     if size == (h, w):
-        return picture
+        return picture.contiguous()
     last = picture[None].contiguous(memory_format=torch.channels_last)  # three times as fast
-    return torch.nn.functional.interpolate(last, size, mode="bilinear", antialias=True, align_corners=False)[0]
+    return torch.nn.functional.interpolate(last, size, mode="bilinear", antialias=True, align_corners=False)[0].contiguous()
 
 
 class _Found(NamedTuple):

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import random
-import signal
 import sys
-import threading
+import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import cycle
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import default_collate  # pyright: ignore[reportUnknownVariableType]
 
 from ailab import tree
 from ailab.binding import wrap_sample
-from ailab.datasets.bad import Bad
+from ailab.datasets.bad import Bad, BadFile
+from ailab.datasets.image import Reading, reading
+from ailab.errors import DataError
 from ailab.rng import mix
 from ailab.types import WEIGHT, Batch
 
-_SHIELDED = (signal.SIGINT, signal.SIGTERM)
-_TRIES = 16  # samples looked at for a stand-in when a whole batch is bad
+_TRIES = 16  # samples looked at for a stand-in when a whole batch is bad, or for one that says how a sample looks
+_RETRIES, _PAUSE_S = 2, 0.05  # of a read that failed for a reason that may pass
+_PASSING = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EREMOTEIO}
 
 
 class Key(NamedTuple):
@@ -41,46 +46,23 @@ class Loaded(NamedTuple):
     batch: Batch | None  # None: `failure` says why
     asked: int  # samples of the key
     bad: list[Bad]
+    kept: list[Bad] = []  # noqa: RUF012 # never written to
     failure: str = ""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How samples are read."""
+
+    seed: int
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    nan_is_bad: bool = True  # a NaN in any number of a sample
+    files: Reading = field(default_factory=Reading)  # how the files in them are
 
 
 def narrow(x: torch.Tensor) -> torch.Tensor:
     """float64 as float32; any other dtype as it is."""
     return x.float() if x.dtype == torch.float64 else x
-
-
-@contextmanager
-def signals_held() -> Generator[None]:
-    """Hold SIGINT and SIGTERM back while workers start: one that came before `start_worker` would kill them."""
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-
-
-def start_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    """Leave SIGINT and SIGTERM to the host, which ends its workers itself once the state is saved."""
-    for number in _SHIELDED:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SHIELDED)
-    if then is not None:
-        then(worker)
-
-
-def reap(workers: Sequence[BaseProcess]) -> None:
-    """Kill workers that outlive their iterator: they ignore SIGTERM, so at exit the interpreter would wait for them forever."""
-    alive = [w for w in workers if w.is_alive()]
-    if not alive:
-        return
-    on_main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if on_main else None  # torch's own would report a death
-    for worker in alive:
-        worker.kill()
-    for worker in alive:
-        worker.join()
-    if on_main:
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 @contextmanager
@@ -105,59 +87,139 @@ def _seed_generators(seed: int) -> None:
         numpy.random.seed(seed & 0xFFFFFFFF)
 
 
-def _described(index: int, error: Exception) -> Bad:
+def _described(index: int, error: Exception, kind: str = "") -> Bad:
     """The error with the line of user code that raised it; short, and safe to print."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    text = f"{error} ({Path(frame.filename).name}:{frame.lineno})"[:500]
-    return Bad(
-        index, type(error).__name__, "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    )
+    if isinstance(error, BadFile):
+        return Bad(index, error.kind, _printable(str(error)), _printable(error.path))
+    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    where = f" ({Path(frame.filename).name}:{frame.lineno})" if frame and not kind else ""
+    path = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else ""
+    return Bad(index, kind or type(error).__name__, _printable(f"{error}{where}"), _printable(path))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:500])
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether a failure comes from storage that may answer the next time."""
+    return error is not None and (getattr(error, "errno", None) in _PASSING or _may_pass(error.__cause__))
+
+
+class _Misfit(Exception):
+    """A sample that is not what the others are."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
 
 
 class Fetcher(torch.utils.data.Dataset[Loaded]):
     """A dataset of batches: `fetcher[key]` reads the samples of `key`, each under a seed of (seed, epoch, index).
 
-    A sample that raises is replaced by a good one of the batch. With `size` every batch has that many slots and the
-    field `_weight`, which is 0 for such a stand-in and for padding; without it a batch has as many slots as samples, and for no
-    samples one that weighs 0.
+    A sample that raises, holds a NaN, or has other fields, types or shapes than the first good one of the dataset is replaced by
+    a good one of the batch. With `size` every batch has that many slots and the field `_weight`, which is 0 for such a stand-in
+    and for padding; without it a batch has as many slots as samples, and for no samples one that weighs 0.
     """
 
-    def __init__(self, dataset: Any, seed: int, size: int | None, collate_fn: Callable[[list[Any]], Any] | None):
+    def __init__(self, dataset: Any, reader: Reader, size: int | None, batch_size: int):
         self.dataset = dataset
-        self.seed = seed
+        self.reader = reader
         self.size = size
-        self.collate_fn = collate_fn
+        self.same_shapes = batch_size > 1
+        self._like: dict[str, Any] | None = None  # what the fields of a good sample are
 
     def __getitem__(self, index: Any) -> Loaded:
         key = Key(*index)
         with _generators_kept():
-            samples, bad = self._read(key.epoch, key.ids)
+            samples, bad, kept = self._read(key.epoch, key.ids)
             good = [s for s in samples if s is not None] or self._stand_in(key, bad)
             if not good:
-                return Loaded(None, len(key.ids), bad, f"no sample of this batch can be read, nor any of the {_TRIES} after it")
-            _seed_generators(mix(self.seed, key.epoch, key.spare, 1))  # for what a collate function draws: alike on every rank
+                why = f"no sample of this batch can be read, nor any of the {_TRIES} after it"
+                return Loaded(None, len(key.ids), bad, kept, why)
+            _seed_generators(
+                mix(self.reader.seed, key.epoch, key.spare, 1)
+            )  # for what a collate function draws: alike on every rank
             try:
-                return Loaded(self._collate(samples, good), len(key.ids), bad)
+                return Loaded(self._collate(samples, good), len(key.ids), bad, kept)
             except Exception as error:  # user data: any class can come
-                return Loaded(None, len(key.ids), bad, f"samples {key.ids[:8]} do not collate: {_described(0, error).message}")
+                why = f"samples {key.ids[:8]} do not collate: {_described(0, error).message}"
+                return Loaded(None, len(key.ids), bad, kept, why)
 
-    def _read(self, epoch: int, ids: Sequence[int]) -> tuple[list[Any], list[Bad]]:
+    def _read(self, epoch: int, ids: Sequence[int]) -> tuple[list[Any], list[Bad], list[Bad]]:
+        """The samples, None for bad ones; the bad ones; and those that are good enough."""
         samples: list[Any] = []
         bad: list[Bad] = []
+        kept: list[Bad] = []
         for index in ids:
+            files = replace(self.reader.files, notes=[])
             try:
-                _seed_generators(mix(self.seed, epoch, index))
-                sample = self.dataset[index]
-                samples.append(sample if self.collate_fn else wrap_sample(sample))
+                samples.append(self._checked(self._sample(epoch, index, files)))
+                kept += [Bad(index, "truncated", _printable(f"{p}: {text}"), _printable(p)) for p, text in files.notes]
+            except _Misfit as error:
+                samples.append(None)
+                bad.append(_described(index, error, error.kind))
             except Exception as error:  # user data: any class can come
                 samples.append(None)
                 bad.append(_described(index, error))
-        return samples, bad
+        return samples, bad, kept
+
+    def _sample(self, epoch: int, index: int, files: Reading) -> Any:
+        for left in range(_RETRIES, -1, -1):
+            files.notes.clear()
+            try:
+                _seed_generators(mix(self.reader.seed, epoch, index))
+                with reading(files):
+                    return self.dataset[index]
+            except Exception as error:  # user data: any class can come
+                if not left or not _may_pass(error):
+                    raise
+                time.sleep(_PAUSE_S)
+        raise AssertionError
+
+    def _checked(self, sample: Any) -> Any:
+        """The sample by named fields, or as it is where the user collates.
+
+        Raises:
+            _Misfit: it holds a NaN, or does not look as the first good one.
+        """
+        if self.reader.collate_fn is None:
+            try:
+                sample = wrap_sample(sample)
+            except DataError as error:
+                raise _Misfit("wrong_type", str(error).splitlines()[0]) from error
+        if self.reader.nan_is_bad and (hole := next((p for p, v in tree.items(sample) if _has_nan(v)), None)) is not None:
+            raise _Misfit("not_a_number", f"there is a NaN in {hole or 'it'!r}")
+        if self.reader.collate_fn is None:
+            self._compare(_look(sample, self.same_shapes))
+        return sample
+
+    def _compare(self, look: dict[str, Any]) -> None:
+        like = self._like or self._first_look()
+        if like is None or look == like:
+            return
+        field = next(n for n in [*like, *look] if like.get(n) != look.get(n))
+        have, wanted = look.get(field, "missing"), like.get(field, "missing")
+        same_type = isinstance(have, tuple) and isinstance(wanted, tuple) and have[0] == wanted[0]
+        raise _Misfit(
+            "wrong_shape" if same_type else "wrong_type",
+            f"does not collate: {field!r} is {_told(have)}, and {_told(wanted)} in the first good sample",
+        )
+
+    def _first_look(self) -> dict[str, Any] | None:
+        """How the first good sample of the dataset looks; the same in each worker."""
+        for index in range(min(_TRIES, len(self.dataset))):
+            try:
+                self._like = _look(wrap_sample(self._sample(0, index, replace(self.reader.files, notes=[]))), self.same_shapes)
+            except Exception:  # it is reported when its turn comes
+                continue
+            return self._like
+        return None
 
     def _stand_in(self, key: Key, bad: list[Bad]) -> list[Any]:
         """The first sample after those of the batch that can be read; none if all of the next ones are bad."""
         for offset in range(len(key.ids), len(key.ids) + _TRIES):
-            samples, more = self._read(key.epoch, [(key.spare + offset) % len(self.dataset)])
+            samples, more, _ = self._read(key.epoch, [(key.spare + offset) % len(self.dataset)])
             if samples[0] is not None:
                 return samples
             bad += more
@@ -167,9 +229,42 @@ class Fetcher(torch.utils.data.Dataset[Loaded]):
         slots = max(self.size or len(samples), 1)
         turns = cycle(good)
         filled = [next(turns) if s is None else s for s in [*samples, *[None] * (slots - len(samples))]]
-        joined = wrap_sample(self.collate_fn(filled)) if self.collate_fn else default_collate(filled)
+        collate = self.reader.collate_fn
+        joined = wrap_sample(collate(filled)) if collate else default_collate(filled)
         batch: Batch = tree.map(narrow, joined)
         if self.size is not None or not samples:
             real = [float(s is not None) for s in samples]
             return {**batch, WEIGHT: torch.tensor(real + [0.0] * (slots - len(real)))}
         return batch
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isnan(value)
+    if type(value).__module__ == "numpy" and getattr(getattr(value, "dtype", None), "kind", "") in "fc":
+        value = torch.as_tensor(value)
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return False
+    # The sum first, which is one pass without memory of its own: it is NaN for a NaN, and for infinities of both signs.
+    return bool(value.sum().isnan()) and bool(value.isnan().any())
+
+
+def _look(sample: Any, shapes: bool) -> dict[str, Any]:
+    """What collation sees of each field, by dotted name: its kind, and its shape."""
+    return {path: _kind(value, shapes) for path, value in tree.items(sample)}
+
+
+def _kind(value: Any, shapes: bool) -> Any:
+    if isinstance(value, (bool, int, float)):
+        return "a number"
+    if isinstance(value, (str, bytes)):
+        return "text"
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is None or dtype is None:
+        return type(value).__name__
+    name = str(dtype).removeprefix("torch.")
+    return ("float32" if name == "float64" else name, tuple(shape) if shapes else ())
+
+
+def _told(kind: Any) -> str:
+    return f"{kind[0]} {kind[1]}" if isinstance(kind, tuple) else str(kind)

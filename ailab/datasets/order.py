@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,19 @@ from ailab.rng import mix
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Another order than a permutation: what a sampler makes of a dataset."""
+
+    count: int  # samples of a lap
+    draw: Callable[[int, torch.Generator], Tensor]  # (epoch, generator) -> (count,) int64, from these two alone
+
+
+@dataclass(frozen=True)
 class Order:
     """The order of a dataset's samples in each epoch.
 
     An epoch has `steps` batches. A lap is one pass over the dataset, `lap_steps` batches; an epoch that is longer goes on with
-    further laps, each another permutation.
+    further laps, each another permutation, or another draw of `plan`.
     """
 
     size: int  # samples of the dataset
@@ -27,6 +35,7 @@ class Order:
     world_size: int
     lap_steps: int
     steps: int
+    plan: Plan | None = None  # instead of a permutation
 
     @property
     def samples(self) -> int:
@@ -35,10 +44,11 @@ class Order:
         return laps * min(self.size, self.lap_steps * self.batch_size) + min(self.size, rest * self.batch_size)
 
     def lap(self, epoch: int, lap: int = 0) -> Tensor:
-        """Every sample once: (size,) int64 on the CPU."""
-        if not self.shuffle:
+        """Every sample once: (size,) int64 on the CPU; with a plan what that draws."""
+        if self.plan is None and not self.shuffle:
             return torch.arange(self.size)
-        return torch.randperm(self.size, generator=torch.Generator().manual_seed(mix(self.seed, epoch, lap)))
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch, lap))
+        return self.plan.draw(epoch, generator) if self.plan else torch.randperm(self.size, generator=generator)
 
     def indices(self, epoch: int, step: int) -> Tensor:
         """The samples of one global batch: (at most batch_size,) int64."""

@@ -5,42 +5,27 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
-from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from ailab import tree
 from ailab.binding import wrap_sample
 from ailab.datasets.bad import Bad, BadSamples
-from ailab.datasets.loading import Fetcher, Key, Loaded, narrow, reap, signals_held, start_worker
+from ailab.datasets.cache import Cache
+from ailab.datasets.image import Reading
+from ailab.datasets.loading import Fetcher, Reader, narrow
 from ailab.datasets.order import Order
+from ailab.datasets.prefetch import on_device
+from ailab.datasets.workers import Workers
 from ailab.errors import DataError
 from ailab.types import WEIGHT, Batch
 
 _BLOCK_BATCHES, _BLOCK_BYTES = 32, 1 << 20  # gathered at a time, at most
 _MEMORY_SHARE = 0.3  # of the free device memory that an in-memory dataset may take
-
-
-def _same(loaded: Any) -> Any:
-    """The collation of the DataLoader: a `Fetcher` has done it. A function of the module, so that it can be spawned."""
-    return loaded
-
-
-class _Keys:
-    """The sampler of the DataLoader: the keys of one pass. Knows the order and not the stream, which owns the DataLoader."""
-
-    def __init__(self, order: Order):
-        self.order = order
-        self.epoch = self.start = 0  # of the next pass
-
-    def __iter__(self) -> Iterator[Key]:
-        batches = self.order.batches(self.epoch, self.start)
-        return (Key(epoch, mine.tolist(), int(ids[0])) for epoch in (self.epoch,) for ids, mine in batches)
 
 
 class Stream:
@@ -64,7 +49,11 @@ class Stream:
         name: the split, for messages.
         report: called with one line about each bad sample.
         max_bad_frac: share of the dataset that may be unreadable.
-        dataloader_kwargs: the rest goes to `torch.utils.data.DataLoader`.
+        sampler: draws other epochs than permutations: see `ailab.datasets.sampling`. `shuffle` is not asked then.
+        truncated: what becomes of truncated pictures: see `read_image`.
+        nan_is_bad: a sample with a NaN in it counts as bad.
+        cache: keeps the pictures that samples are made of.
+        dataloader_kwargs: of `Workers`, and of `torch.utils.data.DataLoader`.
 
     Raises:
         DataError: the dataset is empty, has no length, or has too few samples for one batch with `drop_last`. While iterating:
@@ -90,32 +79,47 @@ class Stream:
         name: str = "data",
         report: Callable[[str], None] | None = None,
         max_bad_frac: float = 0.01,
+        sampler: Any = None,
+        truncated: Literal["skip", "fill"] = "skip",
+        nan_is_bad: bool = True,
+        cache: Cache | None = None,
         **dataloader_kwargs: Any,
     ):
         size = _length(dataset, name)
-        lap = size // batch_size if drop_last else math.ceil(size / batch_size)
+        plan = sampler.plan(dataset, size, batch_size) if sampler is not None else None
+        count = plan.count if plan else size
+        lap = count // batch_size if drop_last else math.ceil(count / batch_size)
         if not lap:
-            raise DataError(f"{name}: {size} samples make no batch of {batch_size} with drop_last=True.")
-        self.order = Order(size, batch_size, shuffle, seed, rank, world_size, lap, lap if iters is None else iters)
+            raise DataError(f"{name}: {count} samples make no batch of {batch_size} with drop_last=True.")
+        self.order = Order(size, batch_size, shuffle, seed, rank, world_size, lap, lap if iters is None else iters, plan)
         self.pad = pad
         self.device = torch.device(device)
         self._slots = math.ceil(batch_size / world_size)
-        self._bad = BadSamples(name, size, max_bad_frac, report or logging.getLogger("ailab.data").warning)
+        report = report or logging.getLogger("ailab.data").warning
+        self._bad = BadSamples(name, size, max_bad_frac, report, share=1 / world_size)
         self._weights: dict[int, Tensor] = {}
         self._tensors = None if collate_fn else _in_memory(dataset, self.device)
+        if self._tensors is not None and nan_is_bad and _holes(self._tensors):
+            self._tensors = None  # by sample, bad ones are found and replaced
         if self._tensors is None:
-            fetcher = Fetcher(dataset, seed, self._slots if pad else None, collate_fn)
+            reader = Reader(seed, collate_fn, nan_is_bad, Reading(truncated, cache))
+            fetcher = Fetcher(dataset, reader, self._slots if pad else None, batch_size)
             pin = self.device.type == "cuda" if pin_memory is None else pin_memory and torch.cuda.is_available()
-            self._keys = _Keys(self.order)
-            self._loader = _loader(fetcher, self._keys, num_workers=num_workers, pin_memory=pin, **dataloader_kwargs)
+            self._workers = Workers(
+                fetcher, self.order, name, report, num_workers=num_workers, pin_memory=pin, **dataloader_kwargs
+            )
 
     def __len__(self) -> int:
         return self.steps
 
     @property
     def bad(self) -> list[Bad]:
-        """The samples that could not be read so far, (index, kind, message), once each."""
+        """The samples that could not be read so far, once each."""
         return list(self._bad.found.values())
+
+    def record_bad(self, record: Callable[[str, Bad, bool], bool]) -> None:
+        """Give each bad sample to `record(split, sample, kept)`, once; it says whether that is news, to be reported."""
+        self._bad.record = record
 
     @property
     def steps(self) -> int:
@@ -178,33 +182,17 @@ class Stream:
     # Any other dataset: a DataLoader whose items are whole batches.
 
     def _load(self, epoch: int, start: int, lean: bool) -> Iterator[Batch]:
-        self._keys.epoch, self._keys.start = epoch, start
-        with signals_held():
-            batches = iter(self._loader)
-        if workers := getattr(batches, "_workers", ()):
-            Finalize(batches, reap, (workers,), exitpriority=100)  # before multiprocessing joins what is left
-        for loaded in batches:
-            self._bad.add(loaded.bad, loaded.asked)
-            if loaded.batch is None:
-                raise self._bad.error(loaded.failure)
-            if lean and loaded.asked == self._slots and not loaded.bad:
-                loaded.batch.pop(WEIGHT, None)
-            yield tree.to(loaded.batch, self.device)
+        def batches() -> Iterator[Batch]:
+            for loaded in self._workers.batches(epoch, start):
+                self._bad.add(loaded.bad, loaded.asked, loaded.kept)
+                if loaded.batch is None:
+                    raise self._bad.error(loaded.failure)
+                if lean and loaded.asked == self._slots and not loaded.bad:
+                    loaded.batch.pop(WEIGHT, None)
+                yield loaded.batch
 
-
-def _loader(
-    fetcher: Fetcher, keys: _Keys, *, worker_init_fn: Callable[[int], None] | None = None, **settings: Any
-) -> DataLoader[Loaded]:
-    """A DataLoader each of whose items is a whole batch."""
-    return DataLoader(
-        fetcher,
-        batch_size=None,
-        sampler=keys,  # pyright: ignore[reportArgumentType]  # it has an order and no length
-        collate_fn=_same,
-        generator=torch.Generator(),  # else each epoch would draw from the global one
-        worker_init_fn=partial(start_worker, worker_init_fn),
-        **settings,
-    )
+        yield from on_device(batches(), self.device)
+        self._bad.end_epoch()
 
 
 def _length(dataset: Any, name: str) -> int:
@@ -234,3 +222,8 @@ def _in_memory(dataset: Any, device: torch.device) -> dict[str, Tensor] | None:
     if device.type == "cuda" and tree.nbytes(tensors) > _MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
         return tensors
     return {name: t.to(device) for name, t in tensors.items()}
+
+
+def _holes(tensors: dict[str, Tensor]) -> bool:
+    """Whether there is a NaN in any of them."""
+    return any(t.is_floating_point() and bool(t.sum().isnan()) and bool(t.isnan().any()) for t in tensors.values())

@@ -1,0 +1,151 @@
+"""The cache of decoded pictures: the same bytes as without, shared by all processes, stale and damaged entries never used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pictures import encoded, photo
+from PIL import Image
+from test_loading import Files
+from test_stream import equal, stream
+
+from ailab.datasets import read_image
+from ailab.datasets.bad import BadFile
+from ailab.datasets.cache import SHARED, Cache, run_cache
+from ailab.datasets.image import Reading, reading
+
+
+@pytest.fixture(params=["ram", "disk"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cache]:
+    if request.param == "ram" and not SHARED.is_dir():
+        pytest.skip("the system has no /dev/shm")
+    made = run_cache(request.param, tmp_path)
+    assert made is not None
+    yield made
+    made.clear()
+
+
+def picture(path: Path, seed: int = 0) -> Path:
+    path.write_bytes(encoded(photo(seed), "JPEG"))
+    return path
+
+
+def read(cache: Cache, path: Path, **settings: Any) -> tuple[torch.Tensor, bool]:
+    """A picture, and whether it was decoded now."""
+    opened: list[Any] = []
+    original = Image.open
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        opened.append(args)
+        return original(*args, **kwargs)
+
+    Image.open = watched  # type: ignore[assignment]
+    try:
+        with reading(Reading(cached=cache)):
+            return read_image(path, **settings), bool(opened)
+    finally:
+        Image.open = original
+
+
+def test_a_picture_is_decoded_once(cache: Cache, tmp_path: Path) -> None:
+    """The second time it comes from the cache, bit for bit and with the same strides, each size and mode on its own."""
+    path = picture(tmp_path / "x")
+    for settings in ({}, {"resize": 30}, {"resize": (20, 50)}, {"mode": "L"}, {"mode": "RGBA"}):
+        plain = read_image(path, **settings)
+        (first, made), (second, again) = read(cache, path, **settings), read(cache, path, **settings)
+        assert (made, again) == (True, False)
+        assert torch.equal(first, plain)
+        assert torch.equal(second, plain)
+        assert second[0].stride() == plain[0].stride()
+
+
+def test_a_source_that_changes_is_read_again(cache: Cache, tmp_path: Path) -> None:
+    """Another size or time of change of the file makes its entry worthless; a file that is gone is missing."""
+    path = picture(tmp_path / "x")
+    read(cache, path)
+    os.utime(path, ns=(1, 1))
+    assert read(cache, path)[1]
+    time = path.stat().st_mtime_ns
+    path.write_bytes(encoded(photo(9), "PNG"))
+    os.utime(path, ns=(time, time))
+    found, made = read(cache, path)
+    assert made
+    assert torch.equal(found, read_image(path))
+    path.unlink()
+    with pytest.raises(BadFile):
+        read(cache, path)
+
+
+def test_a_damaged_entry_is_never_used(cache: Cache, tmp_path: Path) -> None:
+    """Cut anywhere or flipped anywhere, an entry is made again; so is one of another user."""
+    path = picture(tmp_path / "x")
+    whole = read(cache, path)[0]
+    (entry,) = (p for p in cache.folder.rglob("*") if p.is_file())
+    content = entry.read_bytes()
+    for at in range(0, len(content), 97):
+        for damaged in (content[:at], content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]):
+            entry.write_bytes(damaged)
+            found, made = read(cache, path)
+            assert made
+            assert torch.equal(found, whole)
+    assert not read(cache, path)[1]
+
+
+def test_bad_files_are_not_kept(cache: Cache, tmp_path: Path) -> None:
+    """What cannot be read is refused each time, and leaves nothing behind."""
+    (tmp_path / "x").write_bytes(encoded(photo(0), "JPEG")[:500])
+    for _ in range(2):
+        with pytest.raises(BadFile):
+            read(cache, tmp_path / "x")
+    assert not any(p.is_file() for p in cache.folder.rglob("*"))
+
+
+def test_a_full_or_unusable_place_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing can be kept pictures are decoded, and no part of a file stays."""
+    path = picture(tmp_path / "x")
+    blocked = Cache(path / "cache")
+    assert read(blocked, path)[1]
+    assert read(blocked, path)[1]
+    free = Cache(tmp_path / "c")
+    monkeypatch.setattr("ailab.datasets.cache._SPARE", 1.0)
+    assert read(free, path)[1]
+    assert read(free, path)[1]
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    assert read(free, path)[1]
+    assert not any(p.is_file() for p in free.folder.rglob("*"))
+
+
+def _race(job: tuple[Path, Path]) -> list[float]:
+    torch.set_num_threads(1)
+    with reading(Reading(cached=Cache(job[0]))):
+        return [float(read_image(job[1] / str(i)).float().mean()) for i in range(20)]
+
+
+def test_processes_and_threads_share_it(cache: Cache, tmp_path: Path) -> None:
+    """Four readers at once, processes or threads, get the pictures and leave one entry each."""
+    for i in range(20):
+        picture(tmp_path / str(i), i)
+    wanted = [float(read_image(tmp_path / str(i)).float().mean()) for i in range(20)]
+    with get_context("fork").Pool(4) as pool:
+        assert pool.map(_race, [(cache.folder, tmp_path)] * 4, chunksize=1) == [wanted] * 4
+    cache.clear()
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(_race, [(cache.folder, tmp_path)] * 4)) == [wanted] * 4
+    assert sum(p.is_file() for p in cache.folder.rglob("*")) == 20
+
+
+def test_batches_are_the_same_with_it(cache: Cache, tmp_path: Path) -> None:
+    """A stream over workers gives bitwise the batches of one without a cache, cold and warm."""
+    for i in range(10):
+        picture(tmp_path / str(i), i)
+    plain = list(stream(Files(tmp_path, 10)).epoch(0))
+    for workers in (0, 2):
+        assert equal(list(stream(Files(tmp_path, 10), cache=cache, num_workers=workers).epoch(0)), plain)
