@@ -451,3 +451,12 @@ def test_a_hook_that_changes_something_is_no_identity() -> None:
     """`check_identity` fails for a hook that does something, and names the first tensor that it reached."""
     with pytest.raises(AssertionError, match=r"changes nothing: params\.0\.weight"):
         check_identity(GradClipHook(max_norm=0.1))
+
+
+@pytest.mark.nightly
+def test_traced_hooks_in_generated_code(tmp_path: Path) -> None:
+    """All traced hooks without randomness, one around the other in one graph of generated code, keep the laws."""
+    names = ["LabelSmoothingHook", "FreezeHook", "GradStatsHook", "GradClipHook", "GradAccumulateHook", "SAMHook"]
+    names += ["SkipNonFiniteHook", "SpikeHook", "LookaheadHook", "EMAHook", "SWAHook"]
+    hooks = [h for n in names for h in made(n, tmp_path, **({"policy": "skip"} if n == "SpikeHook" else {}))]
+    check_hook([h for h in hooks if h.depth in ("loss", "grad", "step")])
