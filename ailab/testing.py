@@ -47,6 +47,26 @@ def check_hook(hooks: Hooks, *, compiled: bool = True) -> None:
         _check_traced(net, compiled)
 
 
+def check_identity(hooks: Hooks, *, steps: int = 8) -> None:
+    """Hold a hook, in the setting in which it is to change nothing, to that: clip(inf), sam(0), an average that only watches.
+
+    Args:
+        hooks: what the builder returned.
+        steps: of training.
+
+    Raises:
+        AssertionError: naming the first path of parameters, buffers or optimizer memory that is not bitwise what it is without.
+    """
+    ends: list[TrainState] = []
+    for net in (TinyNet(as_hooks(hooks, "check_identity")), TinyNet()):
+        step, state = stack(compile(net.step(), enabled=False, donate=False), at(net.hooks, "host")), net.state.clone()
+        for i in range(steps):
+            state, _ = step(state, net.batches[i % len(net.batches)])
+        ends.append(state)
+    mine, bare = ({f: getattr(state, f) for f in ("params", "buffers", "opt_state")} for state in ends)
+    _same(mine, bare, "the hook changes nothing")
+
+
 class TinyNet:
     """A run of two steps as small as can be, in Python, with some hooks around it."""
 

@@ -22,7 +22,7 @@ from ailab.optim import build_optimizer
 from ailab.registry import HOOKS
 from ailab.signature import parameters
 from ailab.stack import Middleware, as_hooks, at, stack
-from ailab.testing import TinyNet, check_hook
+from ailab.testing import TinyNet, check_hook, check_identity
 from ailab.types import WEIGHT, Aux, Batch, Grad, Logs, Mean, Params, RunInfo, Step, TrainState
 
 ARGUMENTS: dict[str, dict[str, Any]] = {  # what a hook needs, or what makes it do something
@@ -77,14 +77,12 @@ def test_the_laws(name: str, tmp_path: Path, aot_eager: None) -> None:
     check_hook(made(name, tmp_path), compiled=True)
 
 
-@pytest.mark.parametrize("hooks", [[GradClipHook(max_norm=float("inf"))], [GradAccumulateHook(1)], SkipNonFiniteHook()])
+@pytest.mark.parametrize(
+    "hooks", [[GradClipHook(max_norm=float("inf"))], [GradAccumulateHook(1)], SkipNonFiniteHook(), SkipNonFiniteHook("skip")]
+)
 def test_identity_settings_are_identities(hooks: list[Any]) -> None:
     """clip(inf), accumulate(1) and a skip that has nothing to skip leave parameters, buffers and momentum bitwise alone."""
-    bare, mine = TinyNet(), TinyNet(hooks)
-    a, b = bare.run(bare.step())[0], mine.run(mine.step())[0]
-    for field in ("params", "buffers", "opt_state"):
-        for (path, x), (_, y) in zip(tree.items(getattr(a, field)), tree.items(getattr(b, field)), strict=True):
-            assert torch.equal(x, y), f"{field}.{path}"
+    check_identity(hooks)
 
 
 def test_an_average_without_memory_is_the_parameters() -> None:
@@ -447,3 +445,18 @@ def test_a_hook_that_breaks_a_law_is_told_which(law: str, aot_eager: None) -> No
     """`check_hook` fails for a hook that breaks a law, and names that law."""
     with pytest.raises(AssertionError, match=law):
         check_hook(broken(law))
+
+
+def test_a_hook_that_changes_something_is_no_identity() -> None:
+    """`check_identity` fails for a hook that does something, and names the first tensor that it reached."""
+    with pytest.raises(AssertionError, match=r"changes nothing: params\.0\.weight"):
+        check_identity(GradClipHook(max_norm=0.1))
+
+
+@pytest.mark.nightly
+def test_traced_hooks_in_generated_code(tmp_path: Path) -> None:
+    """All traced hooks without randomness, one around the other in one graph of generated code, keep the laws."""
+    names = ["LabelSmoothingHook", "FreezeHook", "GradStatsHook", "GradClipHook", "GradAccumulateHook", "SAMHook"]
+    names += ["SkipNonFiniteHook", "SpikeHook", "LookaheadHook", "EMAHook", "SWAHook"]
+    hooks = [h for n in names for h in made(n, tmp_path, **({"policy": "skip"} if n == "SpikeHook" else {}))]
+    check_hook([h for h in hooks if h.depth in ("loss", "grad", "step")])

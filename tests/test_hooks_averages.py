@@ -18,7 +18,7 @@ from ailab.errors import ConfigError
 from ailab.fit import fit
 from ailab.hooks import EMAHook, LookaheadHook, SWAHook
 from ailab.stack import at, stack
-from ailab.testing import TinyNet
+from ailab.testing import TinyNet, check_identity
 from ailab.types import TrainState
 
 STEPS = 20
@@ -111,10 +111,7 @@ def test_identity_settings_are_identities(name: str, tmp_path: Path) -> None:
         "swa": SWAHook(5, run=info(tmp_path, total_epochs=10)),
         "ema": EMAHook(use_buffers=True),
     }[name]
-    a, b = along(TinyNet()), along(TinyNet(hooks))
-    for field in ("params", "buffers", "opt_state"):
-        for (path, x), (_, y) in zip(tree.items(getattr(a, field)), tree.items(getattr(b, field)), strict=True):
-            assert torch.equal(x, y), f"{field}.{path}"
+    check_identity(hooks)
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])

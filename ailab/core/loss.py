@@ -189,16 +189,24 @@ def _views(ask: Callable[[Batch], Any], batch: Batch, obeys: bool) -> dict[str, 
         batch: with the field VIEWS where a hook has put it; else there is one view, the batch itself.
         obeys: whether the criterion is given the weights, so that a `Mean` of it has counted them.
     """
+    if VIEWS not in batch:
+        return {n: as_mean(v, batch) for n, v in _named(ask(batch)).items()}
     found: dict[str, Mean] = {}
-    for share, fields in batch.get(VIEWS) or [(None, {})]:
+    for share, fields in batch[VIEWS]:
         view = {**batch, **fields}
         if share is not None:
             view[WEIGHT] = share * (batch[WEIGHT] if WEIGHT in batch else torch.ones(batch_size(batch), device=share.device))
-        result = ask(view)
-        for name, value in (result if isinstance(result, Mapping) else {"": result}).items():
+        for name, value in _named(ask(view)).items():
             mean = as_mean(value, view, None if isinstance(value, Mean) and obeys else share)
-            found[str(name)] = found[str(name)] + mean if str(name) in found else mean
+            sums = found[name] + mean if name in found else mean
+            # The shares of a sample add up to 1; so do they here, without rounding.
+            found[name] = Mean(sums.total, as_mean(value, batch).weight) if isinstance(value, Tensor) else sums
     return found
+
+
+def _named(result: Any) -> dict[str, Any]:
+    """A criterion's result by the names of its parts; "" where it is one number."""
+    return {str(n): v for n, v in result.items()} if isinstance(result, Mapping) else {"": result}
 
 
 def _combine(parts: Mapping[str, Mean], batch: Batch) -> tuple[Mean, dict[str, Mean]]:
@@ -253,7 +261,8 @@ def pure_loss(
     dict, its parts. Without a criterion the model itself must give an output named "loss".
 
     A batch with the field VIEWS, [(share, fields)], has its criterion asked once for each: with these fields in place of the
-    batch's, and every sample counting `share` times, () or (B,); None is once. The sums are added, and divided once.
+    batch's, and every sample counting `share` times, () or (B,); None is once. The shares of a sample add up to 1. The sums are
+    added, and divided once.
     """
     obeys = loss_binding is not None and any(f == WEIGHT for _, f in (*loss_binding.mapped, *loss_binding.free))
 
