@@ -19,10 +19,12 @@ from ailab.hooks.metrics import MetricHook as MetricHook
 from ailab.hooks.mixing import CutMixHook as CutMixHook
 from ailab.hooks.mixing import MixupHook as MixupHook
 from ailab.hooks.nonfinite import SkipNonFiniteHook as SkipNonFiniteHook
+from ailab.hooks.profiler import ProfilerHook as ProfilerHook
 from ailab.hooks.remat import RematHook as RematHook
 from ailab.hooks.sam import SAMHook as SAMHook
 from ailab.hooks.spike import SpikeHook as SpikeHook
 from ailab.hooks.swa import SWAHook as SWAHook
 from ailab.hooks.sync_batchnorm import SyncBatchNormHook as SyncBatchNormHook
 from ailab.hooks.tensorboard import TensorboardHook as TensorboardHook
+from ailab.hooks.throughput import ThroughputHook as ThroughputHook
 from ailab.hooks.wandb import WandbHook as WandbHook
