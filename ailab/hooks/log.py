@@ -131,7 +131,7 @@ def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
 
     def begin(state: TrainState) -> None:
         nonlocal lines
-        _write_config(run)
+        configure(run)
         lines = Lines(run.work_dir / METRICS)
         epoch, step = epochs_done(state), state.at
         training = run.steps_per_epoch > 0
@@ -145,6 +145,7 @@ def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
         if lines is not None:
             lines.append({**head, **report.means, "lr": list(report.lrs), **wall})
 
+    configure = guarded(_write_config, CONFIG, run)
     append = guarded(write, METRICS, run)  # a full disk does not switch the check below off
 
     def emit(report: Report) -> None:
