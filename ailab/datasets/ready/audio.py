@@ -13,6 +13,7 @@ from torch import Tensor
 from ailab.datasets.audio import SOUNDS, check_reader, read_audio, sound_info
 from ailab.datasets.folder import FolderPerClassDataset
 from ailab.datasets.listed import ListDataset
+from ailab.datasets.packed import Packed
 from ailab.datasets.pipeline import TransformSpec, build_transform
 from ailab.datasets.ready.image_classification import labelled
 from ailab.datasets.tasks import AudioClassificationTask
@@ -60,13 +61,14 @@ class AudioClassificationDataset(ListDataset, AudioClassificationTask):
         self.transform = build_transform(transform)
         if os.path.isdir(annotation_file):
             folders = FolderPerClassDataset(annotation_file, classes, extensions=SOUNDS)
-            self.classes, items = folders.classes, folders.samples
+            self.classes, items = folders.classes, list(folders.samples)
         else:
             self.classes, items = labelled(
                 annotation_file, x_key, y_key, classes=classes, root=root, allow_outside_root=allow_outside_root
             )
         check_reader(path for path, _ in items)
-        super().__init__(items)
+        super().__init__(Packed(items))
+        self.targets = torch.tensor([label for _, label in items])  # of all samples: (N,) int64
 
     def load_audio(self, raw: Any) -> Tensor:
         """(C, frames)."""

@@ -72,22 +72,28 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
         box_policy: BoxPolicy = "error",
         allow_outside_root: bool = False,
     ):
-        super().__init__(annotation_file, images_root, box_policy=box_policy, allow_outside_root=allow_outside_root)
         self.tasks = tuple("mask" if t == "segmentation" else t for t in tasks)
         if wrong := [t for t in self.tasks if t not in _TASKS]:
             raise DataError(f"COCODataset: tasks has {wrong[0]!r}; there are {listed(_TASKS)}.")
         self.transform = build_transform(transform)
         self.box_format, fraction = _FORMATS[box_format]
-        self.normalize, self.ignore_crowd = normalize or fraction, ignore_crowd
-        for image_id, found in self.annotations.items():
-            kept = [a for a in found if not (ignore_crowd and a.get("iscrowd")) and _area(a) >= min_area]
-            self.annotations[image_id] = kept
-            for annotation in kept:
-                self._check_parts(annotation)
-        if not keep_empty:
-            self.ids = [i for i in self.ids if self.annotations[i]]
-        if not self.ids:
-            raise DataError(f"{self.coco_json}: the split is empty: no picture has an object that is left.")
+        self.normalize, self.min_area = normalize or fraction, min_area
+        self.ignore_crowd, self.keep_empty = ignore_crowd, keep_empty
+        super().__init__(annotation_file, images_root, box_policy=box_policy, allow_outside_root=allow_outside_root)
+
+    def kept(self, annotation: dict[str, Any], image: dict[str, Any], where: str) -> bool:
+        """Neither a crowd, where they are ignored, nor too small; it has what the tasks need."""
+        if (self.ignore_crowd and annotation.get("iscrowd")) or _area(annotation) < self.min_area:
+            return False
+        for task, part in (("bbox", "bbox"), ("mask", "segmentation"), ("keypoints", "keypoints")):
+            if task in self.tasks and part not in annotation:
+                raise DataError(f"{where}: there is no {part!r}, which the task {task!r} needs. It has: {listed(annotation)}.")
+        if "mask" in self.tasks:
+            check_segmentation(annotation["segmentation"], (image["height"], image["width"]), where)
+        if "keypoints" in self.tasks and len(annotation["keypoints"]) != 3 * self.keypoint_count:
+            count = f"3 x {self.keypoint_count} numbers of keypoints, as the categories say"
+            raise DataError(f"{where}: expected {count}, got {len(annotation['keypoints'])}.")
+        return True
 
     def load(self, raw: Any) -> Sample:
         """The picture and the fields of its objects."""
@@ -121,18 +127,6 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
         """(N, H, W) bool."""
         found = [decoded(a["segmentation"], size, f"{self.coco_json}, annotation id {a['id']}") for a in objects]
         return torch.stack(found) if found else torch.zeros(0, *size, dtype=torch.bool)
-
-    def _check_parts(self, annotation: dict[str, Any]) -> None:
-        where = f"{self.coco_json}, annotation id {annotation['id']}"
-        image = self.images[annotation["image_id"]]
-        for task, part in (("bbox", "bbox"), ("mask", "segmentation"), ("keypoints", "keypoints")):
-            if task in self.tasks and part not in annotation:
-                raise DataError(f"{where}: there is no {part!r}, which the task {task!r} needs. It has: {listed(annotation)}.")
-        if "mask" in self.tasks:
-            check_segmentation(annotation["segmentation"], (image["height"], image["width"]), where)
-        if "keypoints" in self.tasks and len(annotation["keypoints"]) != 3 * self.keypoint_count:
-            count = f"3 x {self.keypoint_count} numbers of keypoints, as the categories say"
-            raise DataError(f"{where}: expected {count}, got {len(annotation['keypoints'])}.")
 
 
 @DATASETS.register_module()
