@@ -12,7 +12,7 @@ from ailab.datasets.packed import Packed
 from ailab.datasets.paths import inside
 from ailab.datasets.records import lookup, parse_json, read_text
 from ailab.errors import DataError
-from ailab.signature import listed
+from ailab.signature import check_choice, listed
 
 _PARTS = ("images", "annotations", "categories")
 
@@ -45,6 +45,7 @@ class CocoAnnotationDataset(LabBaseDataset):
         box_policy: BoxPolicy = "error",
         allow_outside_root: bool = False,
     ):
+        check_choice(box_policy, BoxPolicy, f"{type(self).__name__}: box_policy")
         self.coco_json, self.img_dir = Path(coco_json), Path(images_dir)
         self.allow_outside_root = allow_outside_root
         content = parse_json(read_text(self.coco_json), str(self.coco_json))

@@ -15,7 +15,7 @@ from ailab.datasets.paths import PICTURES, inside, listing
 from ailab.datasets.records import read_records
 from ailab.datasets.safe_xml import read_xml
 from ailab.errors import DataError, nearest
-from ailab.signature import listed
+from ailab.signature import check_choice, listed
 
 
 class VocAnnotationDataset(LabBaseDataset):
@@ -49,6 +49,7 @@ class VocAnnotationDataset(LabBaseDataset):
         classes: Sequence[str] | None = None,
         box_policy: BoxPolicy = "error",
     ):
+        check_choice(box_policy, BoxPolicy, f"{type(self).__name__}: box_policy")
         self.img_dir, self.ann_dir = Path(images_dir), Path(annotations_dir)
         self.names = _split(self.ann_dir, names)
         pictures = {e.name for e in listing(self.img_dir, "a folder of pictures")}

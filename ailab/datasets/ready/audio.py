@@ -18,6 +18,9 @@ from ailab.datasets.pipeline import TransformSpec, build_transform
 from ailab.datasets.ready.image_classification import labelled
 from ailab.datasets.tasks import AudioClassificationTask
 from ailab.registry import DATASETS
+from ailab.signature import check_choice
+
+_Crop = Literal["random", "center", "start"]
 
 
 @DATASETS.register_module()
@@ -48,7 +51,7 @@ class AudioClassificationDataset(ListDataset, AudioClassificationTask):
         frames: int,
         rate: int | None = None,
         *,
-        crop: Literal["random", "center", "start"] = "random",
+        crop: _Crop = "random",
         mono: bool = True,
         x_key: str = "audio",
         y_key: str = "label",
@@ -57,6 +60,7 @@ class AudioClassificationDataset(ListDataset, AudioClassificationTask):
         transform: TransformSpec = None,
         allow_outside_root: bool = False,
     ):
+        check_choice(crop, _Crop, "AudioClassificationDataset: crop")
         self.frames, self.rate, self.crop, self.mono = frames, rate, crop, mono
         self.transform = build_transform(transform)
         if os.path.isdir(annotation_file):

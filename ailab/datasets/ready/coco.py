@@ -17,7 +17,7 @@ from ailab.datasets.rle import check_segmentation, decoded
 from ailab.datasets.tasks.objects import ObjectsTask
 from ailab.errors import DataError
 from ailab.registry import DATASETS
-from ailab.signature import listed
+from ailab.signature import check_choice, listed
 
 _FORMATS: dict[str, tuple[BoxFormat, bool]] = {  # name -> format, and whether as fractions of the picture's sides
     "xyxy": ("xyxy", False),
@@ -27,6 +27,8 @@ _FORMATS: dict[str, tuple[BoxFormat, bool]] = {  # name -> format, and whether a
     "coco": ("xywh", False),
     "yolo": ("cxcywh", True),
 }
+_Format = Literal["xyxy", "xywh", "cxcywh", "pascal", "coco", "yolo"]
+_Mode = Literal["semantic", "instance"]
 _TASKS = ("bbox", "mask", "keypoints")
 
 
@@ -63,7 +65,7 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
         images_root: str | Path,
         tasks: Sequence[str] = ("bbox",),
         *,
-        box_format: Literal["xyxy", "xywh", "cxcywh", "pascal", "coco", "yolo"] = "xyxy",
+        box_format: _Format = "xyxy",
         normalize: bool = False,
         min_area: float = 0.0,
         ignore_crowd: bool = True,
@@ -75,6 +77,7 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
         self.tasks = tuple("mask" if t == "segmentation" else t for t in tasks)
         if wrong := [t for t in self.tasks if t not in _TASKS]:
             raise DataError(f"COCODataset: tasks has {wrong[0]!r}; there are {listed(_TASKS)}.")
+        check_choice(box_format, _Format, "COCODataset: box_format")
         self.transform = build_transform(transform)
         self.box_format, fraction = _FORMATS[box_format]
         self.normalize, self.min_area = normalize or fraction, min_area
@@ -150,7 +153,7 @@ class COCOSegmentationDataset(COCODataset):
         self,
         annotation_file: str | Path,
         images_root: str | Path,
-        mode: Literal["semantic", "instance"] = "semantic",
+        mode: _Mode = "semantic",
         *,
         ignore_index: int = 255,
         keep_empty: bool = True,
@@ -158,6 +161,7 @@ class COCOSegmentationDataset(COCODataset):
         box_policy: BoxPolicy = "error",
         allow_outside_root: bool = False,
     ):
+        check_choice(mode, _Mode, "COCOSegmentationDataset: mode")
         self.mode, self.ignore_index = mode, ignore_index
         super().__init__(
             annotation_file,
