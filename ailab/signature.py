@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from torch import Tensor, nn
 
-from ailab.errors import nearest
+from ailab.errors import ConfigError, nearest
 
 _SHOWN = 24  # names listed in one message
 
@@ -185,6 +185,21 @@ _RULES: dict[Any, Callable[[Any, tuple[Any, ...]], bool]] = {
     dict: _mapping,
     Mapping: _mapping,
 }
+
+
+def check_choice(value: Any, literal: Any, what: str) -> None:
+    """Check a value that did not come out of a cfg, whose check has seen to it there.
+
+    Args:
+        value: what came.
+        literal: a `Literal[...]` of what there is.
+        what: the argument, for the message.
+
+    Raises:
+        ConfigError: the value is none of them.
+    """
+    if problems := mismatch(value, literal, what):
+        raise ConfigError(problems[0])
 
 
 def _literals(annotation: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ailab.datasets import (
     MAEAnnFileDataset,
     MaskingGenerator,
     PadCollate,
+    SplitDataset,
     Stream,
     TextWindows,
     VOCDataset,
@@ -621,6 +623,65 @@ def test_nested_samples_of_any_names_make_batches() -> None:
     assert batch["two"][0].tolist() == [[0], [1], [2], [3]]
     assert batch["two"][1]["inner"][0].tolist() == [0, 1, 2, 3]
     assert batch["two"][1]["inner"][1].tolist() == [0, 2, 4, 6]
+
+
+def test_a_data_set_is_split_in_two(tmp_path: Path) -> None:
+    """The parts are disjoint and are all together, each class gives its share, and in-memory data stays in memory."""
+    for i in range(20):
+        picture(tmp_path / ("a" if i < 15 else "b") / f"{i}.png", pixels(i, 4, 4))
+    entry = dict(type="ClassificationImageDataset", annotation_file=str(tmp_path))
+    parts = [SplitDataset(entry, part, val_fraction=0.2, seed=3) for part in ("train", "val")]
+    assert [len(p) for p in parts] == [16, 4]
+    assert [p.targets.bincount().tolist() for p in parts] == [[12, 4], [3, 1]]
+    assert sorted(torch.cat([p.indices for p in parts]).tolist()) == list(range(20))
+    assert parts[1].classes == ["a", "b"]
+    whole = ClassificationImageDataset(tmp_path)
+    for part in parts:
+        for i, index in enumerate(part.indices.tolist()):
+            assert torch.equal(part[i]["input"], whole[index]["input"])
+            assert part[i]["target"] == whole[index]["target"] == part.targets[i]
+    (tmp_path / "t.csv").write_text("a,b\n" + "".join(f"{i},{i}\n" for i in range(10)))
+    table = SplitDataset(dict(type="TableDataset", table_path=str(tmp_path / "t.csv")), "val", val_fraction=0.3)
+    assert table.tensors()["target"].tolist() == [table[i]["target"].item() for i in range(3)]  # type: ignore[index]
+    assert SplitDataset([1, 2, 3], "val", val_fraction=0.5).tensors() is None
+    with pytest.raises(DataError, match="leaves 'val' none"):
+        SplitDataset([1, 2, 3], "val", val_fraction=0.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda scene: COCODataset(*scene, box_format="xxyy"), "COCODataset: box_format: expected 'xyxy' | .* got str 'xxyy'"),
+        (lambda scene: COCODataset(*scene, box_policy="clamp"), "COCODataset: box_policy: expected 'error'"),
+        (lambda scene: COCOSegmentationDataset(*scene, mode="panoptic"), "mode: expected 'semantic' | 'instance', got"),
+        (lambda scene: VOCDataset(scene[1], box_format="yolo"), "VOCDataset: box_format: expected"),
+        (lambda scene: TextWindows(scene[0], 4, level="word"), "TextWindows: level: expected 'byte' | 'char', got str 'word'"),
+        (lambda scene: AudioClassificationDataset(scene[1], 4, crop="middle"), "AudioClassificationDataset: crop: expected"),
+        (lambda scene: SplitDataset([1], "test"), "SplitDataset: part: expected 'train' | 'val', got str 'test'"),
+        (lambda scene: PadCollate(overflow="drop"), "PadCollate: overflow: expected 'error' | 'cut', got str 'drop'"),
+    ],
+)
+def test_a_word_that_is_not_known_is_never_taken_for_another(make: Any, message: str, scene: tuple[Path, Path]) -> None:
+    """In Python too, where no cfg was checked."""
+    with pytest.raises(ConfigError, match=message.replace("|", r"\|")):
+        make(scene)
+
+
+def test_damaged_pictures_are_listed_by_kind(scene: tuple[Path, Path], tmp_path: Path) -> None:
+    """In any of the data sets: the file and the kind of damage, and the good samples as ever."""
+    shutil.copytree(scene[1], tmp_path / "images")
+    (tmp_path / "images" / "0.png").write_bytes(b"")
+    (tmp_path / "images" / "3.png").unlink()
+    whole = (tmp_path / "images" / "4.png").read_bytes()
+    (tmp_path / "images" / "4.png").write_bytes(whole[:-200])
+    data = COCODataset(scene[0], tmp_path / "images", transform={"type": "LetterBox", "size": 32})
+    collate = PadCollate(max_size={"boxes": 8, "labels": 8})
+    stream = Stream(data, batch_size=3, shuffle=False, seed=0, pad=True, collate_fn=collate, max_bad_frac=0.5)
+    batches = list(stream.epoch(0))
+    assert {b.sample: b.kind for b in stream.bad} == {0: "empty", 3: "missing", 4: "truncated"}
+    assert all(f"images/{b.sample}.png" in f"{b.path} {b.message}" for b in stream.bad)
+    assert [b["_weight"].tolist() for b in batches] == [[0, 1, 1], [0, 0, 1]]
+    assert [int(i) for b in batches for i, w in zip(b["image_id"], b["_weight"], strict=True) if w] == [11, 12, 15]
 
 
 def ready(folder: Path, scene: tuple[Path, Path]) -> list[Any]:

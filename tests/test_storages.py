@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import pickle
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from files import coco, picture, thing, voc
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ailab.datasets import (
@@ -27,6 +29,7 @@ from ailab.datasets import (
 )
 from ailab.datasets.base import LabBaseDataset
 from ailab.datasets.boxes import checked_box, converted
+from ailab.datasets.packed import Packed, packed
 from ailab.datasets.paths import inside
 from ailab.errors import DataError
 
@@ -304,7 +307,7 @@ def test_a_voc_record_is_a_picture_and_its_objects(tmp_path: Path) -> None:
     assert data.names == ["a", "b"]
     path, record = data._get_raw(0)
     assert path == tmp_path / "JPEGImages" / "a.png"
-    assert [(o["name"], o["box"]) for o in record["object"]] == [("cat", (0, 0, 16, 12)), ("dog", (2, 3, 3, 4))]
+    assert [(o["name"], o["box"]) for o in record["object"]] == [("cat", [0, 0, 16, 12]), ("dog", [2, 3, 3, 4])]
     split = written(tmp_path / "val.txt", "b  1\n")
     assert VocAnnotationDataset(data.img_dir, data.ann_dir, names=split).names == ["b"]
     assert VocAnnotationDataset(data.img_dir, data.ann_dir, lambda file: Path(file).name)._get_raw(1)[1] == "b.xml"
@@ -356,6 +359,60 @@ def test_deep_and_foreign_xml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "JPEGImages" / "a.png").unlink()
     with pytest.raises(DataError, match=r"there is no picture a\.jpg"):
         VocAnnotationDataset(tmp_path / "JPEGImages", tmp_path / "Annotations")
+
+
+# Packed lists
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=50)
+@given(st.lists(JSON, max_size=6))
+def test_a_packed_list_is_the_list(values: list[Any]) -> None:
+    """For any JSON values: length, order, slices, negative indices, the end, and after pickling."""
+    made = Packed(values)
+    assert list(made) == values == list(pickle.loads(pickle.dumps(made)))
+    assert (len(made), made[1:4], made[::-1]) == (len(values), values[1:4], values[::-1])
+    assert not values or made[-1] == values[-1]
+    for index in (len(values), -len(values) - 1):
+        with pytest.raises(IndexError, match=f"of {len(values)}"):
+            made[index]
+
+
+SHARED = """
+import os
+from ailab.datasets.packed import Packed
+
+def private():
+    return sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Private"))
+
+rows = [[f"folder/{i:040d}.jpg", i] for i in range(200_000)]
+for data in (rows, Packed(rows)):
+    if not (child := os.fork()):
+        before = private()
+        for i in range(len(data)):
+            path = data[i][0]
+        print(private() - before, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_worker_shares_what_is_packed() -> None:
+    """A forked process that reads all of a packed list copies none of it; of a plain list it copies what it reads."""
+    done = subprocess.run([sys.executable, "-c", SHARED], capture_output=True, text=True, timeout=120, check=True)
+    listed, shared = map(int, done.stdout.split())  # KiB
+    assert shared < 4_000 < 20_000 < listed
+
+
+def test_what_is_no_json_is_kept_as_it_is() -> None:
+    """A list of dates, say, stays a list."""
+    values = [{"day": datetime.date(2020, 1, 1)}]
+    assert packed(values) is values
 
 
 # Boxes

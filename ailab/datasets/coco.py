@@ -8,10 +8,11 @@ from typing import Any, cast
 
 from ailab.datasets.base import LabBaseDataset
 from ailab.datasets.boxes import BoxPolicy, checked_box
+from ailab.datasets.packed import Packed
 from ailab.datasets.paths import inside
 from ailab.datasets.records import lookup, parse_json, read_text
 from ailab.errors import DataError
-from ailab.signature import listed
+from ailab.signature import check_choice, listed
 
 _PARTS = ("images", "annotations", "categories")
 
@@ -34,6 +35,8 @@ class CocoAnnotationDataset(LabBaseDataset):
             is not there, or has a bad box; an image has no size or is outside `images_dir`.
     """
 
+    keep_empty: bool = True  # pictures without an annotation
+
     def __init__(
         self,
         coco_json: str | Path,
@@ -42,31 +45,43 @@ class CocoAnnotationDataset(LabBaseDataset):
         box_policy: BoxPolicy = "error",
         allow_outside_root: bool = False,
     ):
+        check_choice(box_policy, BoxPolicy, f"{type(self).__name__}: box_policy")
         self.coco_json, self.img_dir = Path(coco_json), Path(images_dir)
         self.allow_outside_root = allow_outside_root
         content = parse_json(read_text(self.coco_json), str(self.coco_json))
         parts = {name: _part(content, name, self.coco_json) for name in _PARTS}
         categories = self._by_id(parts["categories"], "category", lambda *_: None)
-        self.images = self._by_id(parts["images"], "image", self._check_image)
-        self.ids = list(self.images)
-        if not self.ids:
-            raise DataError(f"{self.coco_json}: the split is empty: 'images' has no entry.")
+        images = self._by_id(parts["images"], "image", self._check_image)
         self.categories = [categories[i] for i in sorted(categories)]
         self.classes = [str(lookup(c, "name", lambda: f"{self.coco_json}, category")) for c in self.categories]
         self.class_index = {c["id"]: i for i, c in enumerate(self.categories)}
-        self.annotations: dict[int, list[dict[str, Any]]] = {i: [] for i in self.ids}
-        self._dropped: set[int] = set()
-        checked = self._by_id(parts["annotations"], "annotation", lambda a, where: self._check_annotation(a, where, box_policy))
-        for annotation in checked.values():
-            if annotation["id"] not in self._dropped:
-                self.annotations[annotation["image_id"]].append(annotation)
+        found: dict[int, list[dict[str, Any]]] = {i: [] for i in images}
+
+        def sort(annotation: dict[str, Any], where: str) -> None:
+            image = self._image_of(annotation, images, where)
+            if self._fitted(annotation, image, where, box_policy) and self.kept(annotation, image, where):
+                found[image["id"]].append(annotation)
+
+        self._by_id(parts["annotations"], "annotation", sort)
+        self.ids = [i for i in images if self.keep_empty or found[i]]
+        if not self.ids:
+            raise DataError(f"{self.coco_json}: the split is empty: no picture {'has an object' if images else 'is listed'}.")
+        self._records = Packed([images[i], found[i]] for i in self.ids)
 
     def _len(self) -> int:
         return len(self.ids)
 
     def _get_raw(self, index: int) -> Any:
-        image_id = self.ids[index]
-        return image_id, self.images[image_id], self.annotations[image_id]
+        image, annotations = self._records[index]
+        return image["id"], image, annotations
+
+    def kept(self, annotation: dict[str, Any], image: dict[str, Any], where: str) -> bool:
+        """Whether an annotation belongs to the data set; what a subclass needs of it is checked here.
+
+        Raises:
+            DataError: it lacks something; `where` says which it is.
+        """
+        return True
 
     def image_file(self, image: Mapping[str, Any]) -> str:
         """The path of an image of the file."""
@@ -94,19 +109,24 @@ class CocoAnnotationDataset(LabBaseDataset):
         lookup(image, "file_name", lambda: where)
         self.image_file(image)
 
-    def _check_annotation(self, annotation: dict[str, Any], where: str, policy: BoxPolicy) -> None:
-        image = self.images.get(lookup(annotation, "image_id", lambda: where))
+    def _image_of(self, annotation: dict[str, Any], images: dict[int, dict[str, Any]], where: str) -> dict[str, Any]:
+        image_id = lookup(annotation, "image_id", lambda: where)
+        image = images.get(image_id) if isinstance(image_id, int) else None
         if image is None:
-            raise DataError(f"{where}: there is no image with the id {annotation['image_id']!r:.60}.")
+            raise DataError(f"{where}: there is no image with the id {image_id!r:.60}.")
+        return image
+
+    def _fitted(self, annotation: dict[str, Any], image: dict[str, Any], where: str, policy: BoxPolicy) -> bool:
+        """Whether the annotation stays, its box cut to its picture."""
         if lookup(annotation, "category_id", lambda: where) not in self.class_index:
             known = listed(f"{c['id']} {c['name']}" for c in self.categories)
             raise DataError(f"{where}: unknown category id {annotation['category_id']!r:.60}. Categories: {known}.")
         if "bbox" in annotation:
             box = checked_box(annotation["bbox"], (image["height"], image["width"]), policy, where, form="xywh")
             if box is None:
-                self._dropped.add(annotation["id"])
-            else:
-                annotation["bbox"] = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+                return False
+            annotation["bbox"] = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+        return True
 
 
 def _part(content: Any, name: str, path: Path) -> list[Any]:

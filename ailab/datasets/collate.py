@@ -14,9 +14,10 @@ from torch.utils.data import default_collate  # pyright: ignore[reportUnknownVar
 from ailab.binding import wrap_sample
 from ailab.errors import ConfigError, nearest
 from ailab.registry import COLLATES
-from ailab.signature import CheckedBy
+from ailab.signature import CheckedBy, check_choice
 
 Size = int | Sequence[int]
+_Overflow = Literal["error", "cut"]
 MASK = "_mask"  # ending of the field that says what of another counts
 
 
@@ -46,9 +47,10 @@ class PadCollate:
     ragged: Mapping[str, int] | Sequence[str] = ()
     multiple_of: int = 1
     pad_value: Mapping[str, float] = field(default_factory=dict[str, float])
-    overflow: Literal["error", "cut"] = "error"
+    overflow: _Overflow = "error"
 
     def __post_init__(self) -> None:
+        check_choice(self.overflow, _Overflow, "PadCollate: overflow")
         for name, size in self.max_size.items():
             if min([size] if isinstance(size, int) else list(size), default=0) < 1:
                 raise ConfigError(f"PadCollate: max_size.{name}: expected sizes of 1 at least, got {size!r}.")

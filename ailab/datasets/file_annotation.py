@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
 from ailab.datasets.base import LabBaseDataset
+from ailab.datasets.packed import packed
 from ailab.datasets.paths import inside
 from ailab.datasets.records import Records, read_records, require
 from ailab.errors import DataError
@@ -45,13 +47,16 @@ class FileAnnotationDataset(LabBaseDataset):
             raise DataError("annotation_file: expected at least one file, got an empty list.")
         self.root = Path(root) if root is not None else files[0].parent
         self.allow_outside_root = allow_outside_root
-        self._parts = [_loaded(load_fun, f) if load_fun else read_records(f) for f in files]
-        self.samples: list[Any] = [row for part in self._parts for row in part.rows]
-        self._ends = list(accumulate(len(part.rows) for part in self._parts))
-        if not self.samples:
+        parts = [_loaded(load_fun, f) if load_fun else read_records(f) for f in files]
+        rows: list[Any] = [row for part in parts for row in part.rows]
+        if not rows:
             raise DataError(f"{', '.join(map(str, files))}: the split is empty: there is no record.")
-        for part in self._parts if len(self._parts) == 1 else [*self._parts, self._joined()]:
+        whole = Records(Path(f"{files[0]} and others"), rows, range(len(rows)), "record")  # an id may be in two files
+        for part in parts if len(parts) == 1 else [*parts, whole]:
             require(part, columns, unique)
+        self.samples: Sequence[Any] = rows if load_fun else packed(rows)
+        self._ends = list(accumulate(len(part.rows) for part in parts))
+        self._parts = [replace(part, rows=[]) for part in parts]
 
     def _len(self) -> int:
         return len(self.samples)
@@ -72,10 +77,6 @@ class FileAnnotationDataset(LabBaseDataset):
         """
         where = self.where(index) if index is not None else str(self._parts[0].path)
         return inside(self.root, name, where, allow_outside_root=self.allow_outside_root)
-
-    def _joined(self) -> Records:
-        """All files as one, so that an id in two of them is found."""
-        return Records(Path(f"{self._parts[0].path} and others"), self.samples, range(len(self.samples)), "record")
 
 
 def _loaded(load_fun: Callable[..., Iterable[Any]], file: Path) -> Records:

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ailab.datasets.base import LabBaseDataset
+from ailab.datasets.packed import Packed
 from ailab.datasets.paths import PICTURES, listing
 from ailab.errors import DataError, nearest
 from ailab.signature import listed
@@ -41,13 +44,15 @@ class FolderPerClassDataset(LabBaseDataset):
         self.classes = list(classes) if classes is not None else found
         _check_classes(self.root, found, self.classes)
         index = {name: i for i, name in enumerate(self.classes)}
-        self.samples: list[tuple[str, int]] = []
+        found_files: list[tuple[str, int]] = []
         for name in found:
             paths = _sub_folders(self.root / name) if folders else _files(self.root / name, tuple(extensions))
             if not paths:
                 kinds = "sub-folder" if folders else f"file ending in {listed(extensions)}" if extensions else "file"
                 raise DataError(f"{self.root / name}: the class has no {kinds}. Remove the folder, or say extensions=....")
-            self.samples += [(path, index[name]) for path in paths]
+            found_files += [(path, index[name]) for path in paths]
+        self.samples: Sequence[Any] = Packed(found_files)
+        self.targets = torch.tensor([label for _, label in found_files])  # of all samples: (N,) int64
 
     def _len(self) -> int:
         return len(self.samples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,13 +91,13 @@ def _no_constant(name: str) -> Any:
 
 def _lines(path: Path) -> Records:
     kept = [(i, line.strip()) for i, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
-    return Records(path, [line for _, line in kept], [i for i, _ in kept])
+    return Records(path, [line for _, line in kept], array("q", [i for i, _ in kept]))
 
 
 def _jsonl(path: Path) -> Records:
     # Split at newlines alone: splitlines() also breaks at U+2028, which JSON allows inside a text.
     kept = [(i, line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-    return Records(path, [parse_json(line, f"{path}, line {i}") for i, line in kept], [i for i, _ in kept])
+    return Records(path, [parse_json(line, f"{path}, line {i}") for i, line in kept], array("q", [i for i, _ in kept]))
 
 
 def _json(path: Path) -> Records:
@@ -112,7 +113,7 @@ def _csv(path: Path, delimiter: str = ",") -> Records:
         csv.field_size_limit(_CELL)
     reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     rows: list[Any] = []
-    places: list[int] = []
+    places = array("q")
     header: list[str] | None = None
     try:
         for cells in reader:

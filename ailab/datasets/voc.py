@@ -10,17 +10,18 @@ from typing import Any, cast
 
 from ailab.datasets.base import LabBaseDataset
 from ailab.datasets.boxes import BoxPolicy, checked_box
+from ailab.datasets.packed import Packed
 from ailab.datasets.paths import PICTURES, inside, listing
 from ailab.datasets.records import read_records
 from ailab.datasets.safe_xml import read_xml
 from ailab.errors import DataError, nearest
-from ailab.signature import listed
+from ailab.signature import check_choice, listed
 
 
 class VocAnnotationDataset(LabBaseDataset):
     """The storage: its raw record is `(image path, annotation)`, the content of `<annotation>` as a dict.
 
-    Its "object" is a list, each entry with a "box" (x0, y0, x1, y1): the file counts pixels from 1 and includes the last one,
+    Its "object" is a list, each entry with a "box" [x0, y0, x1, y1]: the file counts pixels from 1 and includes the last one,
     and boxes of ailab start at 0. All files are read and checked at once.
     Source of the format: Everingham et al., the VOC2012 development kit.
 
@@ -48,28 +49,31 @@ class VocAnnotationDataset(LabBaseDataset):
         classes: Sequence[str] | None = None,
         box_policy: BoxPolicy = "error",
     ):
+        check_choice(box_policy, BoxPolicy, f"{type(self).__name__}: box_policy")
         self.img_dir, self.ann_dir = Path(images_dir), Path(annotations_dir)
         self.names = _split(self.ann_dir, names)
         pictures = {e.name for e in listing(self.img_dir, "a folder of pictures")}
-        self._records: list[tuple[Path, Any]] = []
+        records: list[tuple[str, Any]] = []
         for name in self.names:
             file = inside(self.ann_dir, f"{name}.xml", f"{names or self.ann_dir}")
             parsed = parser_fun(file) if parser_fun else parse_voc(file, classes, box_policy)
-            self._records.append((self._picture(name, parsed, pictures, file), parsed))
+            records.append((self._picture(name, parsed, pictures, file), parsed))
+        self._records: Sequence[Any] = records if parser_fun else Packed(records)
 
     def _len(self) -> int:
         return len(self._records)
 
     def _get_raw(self, index: int) -> Any:
-        return self._records[index]
+        path, annotation = self._records[index]
+        return Path(path), annotation
 
-    def _picture(self, name: str, parsed: Any, pictures: set[str], file: str) -> Path:
+    def _picture(self, name: str, parsed: Any, pictures: set[str], file: str) -> str:
         """The picture of a name, by the ending that the annotation says or any that there is."""
         said = cast("dict[str, Any]", parsed).get("filename") if isinstance(parsed, dict) else None
         endings = dict.fromkeys([os.path.splitext(str(said))[1], *PICTURES] if said else PICTURES)
         for ending in endings:
             if name + ending in pictures or (os.sep in name and (self.img_dir / (name + ending)).is_file()):
-                return Path(inside(self.img_dir, name + ending, file))
+                return inside(self.img_dir, name + ending, file)
         raise DataError(f"{file}: there is no picture {name}.jpg (nor .png, ...) in {self.img_dir}.")
 
 
@@ -97,7 +101,7 @@ def parse_voc(path: str | Path, classes: Sequence[str] | None = None, box_policy
         x0, y0, x1, y1 = (_number(entry, "bndbox", side, where) for side in ("xmin", "ymin", "xmax", "ymax"))
         box = checked_box([x0 - 1, y0 - 1, x1, y1], (int(size[0]), int(size[1])), box_policy, where)
         if box is not None:
-            kept.append({**entry, "box": box})
+            kept.append({**entry, "box": list(box)})
     return {**annotation, "object": kept}
 
 

@@ -13,10 +13,14 @@ from torch import Tensor
 from ailab.datasets.audio import SOUNDS, check_reader, read_audio, sound_info
 from ailab.datasets.folder import FolderPerClassDataset
 from ailab.datasets.listed import ListDataset
+from ailab.datasets.packed import Packed
 from ailab.datasets.pipeline import TransformSpec, build_transform
 from ailab.datasets.ready.image_classification import labelled
 from ailab.datasets.tasks import AudioClassificationTask
 from ailab.registry import DATASETS
+from ailab.signature import check_choice
+
+_Crop = Literal["random", "center", "start"]
 
 
 @DATASETS.register_module()
@@ -47,7 +51,7 @@ class AudioClassificationDataset(ListDataset, AudioClassificationTask):
         frames: int,
         rate: int | None = None,
         *,
-        crop: Literal["random", "center", "start"] = "random",
+        crop: _Crop = "random",
         mono: bool = True,
         x_key: str = "audio",
         y_key: str = "label",
@@ -56,17 +60,19 @@ class AudioClassificationDataset(ListDataset, AudioClassificationTask):
         transform: TransformSpec = None,
         allow_outside_root: bool = False,
     ):
+        check_choice(crop, _Crop, "AudioClassificationDataset: crop")
         self.frames, self.rate, self.crop, self.mono = frames, rate, crop, mono
         self.transform = build_transform(transform)
         if os.path.isdir(annotation_file):
             folders = FolderPerClassDataset(annotation_file, classes, extensions=SOUNDS)
-            self.classes, items = folders.classes, folders.samples
+            self.classes, items = folders.classes, list(folders.samples)
         else:
             self.classes, items = labelled(
                 annotation_file, x_key, y_key, classes=classes, root=root, allow_outside_root=allow_outside_root
             )
         check_reader(path for path, _ in items)
-        super().__init__(items)
+        super().__init__(Packed(items))
+        self.targets = torch.tensor([label for _, label in items])  # of all samples: (N,) int64
 
     def load_audio(self, raw: Any) -> Tensor:
         """(C, frames)."""

@@ -17,7 +17,7 @@ from ailab.datasets.rle import check_segmentation, decoded
 from ailab.datasets.tasks.objects import ObjectsTask
 from ailab.errors import DataError
 from ailab.registry import DATASETS
-from ailab.signature import listed
+from ailab.signature import check_choice, listed
 
 _FORMATS: dict[str, tuple[BoxFormat, bool]] = {  # name -> format, and whether as fractions of the picture's sides
     "xyxy": ("xyxy", False),
@@ -27,6 +27,8 @@ _FORMATS: dict[str, tuple[BoxFormat, bool]] = {  # name -> format, and whether a
     "coco": ("xywh", False),
     "yolo": ("cxcywh", True),
 }
+_Format = Literal["xyxy", "xywh", "cxcywh", "pascal", "coco", "yolo"]
+_Mode = Literal["semantic", "instance"]
 _TASKS = ("bbox", "mask", "keypoints")
 
 
@@ -63,7 +65,7 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
         images_root: str | Path,
         tasks: Sequence[str] = ("bbox",),
         *,
-        box_format: Literal["xyxy", "xywh", "cxcywh", "pascal", "coco", "yolo"] = "xyxy",
+        box_format: _Format = "xyxy",
         normalize: bool = False,
         min_area: float = 0.0,
         ignore_crowd: bool = True,
@@ -72,22 +74,29 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
         box_policy: BoxPolicy = "error",
         allow_outside_root: bool = False,
     ):
-        super().__init__(annotation_file, images_root, box_policy=box_policy, allow_outside_root=allow_outside_root)
         self.tasks = tuple("mask" if t == "segmentation" else t for t in tasks)
         if wrong := [t for t in self.tasks if t not in _TASKS]:
             raise DataError(f"COCODataset: tasks has {wrong[0]!r}; there are {listed(_TASKS)}.")
+        check_choice(box_format, _Format, "COCODataset: box_format")
         self.transform = build_transform(transform)
         self.box_format, fraction = _FORMATS[box_format]
-        self.normalize, self.ignore_crowd = normalize or fraction, ignore_crowd
-        for image_id, found in self.annotations.items():
-            kept = [a for a in found if not (ignore_crowd and a.get("iscrowd")) and _area(a) >= min_area]
-            self.annotations[image_id] = kept
-            for annotation in kept:
-                self._check_parts(annotation)
-        if not keep_empty:
-            self.ids = [i for i in self.ids if self.annotations[i]]
-        if not self.ids:
-            raise DataError(f"{self.coco_json}: the split is empty: no picture has an object that is left.")
+        self.normalize, self.min_area = normalize or fraction, min_area
+        self.ignore_crowd, self.keep_empty = ignore_crowd, keep_empty
+        super().__init__(annotation_file, images_root, box_policy=box_policy, allow_outside_root=allow_outside_root)
+
+    def kept(self, annotation: dict[str, Any], image: dict[str, Any], where: str) -> bool:
+        """Neither a crowd, where they are ignored, nor too small; it has what the tasks need."""
+        if (self.ignore_crowd and annotation.get("iscrowd")) or _area(annotation) < self.min_area:
+            return False
+        for task, part in (("bbox", "bbox"), ("mask", "segmentation"), ("keypoints", "keypoints")):
+            if task in self.tasks and part not in annotation:
+                raise DataError(f"{where}: there is no {part!r}, which the task {task!r} needs. It has: {listed(annotation)}.")
+        if "mask" in self.tasks:
+            check_segmentation(annotation["segmentation"], (image["height"], image["width"]), where)
+        if "keypoints" in self.tasks and len(annotation["keypoints"]) != 3 * self.keypoint_count:
+            count = f"3 x {self.keypoint_count} numbers of keypoints, as the categories say"
+            raise DataError(f"{where}: expected {count}, got {len(annotation['keypoints'])}.")
+        return True
 
     def load(self, raw: Any) -> Sample:
         """The picture and the fields of its objects."""
@@ -122,18 +131,6 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
         found = [decoded(a["segmentation"], size, f"{self.coco_json}, annotation id {a['id']}") for a in objects]
         return torch.stack(found) if found else torch.zeros(0, *size, dtype=torch.bool)
 
-    def _check_parts(self, annotation: dict[str, Any]) -> None:
-        where = f"{self.coco_json}, annotation id {annotation['id']}"
-        image = self.images[annotation["image_id"]]
-        for task, part in (("bbox", "bbox"), ("mask", "segmentation"), ("keypoints", "keypoints")):
-            if task in self.tasks and part not in annotation:
-                raise DataError(f"{where}: there is no {part!r}, which the task {task!r} needs. It has: {listed(annotation)}.")
-        if "mask" in self.tasks:
-            check_segmentation(annotation["segmentation"], (image["height"], image["width"]), where)
-        if "keypoints" in self.tasks and len(annotation["keypoints"]) != 3 * self.keypoint_count:
-            count = f"3 x {self.keypoint_count} numbers of keypoints, as the categories say"
-            raise DataError(f"{where}: expected {count}, got {len(annotation['keypoints'])}.")
-
 
 @DATASETS.register_module()
 class COCOSegmentationDataset(COCODataset):
@@ -156,7 +153,7 @@ class COCOSegmentationDataset(COCODataset):
         self,
         annotation_file: str | Path,
         images_root: str | Path,
-        mode: Literal["semantic", "instance"] = "semantic",
+        mode: _Mode = "semantic",
         *,
         ignore_index: int = 255,
         keep_empty: bool = True,
@@ -164,6 +161,7 @@ class COCOSegmentationDataset(COCODataset):
         box_policy: BoxPolicy = "error",
         allow_outside_root: bool = False,
     ):
+        check_choice(mode, _Mode, "COCOSegmentationDataset: mode")
         self.mode, self.ignore_index = mode, ignore_index
         super().__init__(
             annotation_file,

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from ailab.datasets.folder import FolderPerClassDataset
 from ailab.datasets.image import read_image
 from ailab.datasets.listed import ListDataset
+from ailab.datasets.packed import Packed
 from ailab.datasets.paths import inside
 from ailab.datasets.pipeline import TransformSpec, build_transform
 from ailab.datasets.records import Records, lookup, read_records
@@ -67,7 +69,7 @@ class ClassificationImageDataset(ListDataset, ClassificationTask):
         if os.path.isdir(annotation_file):
             folders = FolderPerClassDataset(annotation_file, classes)
             self.classes = folders.classes
-            items: list[tuple[str, Any]] = [(p, [c] if multi_label else c) for p, c in folders.samples]
+            items: list[Any] = [[p, [c] if multi_label else c] for p, c in folders.samples]
         else:
             self.classes, items = labelled(
                 annotation_file,
@@ -78,7 +80,8 @@ class ClassificationImageDataset(ListDataset, ClassificationTask):
                 separator=separator if multi_label else None,
                 allow_outside_root=allow_outside_root,
             )
-        super().__init__(items)
+        super().__init__(Packed(items))
+        self.targets = None if multi_label else torch.tensor([label for _, label in items])  # of all samples: (N,) int64
 
     def load_input(self, raw: Any) -> Tensor:
         """The picture."""

@@ -15,6 +15,7 @@ from ailab.datasets.pipeline import TransformSpec, build_transform
 from ailab.datasets.tasks import DetectionTask, SegmentationTask, read_label_map
 from ailab.datasets.voc import VocAnnotationDataset
 from ailab.registry import DATASETS
+from ailab.signature import check_choice
 
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow") + (
     "diningtable",
@@ -60,6 +61,7 @@ class VOCDataset(VocAnnotationDataset, DetectionTask):
         transform: TransformSpec = None,
         box_policy: BoxPolicy = "error",
     ):
+        check_choice(box_format, BoxFormat, "VOCDataset: box_format")
         root, self.classes, self.difficult = Path(root), list(classes or VOC_CLASSES), difficult
         names = root / "ImageSets" / "Main" / f"{split}.txt" if split is not None else None
         super().__init__(root / "JPEGImages", root / "Annotations", names=names, classes=self.classes, box_policy=box_policy)

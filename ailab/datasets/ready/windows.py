@@ -15,7 +15,9 @@ from ailab.datasets.table import Column, TableDataset
 from ailab.datasets.vocabulary import ByteVocabulary, CharVocabulary
 from ailab.errors import DataError
 from ailab.registry import DATASETS
+from ailab.signature import check_choice
 
+_Level = Literal["byte", "char"]
 _IN_MEMORY = 1 << 26  # tokens that are kept as int64
 
 
@@ -125,10 +127,11 @@ class TextWindows(LabBaseDataset):
         window: int,
         *,
         stride: int | None = None,
-        level: Literal["byte", "char"] = "byte",
+        level: _Level = "byte",
         alphabet: str | None = None,
         part: Sequence[float] = (0.0, 1.0),
     ):
+        check_choice(level, _Level, "TextWindows: level")
         self.path, self.level, self.alphabet, self.part = Path(path), level, alphabet, tuple(part)
         self.window, self.stride = window, window if stride is None else stride
         if min(self.window, self.stride) < 1:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 from ailab.binding import wrap_sample
 from ailab.datasets.listed import ListDataset
 from ailab.datasets.pipeline import Sample, TransformSpec, build_transform
+from ailab.datasets.ready.split import DatasetSpec
 from ailab.datasets.tasks.task import Task, picture_tensor, tensor_of
 from ailab.errors import DataError, nearest
 from ailab.registry import DATASETS
-from ailab.signature import CheckedBy, listed
-
-
-def _check_dataset(spec: Any, path: str) -> list[str]:
-    """The problems of a data set that is described by a dict."""
-    return DATASETS.check(spec, path) if isinstance(spec, Mapping) else []
+from ailab.signature import listed
 
 
 @DATASETS.register_module()
@@ -37,7 +33,7 @@ class WrappedDataset(ListDataset, Task):
 
     def __init__(
         self,
-        dataset: Annotated[Any, CheckedBy(_check_dataset)],
+        dataset: DatasetSpec,
         *,
         fields: Mapping[str, str] | None = None,
         transform: TransformSpec = None,
