@@ -24,7 +24,7 @@ class Look:
     kinds: Mapping[str, str]  # field -> "image", "mask", "boxes" or "keypoints"
     classes: Sequence[str] | None = None
     box_format: str = "xyxy"  # or "xywh", "cxcywh"
-    normalize: bool = False  # boxes and keypoints are shares of the picture's sides
+    normalize: bool = False  # boxes are shares of the picture's sides
 
     @staticmethod
     def of(dataset: Any) -> Look:
@@ -155,7 +155,7 @@ def _drawn(picture: Tensor, sample: Mapping[str, Any], look: Look, scale: tuple[
         if kind == "boxes":
             _draw_boxes(pen, corners(value, look, size) * zoom, labels, look)
         elif kind == "keypoints":
-            _draw_points(pen, value, look, size, zoom)
+            _draw_points(pen, value, sample.get("visible"), zoom)
     return shown
 
 
@@ -198,14 +198,14 @@ def _draw_boxes(pen: Any, boxes: Tensor, labels: Tensor | None, look: Look) -> N
             pen.text((x0 + 2, y0), text, fill=(0, 0, 0))
 
 
-def _draw_points(pen: Any, points: Tensor, look: Look, size: Sequence[int], zoom: float) -> None:
-    values = points.detach().float().cpu()
-    values = values.reshape(-1, *values.shape[-2:]) if values.dim() > 2 else values[None]
-    for i, person in enumerate(values):
-        for point in person.tolist():
-            x, y = (point[0] * size[1], point[1] * size[0]) if look.normalize else point[:2]
-            if len(point) < 3 or point[2] > 0:
-                pen.ellipse((x * zoom - 2, y * zoom - 2, x * zoom + 2, y * zoom + 2), fill=colour(i + 1))
+def _draw_points(pen: Any, points: Tensor, visible: Any, zoom: float) -> None:
+    """Keypoints (N, K, 2) or (N, K, 3), in pixels; those whose visibility is 0 are left out."""
+    for i, person in enumerate(points.detach().float().cpu().reshape(-1, *points.shape[-2:])):
+        for k, point in enumerate(person.tolist()):
+            seen = visible[i, k] if isinstance(visible, Tensor) and visible.dim() == 2 else point[2] if len(point) > 2 else 1
+            if seen > 0:
+                x, y = point[0] * zoom, point[1] * zoom
+                pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour(i + 1), outline=(0, 0, 0))
 
 
 def colour(index: int) -> tuple[int, int, int]:
