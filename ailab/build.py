@@ -57,7 +57,7 @@ def build_parts(cfg: Mapping[str, Any], device: torch.device) -> Parts:
     """
     torch.manual_seed(mix(cfg["seed"]))  # the first weights: the same on every rank
     phases = [p["phase"] for p in cfg["workflow"]]
-    datasets = {p: _dataset(cfg["data"][p], f"cfg.data.{p}") for p in phases}
+    datasets = {p: build_dataset(cfg["data"][p], f"cfg.data.{p}") for p in phases}
     model, criterion = _modules(cfg, device)
     state = module_state(model, criterion if isinstance(criterion, nn.Module) else None)
     state = state.replace(step=state.step.to(device))
@@ -73,7 +73,8 @@ def build_parts(cfg: Mapping[str, Any], device: torch.device) -> Parts:
     return Parts(model, optimizer, trainable, state, losses, datasets, sample, fields, pad)
 
 
-def _dataset(entry: Mapping[str, Any], path: str) -> Any:
+def build_dataset(entry: Mapping[str, Any], path: str) -> Any:
+    """The dataset of an entry of `cfg.data`. Raises `DataError` for whatever its constructor raises."""
     try:
         return DATASETS.build(entry, path)
     except AilabError:
@@ -135,7 +136,7 @@ def _sample(cfg: Mapping[str, Any], datasets: Mapping[str, Any], device: torch.d
         name=f"cfg.data.{phase}",
         report=quiet,
         max_bad_frac=1.0,
-        **_reading(cfg),
+        **reading_of(cfg),
     )
     return tree.to(next(iter(stream.epoch(0))), device)
 
@@ -293,13 +294,13 @@ def build_stream(
         iters=entry["iters"],
         name=f"cfg.data.{phase}",
         max_bad_frac=cfg["data"]["max_bad_frac"],
-        **_reading(cfg),
+        **reading_of(cfg),
         **loader,
         **more,
     )
 
 
-def _reading(cfg: Mapping[str, Any]) -> dict[str, Any]:
+def reading_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """How samples are read, in any phase."""
     data = cfg["data"]
     return {

@@ -29,8 +29,8 @@ hooks
 build
 plan | probe | guard
 assemble
-show | testing
-fit
+show | testing | sheet
+fit | data
 """
 LEVEL = {name.strip(): level for level, row in enumerate(ROWS.split("\n")) for name in row.split("|") if name.strip()}
 INSIDE = {"binding": {"signature"}, "check": {"binding", "config", "registry"}, "config": {"signature"}}

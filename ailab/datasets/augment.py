@@ -237,7 +237,11 @@ class BatchNormalize:
         x = _real(x)
         if isinstance(self.mean, (int, float)) and isinstance(self.std, (int, float)):
             return (x - self.mean) / self.std
-        # Numbers and no constant tensor: a captured CUDA graph cannot copy one from the host.
-        means, stds = ([float(v)] * x.shape[1] if isinstance(v, (int, float)) else list(v) for v in (self.mean, self.std))
-        planes = zip(x.unbind(1), means, stds, strict=True)
-        return torch.stack([(plane - mean) / std for plane, mean, std in planes], 1)
+        mean, std = (self._plane(v, x) for v in (self.mean, self.std))
+        return (x - mean) / std
+
+    @staticmethod
+    def _plane(values: float | Sequence[float], x: Tensor) -> Tensor:
+        """(C, 1, 1). Filled on the device: a captured CUDA graph cannot copy a constant tensor from the host."""
+        each = [values] * x.shape[1] if isinstance(values, (int, float)) else values
+        return torch.stack([torch.full((), float(v), dtype=x.dtype, device=x.device) for v in each])[:, None, None]

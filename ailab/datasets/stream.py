@@ -117,6 +117,11 @@ class Stream:
         """The samples that could not be read so far, once each."""
         return list(self._bad.found.values())
 
+    @property
+    def kept(self) -> list[Bad]:
+        """The samples that are damaged, and were good enough to be used."""
+        return list(self._bad.kept.values())
+
     def record_bad(self, record: Callable[[str, Bad, bool], bool]) -> None:
         """Give each bad sample to `record(split, sample, kept)`, once; it says whether that is news, to be reported."""
         self._bad.record = record

@@ -1,0 +1,242 @@
+"""`python -m ailab.data cfgs/exp.py --split train`: what is in the data of a cfg, what is bad in it, and how the model sees it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ailab import check, config, tree
+from ailab.binding import wrap_sample
+from ailab.build import build_dataset, reading_of
+from ailab.datasets import Stream
+from ailab.datasets.bad import Bad
+from ailab.datasets.order import Plan
+from ailab.errors import AilabError, ConfigError
+from ailab.hooks.augment import AugmentHook
+from ailab.registry import TRANSFORMS
+from ailab.rng import mix
+from ailab.sheet import Look, class_name, sheet
+from ailab.types import WEIGHT
+
+_READ = 16  # samples at a time
+_LISTED = 20  # bad samples, classes
+_LABELS = ("target", "label", "labels", "class", "y")
+
+
+@dataclass
+class Field:
+    """What was seen of one field, over all samples."""
+
+    kinds: Counter[str] = field(default_factory=Counter[str])  # dtype and shape
+    count: int = 0  # of numbers
+    total: Tensor | None = None  # per channel, or (1,)
+    squares: Tensor | None = None
+    low: float = math.inf
+    high: float = -math.inf
+    classes: Counter[int] = field(default_factory=Counter[int])
+
+    def add(self, name: str, value: Any) -> None:
+        """Count one value in."""
+        if isinstance(value, bool | int | float):
+            value = torch.tensor(value)
+        if not isinstance(value, Tensor):
+            self.kinds[type(value).__name__] += 1
+            return
+        self.kinds[f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"] += 1
+        if name.rpartition(".")[2] in _LABELS and not value.is_floating_point() and value.dim() < 2:
+            self.classes.update(value.flatten().tolist())
+        if value.numel():
+            rows = value.double().reshape(value.shape[0] if value.dim() == 3 else 1, -1)
+            self.low, self.high = min(self.low, float(rows.min())), max(self.high, float(rows.max()))
+            if self.total is None or len(self.total) == len(rows):
+                self.total = rows.sum(1) if self.total is None else self.total + rows.sum(1)
+                self.squares = (rows**2).sum(1) if self.squares is None else self.squares + (rows**2).sum(1)
+                self.count += rows.shape[1]
+
+    def moments(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation, per channel of pictures."""
+        if self.total is None or self.squares is None or not self.count:
+            return [], []
+        mean = self.total / self.count
+        return mean.tolist(), (self.squares / self.count - mean**2).clamp(min=0).sqrt().tolist()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The result of reading a split."""
+
+    size: int  # samples of the dataset
+    read: int
+    fields: Mapping[str, Field]
+    bad: Sequence[Bad]
+    kept: Sequence[Bad]
+    look: Look
+    first: Sequence[tuple[int, dict[str, Any]]]  # samples for the sheet
+
+
+def look_at(cfg: Mapping[str, Any], split: str, *, samples: int | None = None, show: int = 24) -> Seen:
+    """Read a split of a checked and completed cfg.
+
+    Args:
+        cfg: as `check.complete` returns it.
+        split: "train", "val" or "test".
+        samples: how many to read, evenly spaced; all when left out.
+        show: how many of them to keep for a sheet, evenly spaced.
+
+    Raises:
+        ConfigError: there is no such split.
+        DataError: the dataset cannot be opened, or nothing of it can be read.
+    """
+    if cfg["data"].get(split) is None:
+        raise ConfigError(f"cfg.data.{split}: there is no such split; the cfg has no entry for it.")
+    dataset = build_dataset(cfg["data"][split], f"cfg.data.{split}")
+    loader = cfg["data"][f"{split}_dataloader"]
+    stream = Stream(
+        dataset,
+        batch_size=_READ,
+        shuffle=False,
+        seed=cfg["seed"],
+        pad=True,
+        collate_fn=_listed,
+        name=f"cfg.data.{split}",
+        report=_quiet,
+        max_bad_frac=1.0,
+        sampler=_Spaced(samples),
+        num_workers=loader["num_workers"],
+        **reading_of(cfg),
+    )
+    fields: dict[str, Field] = {}
+    first: list[tuple[int, dict[str, Any]]] = []
+    read = stream.order.plan.count if stream.order.plan else len(dataset)
+    wanted = {i * read // max(1, min(show, read)) for i in range(min(show, read))}
+    for step, batch in enumerate(stream.epoch(0)):
+        ids = stream.indices(0, step).tolist()
+        for i, (index, sample) in enumerate(zip(ids, batch["samples"], strict=False)):
+            if not batch[WEIGHT][i]:
+                continue
+            for name, value in tree.items(sample):
+                fields.setdefault(name, Field()).add(name, value)
+            if step * _READ + i in wanted:
+                first.append((index, sample))
+    return Seen(len(dataset), read, fields, stream.bad, stream.kept, Look.of(dataset), first)
+
+
+class _Spaced:
+    """A sampler of samples at equal distances."""
+
+    def __init__(self, count: int | None):
+        self.count = count
+
+    def plan(self, dataset: Any, size: int, batch_size: int) -> Plan:
+        """Every k-th sample."""
+        count = min(size, self.count or size)
+        return Plan(count, lambda epoch, generator: torch.arange(count) * size // count)
+
+
+def _listed(samples: list[Any]) -> dict[str, Any]:
+    """The collation: samples stay apart, for their shapes may differ."""
+    return {"samples": [tree.map(torch.Tensor.detach, _tensors(wrap_sample(s))) for s in samples]}
+
+
+def _tensors(sample: dict[str, Any]) -> dict[str, Any]:
+    """The sample with tensors in the place of arrays."""
+    leaves = [torch.as_tensor(v) if type(v).__module__ == "numpy" else v for v in tree.leaves(sample)]
+    return tree.unflatten(sample, leaves)
+
+
+def _quiet(line: str) -> None:
+    """All bad samples are listed at the end."""
+
+
+def augmented(cfg: Mapping[str, Any], split: str, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples after the batch augmentations that the hooks of the cfg apply in this phase."""
+    hooks = [(n, h) for n, h in cfg["hooks"].items() if h["enable"] and h["type"] in ("AugmentHook", AugmentHook)]
+    out = [dict(s) for s in samples]
+    for name, hook in hooks:
+        key = hook.get("field", "input")
+        if split not in hook.get("phases", ("train",)):
+            continue
+        ops = [TRANSFORMS.build(op, f"cfg.hooks.{name}.ops.{i}") for i, op in enumerate(hook["ops"])]
+        for i, sample in enumerate(out):
+            if not isinstance(sample.get(key), Tensor):
+                continue
+            torch.manual_seed(mix(cfg["seed"], i))
+            value = sample[key][None]
+            for op in ops:
+                value = op(value)
+            sample[key] = value[0]
+    return out
+
+
+def described(seen: Seen, split: str) -> str:
+    """The report, as text."""
+    part = "" if seen.read == seen.size else f", {seen.read} of them read"
+    lines = [f"{split}: {seen.size} samples{part}"]
+    for name, one in seen.fields.items():
+        shapes = ", ".join(f"{kind} x {n}" for kind, n in one.kinds.most_common(3))
+        more = f" and {len(one.kinds) - 3} more" if len(one.kinds) > 3 else ""
+        lines.append(f"  {name:<12} {shapes}{more}")
+        if one.count:
+            mean, std = (", ".join(f"{v:.4g}" for v in values) for values in one.moments())
+            lines.append(f"  {'':<12} mean {mean}   std {std}   from {one.low:.4g} to {one.high:.4g}")
+        if one.classes:
+            lines += _classes(one.classes, seen.look)
+    kinds = Counter(b.kind for b in seen.bad)
+    counts = f" ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})" if kinds else ""
+    lines.append(f"  bad: {len(seen.bad)}{counts}" + (f"; damaged and used: {len(seen.kept)}" if seen.kept else ""))
+    lines += [f"    {b.sample}: {b.kind}: {b.message}" for b in [*seen.bad, *seen.kept][:_LISTED]]
+    rest = len(seen.bad) + len(seen.kept) - _LISTED
+    return "\n".join([*lines, f"    and {rest} more"] if rest > 0 else lines)
+
+
+def _classes(counts: Counter[int], look: Look) -> list[str]:
+    each = [f"{class_name(c, look.classes)} {n}" for c, n in sorted(counts.items())[:_LISTED]]
+    more = f", and {len(counts) - _LISTED} more" if len(counts) > _LISTED else ""
+    never = [str(c) for i, c in enumerate(look.classes or ()) if i not in counts]
+    without = f"; none of: {', '.join(never[:_LISTED])}" if never else ""
+    return [f"  {'':<12} {len(counts)} classes: {', '.join(each)}{more}{without}"]
+
+
+def run(cfg: Mapping[str, Any], split: Literal["train", "val", "test"], out: Path, samples: int | None, show: int) -> str:
+    """Check a cfg, read a split, write the sheet to `out`; the report."""
+    check.check(cfg)
+    full = check.complete(cfg)
+    seen = look_at(full, split, samples=samples, show=show)
+    text = described(seen, split)
+    if not seen.first:
+        return text
+    shown = augmented(full, split, [sample for _, sample in seen.first])
+    sheet(shown, [f"#{index}" for index, _ in seen.first], seen.look).save(out)
+    return f"{text}\n  {len(shown)} samples, as the model sees them: {out}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="ailab.data", description="Look at the data of a cfg.")
+    parser.add_argument("cfg", help="a Python file that defines `cfg`")
+    parser.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="changes to the cfg, such as data.truncated=fill")
+    parser.add_argument("--split", choices=check.PHASES, default="train")
+    parser.add_argument("--out", type=Path, help="of the contact sheet; SPLIT.png when left out")
+    parser.add_argument("--samples", type=int, help="read this many, evenly spaced; all when left out")
+    parser.add_argument("--show", type=int, default=24, help="samples on the sheet")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        cfg = config.load(args.cfg, args.overrides)
+        print(run(cfg, args.split, args.out or Path(f"{args.split}.png"), args.samples, args.show))
+    except AilabError as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
+        return e.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

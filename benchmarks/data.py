@@ -1,0 +1,268 @@
+"""How fast batches come, against a well-written torchvision pipeline on the same files, in interleaved repeats.
+
+    OMP_NUM_THREADS=1 python benchmarks/data.py [--pictures 512] [--repeats 7] [--out benchmarks/results/data.json]
+
+Theirs: `ImageFolder`, transforms.v2 on uint8 tensors, `DataLoader` with persistent workers, to a normalised float32 batch in the
+main process. Ours: `read_image`, the same crop and mirroring on uint8, the stream with the same workers, and normalisation of the
+batch in a compiled graph, as in the step. Both on made pictures of 500x375 that look like photographs (90 kB JPEGs).
+Also: what in-memory data costs a step of digits and of Fashion-MNIST. Medians of times of whole epochs; ratios of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ailab import check
+from ailab.assemble import assemble
+from ailab.config import load
+from ailab.datasets import BatchNormalize, Stream, read_image
+from ailab.datasets.cache import Cache
+from ailab.stack import Middleware
+
+ROOT = Path(__file__).parents[1]
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def pictures_of_tests() -> Any:
+    """tests/pictures.py, which makes the files."""
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "tests" / "pictures.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_files(folder: Path, count: int) -> float:
+    """`count` JPEGs in 4 folders; their mean size in kB."""
+    pictures = pictures_of_tests()
+    sizes = []
+    for i in range(count):
+        path = folder / f"class{i % 4}" / f"{i:05}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Every 8th is a picture of its own, the others its shifts: made faster, and as hard to decode.
+        if i % 8 == 0:
+            base = pictures.photo(i, (375, 500), 14)
+        path.write_bytes(pictures.encoded(base[:, ::-1] if i % 2 else base, "JPEG", quality=92))
+        sizes.append(path.stat().st_size)
+    return statistics.mean(sizes) / 1e3
+
+
+def crops(kind: str) -> list[Any]:
+    from torchvision.transforms import v2
+
+    return [v2.RandomResizedCrop(224, antialias=True)] if kind == "resized crop" else [v2.RandomCrop(224)]
+
+
+def theirs(folder: Path, kind: str, batch: int, workers: int) -> Callable[[], Iterable[Any]]:
+    """The pipeline of a careful user of torchvision."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    resize = [v2.Resize(256, antialias=True)] if kind == "resize, crop" else []
+    steps = [v2.PILToTensor(), *resize, *crops(kind), v2.RandomHorizontalFlip()]
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    loader = DataLoader(
+        ImageFolder(str(folder), transform=v2.Compose(steps)),
+        batch_size=batch,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    return lambda: loader
+
+
+class Folder(Dataset[Any]):
+    """What an image folder of ours does for a sample: read as uint8, crop, mirror."""
+
+    def __init__(self, folder: Path, kind: str):
+        self.paths = sorted(str(p) for p in folder.rglob("*.jpg"))
+        self.classes = sorted({Path(p).parent.name for p in self.paths})
+        self.kind, self.resized_crop = kind, crops("resized crop")[0]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
+        path = self.paths[index]
+        if self.kind == "resized crop":
+            picture = self.resized_crop(read_image(path))
+        else:
+            picture = read_image(path, resize=256)
+            top, left = (int(torch.randint(side - 224 + 1, ())) for side in picture.shape[1:])
+            picture = picture[:, top : top + 224, left : left + 224]
+        picture = picture.flip(-1) if torch.rand(()) < 0.5 else picture
+        return picture, self.classes.index(Path(path).parent.name)
+
+
+@torch.compile(dynamic=False)
+def in_step(x: Tensor) -> Tensor:
+    return BatchNormalize([255 * m for m in MEAN], [255 * s for s in STD])(x)
+
+
+def ours(folder: Path, kind: str, batch: int, workers: int, cache: Cache | None = None) -> Callable[[], Iterable[Any]]:
+    settings: dict[str, Any] = {"num_workers": workers, "persistent_workers": True} if workers else {}
+    stream = Stream(
+        Folder(folder, kind), batch_size=batch, shuffle=True, seed=0, pad=False, drop_last=False, cache=cache, **settings
+    )
+    epoch = iter(range(10**6))
+
+    def batches() -> Iterable[Any]:
+        for loaded in stream.epoch(next(epoch)):
+            yield in_step(loaded["input"]), loaded["target"]
+
+    return batches
+
+
+def cpu_seconds() -> float:
+    """Of this process and its living workers: what counts where all cores are busy, whoever else uses them."""
+    total = time.process_time()
+    for worker in multiprocessing.active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def timed(batches: Callable[[], Iterable[Any]]) -> tuple[float, float]:
+    """Seconds of an epoch, and CPU seconds."""
+    start, cpu = time.perf_counter(), cpu_seconds()
+    for x, _ in batches():
+        assert x.dtype == torch.float32
+    return time.perf_counter() - start, cpu_seconds() - cpu
+
+
+def compare(name: str, pipelines: dict[str, Callable[[], Iterable[Any]]], count: int, repeats: int) -> dict[str, Any]:
+    """Pictures per second of each pipeline, one after the other in each repeat, the first one the reference."""
+    for pipeline in pipelines.values():
+        timed(pipeline)  # workers start, caches fill
+    took: dict[str, list[tuple[float, float]]] = {n: [] for n in pipelines}
+    for _ in range(repeats):
+        for n, pipeline in pipelines.items():
+            took[n].append(timed(pipeline))
+    first = next(iter(took))
+    row: dict[str, Any] = {"case": name, "pictures": count, "repeats": repeats}
+    for n, pairs in took.items():
+        seconds, cpu = zip(*pairs)
+        wall_ratios, cpu_ratios = (sorted(a[i] / b[i] for a, b in zip(took[first], pairs)) for i in (0, 1))
+        row[n] = {
+            "pictures_per_s": round(count / statistics.median(seconds)),
+            "ratio": round(statistics.median(wall_ratios), 2),
+            "ratio_quartiles": [round(wall_ratios[len(pairs) // 4], 2), round(wall_ratios[-1 - len(pairs) // 4], 2)],
+            "cpu_ms_per_picture": round(1e3 * statistics.median(cpu) / count, 2),
+            "cpu_ratio": round(statistics.median(cpu_ratios), 2),
+        }
+        print(f"{name:<14}{n:<22}{row[n]['pictures_per_s']:>7} pictures/s   ratio {row[n]['ratio']:.2f} "
+              f"{row[n]['ratio_quartiles']}   {row[n]['cpu_ms_per_picture']:.2f} ms of CPU, ratio {row[n]['cpu_ratio']:.2f}",
+              flush=True)  # fmt: skip
+    return row
+
+
+def waiting(cfg_file: str, epochs: int) -> dict[str, Any]:
+    """The share of the time of a run that passes between two steps, waiting for the batch."""
+    waited: list[float] = []
+    whole: list[float] = []
+
+    def wrap(epoch: Any) -> Any:
+        def run(state: Any, batches: Iterable[Any]) -> Any:
+            spent = 0.0
+
+            def watched() -> Iterable[Any]:
+                nonlocal spent
+                source = iter(batches)
+                while True:
+                    start = time.perf_counter()
+                    batch = next(source, None)
+                    spent += time.perf_counter() - start
+                    if batch is None:
+                        return
+                    yield batch
+
+            start = time.perf_counter()
+            result = epoch(state, watched())
+            whole.append(time.perf_counter() - start)
+            waited.append(spent)
+            return result
+
+        return run
+
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [f"work_dir={folder}", f"total_epochs={epochs}", "compile=False", "workflow=[{'phase':'train','iters':40}]"]
+        cfg = load(str(ROOT / "cfgs" / cfg_file), overrides)
+        cfg = {**cfg, "hooks": {n: cfg["hooks"][n] for n in ("augment",)}}
+        check.check(cfg)
+        extra = [Middleware("waiting", wrap, "epoch", phases=("train",))]
+        job = assemble(check.complete(cfg), torch.device("cpu"), say=lambda _: None, extra=lambda run: extra)
+        job.run(job.state)
+    share = statistics.median(w / t for w, t in zip(waited[1:], whole[1:]))
+    print(f"{cfg_file:<20} data wait {100 * share:.2f} % of the step", flush=True)
+    return {
+        "cfg": cfg_file,
+        "wait_percent": round(100 * share, 3),
+        "step_ms": round(1e3 * statistics.median(whole[1:]) / 40, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", default="benchmarks/results/data.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "pictures"
+        size = make_files(folder, args.pictures)
+        for kind in ("resized crop", "resize, crop"):
+            pipelines = {
+                "torchvision": theirs(folder, kind, args.batch, args.workers),
+                "ours": ours(folder, kind, args.batch, args.workers),
+            }
+            for place, where in (("ram", Path("/dev/shm") / f"ailab-benchmark-{os.getpid()}"), ("disk", Path(name) / "cache")):
+                pipelines[f"ours, {place} cache"] = ours(folder, kind, args.batch, args.workers, Cache(where))
+            pipelines["ours, ram, no worker"] = ours(
+                folder, kind, args.batch, 0, Cache(Path("/dev/shm") / f"ailab-benchmark-{os.getpid()}")
+            )
+            try:
+                rows.append(compare(kind, pipelines, args.pictures, args.repeats))
+            finally:
+                Cache(Path("/dev/shm") / f"ailab-benchmark-{os.getpid()}").clear()
+                Cache(Path(name) / "cache").clear()
+    waits = [waiting("exp.py", 6)]
+    if os.environ.get("AILAB_FASHION_MNIST") or Path("/usr/share/datasets/fashion-mnist").is_dir():
+        waits.append(waiting("fashion_mnist.py", 3))
+    report = {
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "processor": platform.machine()},
+        "jpeg_kB": round(size, 1),
+        "batch": args.batch,
+        "workers": args.workers,
+        "rows": rows,
+        "waits": waits,
+    }
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
