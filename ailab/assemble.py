@@ -13,7 +13,7 @@ from ailab import dist, tree
 from ailab.build import Parts, build_parts, build_stream, explained
 from ailab.compile import Compiled, compile, lift
 from ailab.core.epoch import PROGRESS, eval_epoch, fresh_progress, tally, train_epoch, workflow
-from ailab.core.grad import ddp_grad, graph_grad, local_grad
+from ailab.core.grad import Core, ddp_grad, graph_grad, local_grad
 from ailab.core.loss import state_dict_of, unless_empty
 from ailab.core.run import run_epochs
 from ailab.core.step import eval_step, given, split_step, train_step
@@ -226,18 +226,21 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     """The gradient core of the plan, in the grad hooks."""
     if plan.enabled and plan.cut == "loss":
         loss = lift(loss, "loss")
+    around = at(hooks, "grad")
     if plan.sync == "ddp":
-        settings = core_settings(hooks, "ddp")
+        settings: dict[str, Any] = core_settings(hooks, "ddp")
         if not settings.get("find_unused_parameters"):
             _refuse_unused(stack(parts.losses["train"], at(hooks, "loss")), state, parts)
+        holds = parts.optimizer is None or parts.optimizer.closure_update is not None or any(h.holds_grad for h in around)
+        settings = {"gradient_as_bucket_view": not holds, **settings}
         core = ddp_grad(loss, state, parts.trainable, **settings)
     elif plan.sync == "graph":
-        core = graph_grad(loss, parts.trainable)
+        core = graph_grad(loss, parts.trainable, **core_settings(hooks, "graph"))
     else:
         core = local_grad(loss, parts.trainable)
     if plan.enabled and plan.cut == "grad":
-        core = lift(core, "grad")
-    return stack(core, at(hooks, "grad"))
+        core = Core(lift(core.many, "grad")) if isinstance(core, Core) else lift(core, "grad")
+    return stack(core, around)
 
 
 def _refuse_unused(loss: Loss, state: TrainState, parts: Parts) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as td
@@ -97,30 +97,65 @@ def stop() -> None:
 
 def all_reduce(tensor: Tensor) -> Tensor:
     """The sum over all ranks, in a new tensor; traced into the graph when compiled."""
+    return begin_sum(tensor)()
+
+
+def begin_sum(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin the sum over all ranks; call what comes back for the result. What is computed in between hides it."""
     if world_size() == 1:
-        return tensor
+        return lambda: tensor
     summed = tensor.clone()
     if torch.compiler.is_compiling():
-        td.all_reduce(summed)
-    else:
+        td.all_reduce(summed)  # the compiler moves the wait to where the sum is used
+        return lambda: summed
+    with peers("a sum over all ranks"):
+        work: Any = td.all_reduce(summed, async_op=True)
+
+    def finished() -> Tensor:
         with peers("a sum over all ranks"):
-            td.all_reduce(summed)
-    return summed
+            work.wait()
+        return summed
+
+    return finished
 
 
-def from_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rank 0's tensors on every rank: one reduction per dtype; traced into the graph when compiled."""
+def begin_sum_of_bucket(bucket: Tensor, share: Tensor, dtype: torch.dtype | None) -> Any:
+    """The future of a bucket of DDP, `share` times each rank's summed over the ranks; it travels as `dtype`."""
+    bucket.mul_(share.to(bucket.dtype))
+    sent = bucket if dtype is None else bucket.to(dtype)
+    future: Any = cast(Any, td.all_reduce(sent, async_op=True)).get_future()
+
+    def arrived(done: Any) -> Tensor:
+        summed = done.value()[0]  # raises what broke the sum; a future that is not asked keeps it to itself
+        return bucket if dtype is None else bucket.copy_(summed)
+
+    return future.then(arrived)
+
+
+def begin_from_first(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """Begin to bring rank 0's tensors to every rank: one reduction per dtype; traced into the graph when compiled."""
     if world_size() == 1 or not tensors:
-        return tensors
-    out = dict(tensors)
+        return lambda: tensors
+    begun: list[tuple[list[str], Callable[[], Tensor]]] = []
     for dtype in {t.dtype: None for t in tensors.values()}:
         names = [n for n, t in tensors.items() if t.dtype == dtype]
         flat = torch.cat([tensors[n].detach().reshape(-1) for n in names])
         # A sum to which the others add zeros: Dynamo does not trace a broadcast.
-        parts = all_reduce(flat if rank() == 0 else torch.zeros_like(flat)).split([tensors[n].numel() for n in names])
-        for n, part in zip(names, parts, strict=True):
-            out[n] = part.view_as(tensors[n])
-    return out
+        begun.append((names, begin_sum(flat if rank() == 0 else torch.zeros_like(flat))))
+
+    def finished() -> dict[str, Tensor]:
+        out = dict(tensors)
+        for names, result in begun:
+            parts = result().split([tensors[n].numel() for n in names])
+            out.update({n: part.view_as(tensors[n]) for n, part in zip(names, parts, strict=True)})
+        return out
+
+    return finished
+
+
+def from_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rank 0's tensors on every rank."""
+    return begin_from_first(tensors)()
 
 
 def agree(flag: bool, device: torch.device) -> bool:
@@ -128,6 +163,30 @@ def agree(flag: bool, device: torch.device) -> bool:
     if world_size() == 1:
         return flag
     return bool(all_reduce(torch.tensor(float(flag), device=device)).item())
+
+
+class Late:
+    """Reads a flag on a device without waiting for what the device was just asked to do: the one of the call before.
+
+    On a CPU there is nothing to wait for, and the flag is that of this call. Every rank reads the same either way.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: tuple[Tensor, Any] | None = None
+
+    def read(self, flag: Tensor) -> bool:
+        """Whether the flag, () of any dtype, is not 0."""
+        if flag.device.type != "cuda":
+            return bool(flag)
+        before, host = self._waiting, torch.empty((), dtype=flag.dtype, pin_memory=True)
+        host.copy_(flag, non_blocking=True)  # a step may write its next flag into the same memory
+        done = torch.cuda.Event()
+        done.record()
+        self._waiting = (host, done)
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0])
 
 
 def barrier() -> None:

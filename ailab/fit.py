@@ -27,7 +27,6 @@ from ailab.show import picture
 from ailab.types import RunInfo, TrainState
 from ailab.workdir import lock
 
-_AGREE_EVERY = 16  # steps between two agreements of the ranks on whether to stop
 _RECORD_EVERY = 50  # steps between two lines of metrics.jsonl
 
 
@@ -94,7 +93,6 @@ class Signals:
 
     def __init__(self) -> None:
         self.came = False
-        self._asked = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -108,13 +106,8 @@ class Signals:
         self.came = True
 
     def __call__(self) -> bool:
-        """Whether to stop here; every rank is told the same."""
-        if dist.world_size() == 1:
-            return self.came
-        self._asked += 1
-        if self._asked % _AGREE_EVERY:
-            return False
-        return dist.agree(self.came, dist.pick_device())
+        """Whether a signal came to this process; the ranks agree on what follows in their next step."""
+        return self.came
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

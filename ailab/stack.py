@@ -31,6 +31,7 @@ class Middleware(Generic[F]):
     looks_back: bool = (
         True  # step depth: whether it reads the state it passed on after the call; if none does, eager steps donate
     )
+    holds_grad: bool = True  # grad depth: whether it may read one gradient after it has asked for another
     check: Callable[[Collection[str], str], list[str]] | None = None  # (fields, phase) -> problems, before the first step
     core: Mapping[str, Any] = field(
         default_factory=dict

@@ -564,13 +564,13 @@ def test_first_weights_are_those_of_rank_0(ranks: Any, sync: str) -> None:
 
 
 def cut_short(cfg: Mapping[str, Any], how: str) -> Any:
-    """Run a cfg until rank 1 ends after its 4th step of training (3 of the first epoch, 3 of evaluation, 1), or in its 5th."""
+    """Run a cfg until rank 1 ends before its 5th step of training (3 of the first epoch, 3 of evaluation, 1), or in it."""
     asked = 0
 
     def interrupted() -> bool:
         nonlocal asked
         asked += 1
-        if asked == 7 and dist.rank() == 1 and how != "in the backward":
+        if asked == 8 and dist.rank() == 1 and how != "in the backward":
             end(how)
         return False
 
@@ -582,7 +582,7 @@ def cut_short(cfg: Mapping[str, Any], how: str) -> Any:
     def wrap(loss: Any) -> Any:
         def deadly(*args: Any) -> Any:
             total, aux = loss(*args)
-            if asked == 7 and dist.rank() == 1 and how == "in the backward":
+            if asked == 8 and dist.rank() == 1 and how == "in the backward":
                 total.register_hook(lambda grad: end(how))
             return total, aux
 

@@ -71,7 +71,11 @@ def SkipNonFiniteHook(max_in_a_row: int = 10, every: int = 10, name: str = "skip
 
         return watched
 
-    return [Middleware(name, wrap_grad, "grad"), Middleware(name, wrap, "step", init), Middleware(name, wrap_host, "host")]
+    return [
+        Middleware(name, wrap_grad, "grad", holds_grad=False),
+        Middleware(name, wrap, "step", init),
+        Middleware(name, wrap_host, "host"),
+    ]
 
 
 def _counted(mean: Mean, finite: Tensor) -> Mean:
