@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ailab import dist, tree
+from ailab import dist, facts, tree
 from ailab.build import Parts, build_parts, build_stream, explained
 from ailab.compile import Compiled, compile, lift
 from ailab.core.epoch import PROGRESS, eval_epoch, fresh_progress, tally, train_epoch, workflow
@@ -63,7 +63,7 @@ def assemble(
         ConfigError: for whatever does not fit; nothing has been written by then.
         DataError: for an empty dataset, or samples that cannot be read.
     """
-    parts = _alike(build_parts(cfg, device))
+    parts = _alike(_built(cfg, device))
     rank, world = dist.rank(), dist.world_size()
     streams = {p["phase"]: build_stream(cfg, p, parts, device, rank, world, report=say) for p in cfg["workflow"]}
     names: dict[str, tuple[str, ...]] = {}
@@ -83,6 +83,24 @@ def assemble(
     steps = {phase: _step(phase, parts, hooks[phase], state, plan, info) for phase in streams}
     run = _run(info, hooks, streams, steps, interrupted, lean=not plan.enabled)
     return Job(info, parts, state, run, hooks, streams, steps, plan)
+
+
+def _built(cfg: Mapping[str, Any], device: torch.device) -> Parts:
+    """The parts, if every rank could build them of the same code and data."""
+    if dist.world_size() == 1:
+        return build_parts(cfg, device)
+    parts, problem = None, None
+    try:
+        parts = build_parts(cfg, device)
+    except Exception as e:  # the others must hear of it before it ends this rank
+        problem = e
+    found: dict[str, str] = {}
+    if parts is not None:
+        data = {f"cfg.data.{phase}": dataset for phase, dataset in parts.datasets.items()}
+        found = facts.of_parts({"cfg.model": parts.model, **data}, data, parts.state.params, parts.sample)
+    dist.compare(found, problem)
+    assert parts is not None
+    return parts
 
 
 def _alike(parts: Parts) -> Parts:

@@ -13,9 +13,13 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+from ailab import launcher
+from ailab.board import Board
 from ailab.errors import AilabError, ConfigError, PeerError
 
 _PROBE_S = 1.0  # a broken connection answers at once; a peer that is alive and elsewhere does not answer within this
+_store: Any = None  # the launcher's
+_board: Board | None = None
 _probe: Any = None  # a gloo group on which nothing is ever sent but the probe for a peer that is gone
 
 
@@ -57,34 +61,79 @@ def pick_device() -> torch.device:
     return torch.device("cuda", local)
 
 
+def meet(init_method: str = "env://", timeout_s: float = 600) -> None:
+    """Find the other ranks of this launch, where a launcher started several: what `compare` needs, and the first half of `start`.
+
+    Raises:
+        PeerError: when one does not come within `timeout_s` seconds, or the store cannot be made.
+    """
+    global _store, _board
+    if not launched() or int(os.environ["WORLD_SIZE"]) == 1 or _board is not None:
+        return
+    me, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        _store, _, _ = next(td.rendezvous(init_method, me, world, timeout=timedelta(seconds=timeout_s)))
+        _board = Board(td.PrefixStore("ailab", _store), me, world, timeout_s)
+    except (RuntimeError, ValueError) as e:
+        why = _first_line(e) if me else launcher.occupied(init_method) or _first_line(e)  # rank 0 opens the port
+        raise PeerError(f"rank {me} of {world} could not meet the others at {init_method}: {why}") from e
+
+
+def compare(facts: Mapping[str, str], problem: Exception | None = None) -> None:
+    """Hold that all ranks have the same facts and no problem; every rank must ask. With one process: raise the problem.
+
+    Raises:
+        AilabError: the same on every rank; see `Board.compare`.
+    """
+    if _board is not None:
+        _board.compare(facts, problem)
+    elif problem is not None:
+        raise problem
+
+
+def board() -> Board | None:
+    """Where ranks leave texts for each other, before and after the life of the process group; None with one process."""
+    return _board
+
+
 def start(cfg: Mapping[str, Any], device: torch.device) -> str | None:
     """Join the process group when a launcher started several of us.
 
-    The store is prefixed with the restart count: a group that torchrun restarts would else read its predecessor's addresses.
+    Its keys in the store are those of this attempt: a group that torchrun restarts would else read its predecessor's addresses.
 
     Returns:
         A one-line warning where something else than asked for was used, else None.
 
     Raises:
+        ConfigError: for a backend that this torch does not have.
         PeerError: when the group does not form within `cfg["timeout_s"]` seconds.
     """
     if not launched() or int(os.environ["WORLD_SIZE"]) == 1 or active():
         return None
-    backend = cfg.get("backend") or ("nccl" if device.type == "cuda" else "gloo")
-    warning = None
-    if backend == "nccl" and device.type != "cuda":
-        backend, warning = "gloo", "dist.backend is 'nccl', but there is no CUDA device here: using gloo."
-    limit = timedelta(seconds=float(cfg["timeout_s"]))
-    me, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend, warning = _backend(cfg.get("backend"), device)
+    meet(cfg["init_method"], float(cfg["timeout_s"]))
+    assert _board is not None
+    me, world, limit = _board.rank, _board.world_size, timedelta(seconds=float(cfg["timeout_s"]))
+    home: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
     try:
-        store, _, _ = next(td.rendezvous(cfg["init_method"], me, world, timeout=limit))
-        prefixed = td.PrefixStore(f"ailab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        td.init_process_group(backend, store=prefixed, rank=me, world_size=world, timeout=limit)
+        mine = td.PrefixStore(f"ailab/{_board.attempt}/group{_board.next_group()}", _store)
+        td.init_process_group(backend, store=mine, rank=me, world_size=world, timeout=limit, **home)
         global _probe
         _probe = td.new_group(backend="gloo", timeout=limit) if backend == "gloo" else None  # NCCL's errors say what they are
     except (RuntimeError, ValueError) as e:
-        raise PeerError(f"rank {me} of {world} could not join the process group ({backend}): {e}") from e
+        raise PeerError(f"rank {me} of {world} could not join the process group ({backend}): {_first_line(e)}") from e
     return warning
+
+
+def _backend(asked: str | None, device: torch.device) -> tuple[str, str | None]:
+    """The backend, and a warning where it is another than the one asked for."""
+    backend, warning = asked or ("nccl" if device.type == "cuda" else "gloo"), None
+    if backend == "nccl" and device.type != "cuda":
+        backend, warning = "gloo", "dist.backend is 'nccl', but there is no CUDA device here: using gloo."
+    if not td.is_backend_available(backend):
+        other = [b for b in ("nccl", "gloo") if td.is_backend_available(b)]
+        raise ConfigError(f"cfg.dist.backend: this torch has no {backend!r}; it has: {', '.join(other) or 'none'}.")
+    return backend, warning
 
 
 def stop() -> None:
@@ -251,8 +300,11 @@ def blamed(what: Callable[[], str]) -> Generator[None]:
 
 
 def _peer_error(what: str, e: RuntimeError) -> PeerError:
-    first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-    return PeerError(f"rank {rank()}: {what} failed: another process ended or did not answer in time.\n  {first}")
+    return PeerError(f"rank {rank()}: {what} failed: another process ended or did not answer in time.\n  {_first_line(e)}")
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
 def _broken() -> bool:
