@@ -17,6 +17,7 @@ from ailab import launcher
 from ailab.board import Board
 from ailab.errors import AilabError, ConfigError, PeerError
 
+_ATTEMPT_S = 2.0
 _PROBE_S = 1.0  # a broken connection answers at once; a peer that is alive and elsewhere does not answer within this
 _store: Any = None  # the launcher's
 _board: Board | None = None
@@ -71,12 +72,28 @@ def meet(init_method: str = "env://", timeout_s: float = 600) -> None:
     if not launched() or int(os.environ["WORLD_SIZE"]) == 1 or _board is not None:
         return
     me, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    home = launcher.address(init_method, os.environ)
     try:
-        _store, _, _ = next(td.rendezvous(init_method, me, world, timeout=timedelta(seconds=timeout_s)))
+        _store = _tcp_store(*home, me == 0, timeout_s) if home else next(td.rendezvous(init_method, me, world))[0]
         _board = Board(td.PrefixStore("ailab", _store), me, world, timeout_s)
     except (RuntimeError, ValueError) as e:
-        why = _first_line(e) if me else launcher.occupied(init_method) or _first_line(e)  # rank 0 opens the port
-        raise PeerError(f"rank {me} of {world} could not meet the others at {init_method}: {why}") from e
+        why = launcher.occupied(home[1]) if home and me == 0 else ""
+        raise PeerError(f"rank {me} of {world} could not meet the others at {init_method}: {why or _first_line(e)}") from e
+
+
+def _tcp_store(host: str, port: int, first: bool, timeout_s: float) -> Any:
+    """The launcher's store, or one that rank 0 opens; reached in short attempts, for a signal is handled only in between."""
+    opens = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            wait = timedelta(seconds=timeout_s if opens else _ATTEMPT_S)
+            store = td.TCPStore(host, port, None, opens, wait, wait_for_workers=False, multi_tenant=True)
+            store.set_timeout(timedelta(seconds=timeout_s))
+            return store
+        except RuntimeError:
+            if opens or time.monotonic() >= until:
+                raise
 
 
 def compare(facts: Mapping[str, str], problem: Exception | None = None) -> None:

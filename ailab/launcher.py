@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 from collections.abc import Mapping, MutableMapping
+from urllib.parse import urlsplit
+
+from ailab.errors import ConfigError
 
 _FIRST_PORT, _PORTS = 12000, 20000  # of a job's store: below the range that systems hand out by themselves
 
@@ -55,16 +57,33 @@ def _tasks_here(environ: Mapping[str, str]) -> int:
     return max(counts[node] if node < len(counts) else 1, local + 1)
 
 
-def occupied(init_method: str) -> str:
-    """A sentence, if it is the port of the store that is in use on this machine."""
-    port = os.environ.get("MASTER_PORT", "") if init_method == "env://" else re.split(r"[:/?]", init_method + "/")[4:5]
-    text = port if isinstance(port, str) else "".join(port)
-    if not text.isdigit():
-        return ""
+def address(init_method: str, environ: Mapping[str, str]) -> tuple[str, int] | None:
+    """Host and port of the store of a launch; None for a store of another kind, a file say.
+
+    Raises:
+        ConfigError: when a part of it is missing.
+    """
+    if init_method != "env://" and not init_method.startswith("tcp://"):
+        return None
+    try:
+        if init_method == "env://":
+            return environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        parts = urlsplit(init_method)
+        assert parts.hostname and parts.port
+        return parts.hostname, parts.port
+    except (KeyError, ValueError, AssertionError) as e:
+        raise ConfigError(
+            f"cfg.dist.init_method is {init_method!r}, from which no host and port can be read.\n"
+            "  'env://' reads MASTER_ADDR and MASTER_PORT; else give 'tcp://host:port' of rank 0."
+        ) from e
+
+
+def occupied(port: int) -> str:
+    """A sentence, if a port of this machine cannot be opened."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", int(text)))
+            probe.bind(("", port))
         except OSError as e:
-            return f"port {text} cannot be opened here ({e.strerror}); another program may use it: choose another port."
+            return f"port {port} cannot be opened here ({e.strerror}); another program may use it: choose another port."
     return ""

@@ -6,6 +6,9 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import socket
+import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from itertools import chain
@@ -22,6 +25,7 @@ from ailab.assemble import Job, assemble
 from ailab.compile import graphs_compiled
 from ailab.core.epoch import Interrupted
 from ailab.errors import AilabError
+from ailab.fit import main
 from ailab.metrics import LabBaseMetric
 from ailab.stack import Middleware
 from ailab.types import WEIGHT, RunInfo, TrainState
@@ -345,3 +349,63 @@ def log_distance(ours: Mapping[str, Any], his: Mapping[str, Any]) -> float:
     """The largest relative difference of a sum or a weight."""
     assert list(ours) == list(his)
     return max(abs(a - b) / max(abs(b), 1e-30) for n in his for a, b in zip(ours[n], his[n], strict=True))
+
+
+# Whole runs of `ailab.fit`, as a launcher would start them, in processes that have imported everything.
+
+
+def _command(argv: list[str], environ: dict[str, str], log: str) -> None:
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    torch.set_num_threads(1)
+    os.environ.update(environ)
+    try:
+        code = main(argv)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class Crew:
+    """`world` processes of one command, each with its own log; `argv` and `environ` may differ between them."""
+
+    def __init__(self, folder: Path, argv: Callable[[int], list[str]], environ: Callable[[int], dict[str, str]], world: int):
+        forker = multiprocessing.get_context("forkserver")
+        forker.set_forkserver_preload(["ailab.fit", "torch.nn.parallel", "ranks"])
+        self.logs = [folder / f"rank{rank}.log" for rank in range(world)]
+        self.processes = [
+            forker.Process(target=_command, args=(argv(rank), environ(rank), str(self.logs[rank]))) for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def ended(self, limit: float) -> list[int | None]:
+        """Exit codes; None for one that is still there after `limit` seconds, and is killed now."""
+        until = time.monotonic() + limit
+        for process in self.processes:
+            process.join(max(0.0, until - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        return codes
+
+    def printed(self) -> list[str]:
+        return [log.read_text() if log.exists() else "" for log in self.logs]
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def torchrun_environ(world: int, port: int) -> Callable[[int], dict[str, str]]:
+    def of(rank: int) -> dict[str, str]:
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        return {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    return of

@@ -17,8 +17,8 @@ MODULES = sorted((ROOT / "ailab").rglob("*.py"))
 # Section 4 of the design: a module imports what stands in a row above its own, or is in its own package. What `|` separates is
 # in one row. A name is that of a module, or of a package for all that is in it.
 ROWS = """
-errors | launcher
-tree | signature | durable | board
+errors
+tree | signature | durable | board | launcher
 types | registry | binding | config | rng
 check | stack | dist | manifest | facts
 compile | commit
