@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -333,6 +334,8 @@ def _broken() -> bool:
         until = time.monotonic() + _PROBE_S
         while not work.is_completed() and time.monotonic() < until:
             time.sleep(0.01)
+        if not work.is_completed():  # the group would wait for its end before it goes: it never goes
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(_probe))
         return bool(work.is_completed() and not work.is_success())
     except RuntimeError:
         return True

@@ -16,8 +16,9 @@ from ranks import Crew, config, free_port, torchrun_environ
 
 from ailab import dist, facts, launcher
 from ailab.board import verdict
-from ailab.errors import ConfigError
+from ailab.errors import ConfigError, DataError
 from ailab.launcher import first_host, from_slurm
+from ailab.stack import Middleware
 
 # Variables of the launcher.
 
@@ -266,3 +267,46 @@ def test_the_launcher_ends_ranks_that_wait(tmp_path: Path) -> None:
     os.kill(crew.processes[0].pid, signal.SIGTERM)
     assert crew.ended(5) == [7], crew.printed()
     told_once(crew.printed(), "the launcher ended this run before all ranks had met")
+
+
+def Ends(step: int, rank: int, how: str, name: str = "ends") -> Middleware[Any]:
+    """A hook whose rank `rank` raises or is killed after a step of training."""
+
+    def wrap(train: Any) -> Any:
+        def ending(state: Any, batch: Any) -> Any:
+            state, logs = train(state, batch)
+            if state.at == step and dist.rank() == rank:
+                if how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise DataError("a sample of mine") if how == "data" else RuntimeError("a mistake of mine")
+            return state, logs
+
+        return ending
+
+    return Middleware(name, wrap, "host")
+
+
+def ending_cfg(folder: Path, rank: int, how: str) -> str:
+    file = cfg_file(folder)
+    hook = f"\nfrom test_ranks_launch import Ends\ncfg['hooks']['ends'] = dict(type=Ends, step=5, rank={rank}, how={how!r})\n"
+    Path(file).write_text(Path(file).read_text() + hook)
+    return file
+
+
+@pytest.mark.parametrize(("how", "code"), [("raised", 1), ("data", 3), ("killed", -signal.SIGKILL)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_error_is_told_once(tmp_path: Path, rank: int, how: str, code: int) -> None:
+    """Where one rank of three ends, the others end with 7 in 10 s; its own error is told once, and theirs once, pointing at it."""
+    file = ending_cfg(tmp_path, rank, how)
+    crew = Crew(tmp_path, lambda _: [file], torchrun_environ(3, free_port()), 3)
+    begun = time.monotonic()
+    assert crew.ended(25) == [code if r == rank else 7 for r in range(3)], crew.printed()
+    assert time.monotonic() - begun < 20  # 10 s after the error, and the start of the run
+    printed = crew.printed()
+    everything = "\n".join(printed)
+    assert everything.count("PeerError: step 6") == 1, everything
+    assert everything.count("Traceback") == (how == "raised")
+    if how != "killed":
+        own = "\nRuntimeError: a mistake of mine" if how == "raised" else "DataError: a sample of mine"
+        assert printed[rank].count(own) == everything.count(own) == 1
+        assert everything.count(f"rank {rank} failed first; its message is here too.") == 1
