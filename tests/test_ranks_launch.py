@@ -297,8 +297,12 @@ def ending_cfg(folder: Path, rank: int, how: str) -> str:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_error_is_told_once(tmp_path: Path, rank: int, how: str, code: int) -> None:
     """Where one rank of three ends, the others end with 7 in 10 s; its own error is told once, and theirs once, pointing at it."""
-    file = ending_cfg(tmp_path, rank, how)
-    crew = Crew(tmp_path, lambda _: [file], torchrun_environ(3, free_port()), 3)
+    file, store = (
+        ending_cfg(tmp_path, rank, how),
+        torch.distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False),
+    )
+    environ = torchrun_environ(3, store.port)  # torchrun keeps the store: it outlives every rank
+    crew = Crew(tmp_path, lambda _: [file], lambda r: {**environ(r), "TORCHELASTIC_USE_AGENT_STORE": "True"}, 3)
     begun = time.monotonic()
     assert crew.ended(25) == [code if r == rank else 7 for r in range(3)], crew.printed()
     assert time.monotonic() - begun < 20  # 10 s after the error, and the start of the run
