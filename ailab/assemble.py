@@ -221,7 +221,15 @@ def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
 
     def line(step: Step, *, enabled: bool = plan.enabled, donate: bool = plan.donate) -> Compiled:
         over = compile(
-            step, enabled=enabled, donate=donate, mode=plan.mode, seed=info.seed, rank=info.rank, name=phase, report=info.say
+            step,
+            enabled=enabled,
+            donate=donate,
+            mode=plan.mode,
+            seed=info.seed,
+            rank=info.rank,
+            name=phase,
+            report=info.say,
+            overlap=plan.sync == "graph" and phase == "train",
         )
         plan.compiled.append(over)
         return over
@@ -247,8 +255,10 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     around = at(hooks, "grad")
     if plan.sync == "ddp":
         settings: dict[str, Any] = core_settings(hooks, "ddp")
+        bare = stack(parts.losses["train"], at(hooks, "loss"))
         if not settings.get("find_unused_parameters"):
-            _refuse_unused(stack(parts.losses["train"], at(hooks, "loss")), state, parts)
+            _refuse_unused(bare, state, parts)
+            settings["sample"] = (bare, dict(parts.sample))
         holds = parts.optimizer is None or parts.optimizer.closure_update is not None or any(h.holds_grad for h in around)
         settings = {"gradient_as_bucket_view": not holds, **settings}
         core = ddp_grad(loss, state, parts.trainable, **settings)

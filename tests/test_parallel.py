@@ -119,6 +119,7 @@ def test_batch_norm_sees_its_own_part(ranks: Any, sync: str, world: int) -> None
 def test_a_run_that_was_cut_in_two_has_the_same_bytes(ranks: Any, sync: str, world: int, tmp_path: Path) -> None:
     """Stopped in mid-epoch and resumed from a checkpoint, the state of several ranks ends bit for bit as without the stop."""
     hooks = dict(checkpoint=dict(type="CheckpointHook"), resume=dict(type="ResumeHook"), ema=dict(type="EMAHook"))
+    hooks |= dict(ddp=dict(type="DDPHook", bucket_cap_mb=1e-4))  # several buckets
     cfg = config(model=dict(norm=True, double=False), sync=sync, hooks=hooks) | {"work_dir": str(tmp_path / "cut")}
     whole = ranks(world)(trained, {**cfg, "work_dir": str(tmp_path / "whole")})
     with pytest.raises(AilabError, match="stopped by a signal at step 5"):

@@ -163,6 +163,7 @@ def ddp_grad(
     *,
     compress: torch.dtype | None = None,
     gradient_as_bucket_view: bool = False,
+    sample: tuple[Loss, Batch] | None = None,
     **ddp: Any,
 ) -> Core:
     """The gradient over all processes through `DistributedDataParallel`: `.backward()` reduces buckets as they fill.
@@ -177,6 +178,9 @@ def ddp_grad(
         trainable: names of the parameters to differentiate; all of them by default.
         compress: dtype in which buckets travel and are summed.
         gradient_as_bucket_view: hand out the buckets themselves: no copy, and valid until the next gradient is computed.
+        sample: the loss, uncompiled, and a batch for two gradients that are thrown away. DDP reduces its first gradient as one
+            bucket and orders its buckets by it; a sum over three ranks or more depends on the bucket in its last bits. So are a
+            resumed run and one that was never stopped alike in every bit.
         **ddp: further arguments of DistributedDataParallel (`bucket_cap_mb`, `static_graph`, ...).
     """
     mine = {n: p for n, p in state.params.items() if trainable is None or n in trainable}
@@ -207,6 +211,11 @@ def ddp_grad(
         found = {n: p.grad for n, p in zip(owner.keys, own, strict=True) if p.grad is not None}
         return _unscaled(found, last), reduced(), outputs
 
+    if sample is not None:
+        owner.loss, batch = sample
+        for _ in range(2):
+            many(state, [batch])
+        owner.loss = loss
     return Core(many)
 
 
