@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ailab import dist
+from ailab import dist, facts
 from ailab.build import Parts, build_parts, build_stream, explained
 from ailab.compile import Compiled, compile, lift
 from ailab.core.epoch import PROGRESS, eval_epoch, fresh_progress, tally, train_epoch, workflow
-from ailab.core.grad import ddp_grad, graph_grad, local_grad
+from ailab.core.grad import Core, ddp_grad, graph_grad, local_grad
 from ailab.core.loss import state_dict_of, unless_empty
 from ailab.core.run import run_epochs
 from ailab.core.step import eval_step, given, split_step, train_step
@@ -65,7 +65,7 @@ def assemble(
         ConfigError: for whatever does not fit; nothing has been written by then.
         DataError: for an empty dataset, or samples that cannot be read.
     """
-    parts = _alike(build_parts(cfg, device))
+    parts = _alike(_built(cfg, device))
     rank, world = dist.rank(), dist.world_size()
     streams = {p["phase"]: build_stream(cfg, p, parts, device, rank, world, report=say) for p in cfg["workflow"]}
     views: list[Callable[[TrainState], TrainState]] = []
@@ -89,6 +89,24 @@ def assemble(
     steps = {phase: _step(phase, parts, hooks[phase], state, plan, info) for phase in streams}
     run = _run(info, hooks, streams, steps, interrupted, lean=not plan.enabled)
     return Job(info, parts, state, run, hooks, streams, steps, plan)
+
+
+def _built(cfg: Mapping[str, Any], device: torch.device) -> Parts:
+    """The parts, if every rank could build them of the same code and data."""
+    if dist.world_size() == 1:
+        return build_parts(cfg, device)
+    parts, problem = None, None
+    try:
+        parts = build_parts(cfg, device)
+    except Exception as e:  # the others must hear of it before it ends this rank
+        problem = e
+    found: dict[str, str] = {}
+    if parts is not None:
+        data = {f"cfg.data.{phase}": dataset for phase, dataset in parts.datasets.items()}
+        found = facts.of_parts({"cfg.model": parts.model, **data}, data, parts.state.params, parts.sample)
+    dist.compare(found, problem)
+    assert parts is not None
+    return parts
 
 
 def _alike(parts: Parts) -> Parts:
@@ -177,7 +195,15 @@ def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
 
     def line(step: Step, *, enabled: bool = plan.enabled, donate: bool = plan.donate) -> Compiled:
         over = compile(
-            step, enabled=enabled, donate=donate, mode=plan.mode, seed=info.seed, rank=info.rank, name=phase, report=info.say
+            step,
+            enabled=enabled,
+            donate=donate,
+            mode=plan.mode,
+            seed=info.seed,
+            rank=info.rank,
+            name=phase,
+            report=info.say,
+            overlap=plan.sync == "graph" and phase == "train",
         )
         plan.compiled.append(over)
         return over
@@ -185,7 +211,7 @@ def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     if phase != "train":
         return line(stack(eval_step(loss, outputs), layers))
     assert parts.optimizer is not None
-    grad = _grad(loss, parts, hooks, state, plan)
+    grad = _grad(loss, parts, hooks, state, plan, info.cfg["data"]["train_dataloader"]["batch_size"])
     traced = plan.enabled and parts.optimizer.traced
     in_place = plan.donate and not traced and not any(h.looks_back for h in layers)  # below the line donation is compile's
     if plan.cut == "step":
@@ -196,22 +222,27 @@ def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     return line(split_step(grad, finish), enabled=False, donate=False)
 
 
-def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, plan: Plan) -> Grad:
+def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, plan: Plan, batch_size: int) -> Grad:
     """The gradient core of the plan, in the grad hooks."""
     if plan.enabled and plan.cut == "loss":
         loss = lift(loss, "loss")
+    around, nominal = at(hooks, "grad"), float(batch_size)
     if plan.sync == "ddp":
-        settings = core_settings(hooks, "ddp")
+        settings: dict[str, Any] = {"nominal": nominal, **core_settings(hooks, "ddp")}
+        bare = stack(parts.losses["train"], at(hooks, "loss"))
         if not settings.get("find_unused_parameters"):
-            _refuse_unused(stack(parts.losses["train"], at(hooks, "loss")), state, parts)
+            _refuse_unused(bare, state, parts)
+            settings["sample"] = (bare, dict(parts.sample))
+        holds = parts.optimizer is None or parts.optimizer.closure_update is not None or any(h.holds_grad for h in around)
+        settings = {"gradient_as_bucket_view": not holds, **settings}
         core = ddp_grad(loss, state, parts.trainable, **settings)
     elif plan.sync == "graph":
-        core = graph_grad(loss, parts.trainable)
+        core = graph_grad(loss, parts.trainable, nominal=nominal, **core_settings(hooks, "graph"))
     else:
         core = local_grad(loss, parts.trainable)
     if plan.enabled and plan.cut == "grad":
-        core = lift(core, "grad")
-    return stack(core, at(hooks, "grad"))
+        core = Core(lift(core.many, "grad")) if isinstance(core, Core) else lift(core, "grad")
+    return stack(core, around)
 
 
 def _refuse_unused(loss: Loss, state: TrainState, parts: Parts) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,13 @@ from ailab.types import Batch, Logs, Step, TrainState, seal
 def allow_traced_grad() -> Any:
     """A context in which Dynamo traces `torch.autograd.grad`; a private switch, off by default on every supported version."""
     return torch._dynamo.config.patch(trace_autograd_ops=True)
+
+
+def overlap_options() -> dict[str, Any]:
+    """Options of the compiler that move reductions over ranks under what is computed meanwhile, as far as this torch has them."""
+    wanted = {"reorder_for_compute_comm_overlap": True, "aten_distributed_optimizations.enable_simple_overlap": True}
+    known: dict[str, Any] = importlib.import_module("torch._inductor.config").get_config_copy()
+    return {name: value for name, value in wanted.items() if name in known}
 
 
 def graphs_compiled() -> int:
@@ -47,7 +55,9 @@ class Compiled:
         rank: int,
         name: str,
         report: Callable[[str], None] | None,
+        overlap: bool = False,
     ):
+        self.overlap = overlap
         self.step, self.enabled, self.donate, self.mode, self.name = step, enabled, donate, mode, name
         self.seed, self.rank, self.report = seed, rank, report
         self.graphs: dict[Any, Callable[..., Any]] = {}  # by the layout of everything that goes in
@@ -115,7 +125,7 @@ class Compiled:
 
     def _first(self, key: Any, state: TrainState, fields: Batch) -> Any:
         """Compile a graph for this layout, run it, and keep it."""
-        run = _without_guards(_flat(self.step, state, self.donate, f"{self.name}_step"), self.mode)
+        run = _without_guards(_flat(self.step, state, self.donate, f"{self.name}_step"), self.mode, self.overlap)
         try:
             with allow_traced_grad():
                 result = run(self._leaves, fields)
@@ -143,6 +153,7 @@ def compile(
     rank: int = 0,
     name: str = "train",
     report: Callable[[str], None] | None = None,
+    overlap: bool = False,
 ) -> Compiled:
     """Lift a pure step over the compile line.
 
@@ -155,8 +166,11 @@ def compile(
         rank: this process's number, so that dropout differs between ranks.
         name: of the step, in reports and tracebacks.
         report: called with one line when a further graph is compiled: what differs from the first.
+        overlap: the step sums over ranks: let the compiler hide that behind what it computes.
     """
-    return Compiled(step, enabled=enabled, donate=donate, mode=mode, seed=seed, rank=rank, name=name, report=report)
+    return Compiled(
+        step, enabled=enabled, donate=donate, mode=mode, seed=seed, rank=rank, name=name, report=report, overlap=overlap
+    )
 
 
 def lift(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -178,9 +192,9 @@ def _own_code(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
     return types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
 
 
-def _without_guards(fn: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
+def _without_guards(fn: Callable[..., Any], mode: str | None, overlap: bool) -> Callable[..., Any]:
     """`fn` compiled as one graph that is run as it is; whoever calls it knows that the graph fits."""
-    options = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    options = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(overlap_options() if overlap else {})}
     options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     return torch.compile(fn, fullgraph=True, dynamic=False, options=options)
 

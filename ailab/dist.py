@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -13,9 +14,14 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+from ailab import launcher
+from ailab.board import Board
 from ailab.errors import AilabError, ConfigError, PeerError
 
+_ATTEMPT_S = 2.0
 _PROBE_S = 1.0  # a broken connection answers at once; a peer that is alive and elsewhere does not answer within this
+_store: Any = None  # the launcher's
+_board: Board | None = None
 _probe: Any = None  # a gloo group on which nothing is ever sent but the probe for a peer that is gone
 
 
@@ -57,34 +63,95 @@ def pick_device() -> torch.device:
     return torch.device("cuda", local)
 
 
+def meet(init_method: str = "env://", timeout_s: float = 600) -> None:
+    """Find the other ranks of this launch, where a launcher started several: what `compare` needs, and the first half of `start`.
+
+    Raises:
+        PeerError: when one does not come within `timeout_s` seconds, or the store cannot be made.
+    """
+    global _store, _board
+    if not launched() or int(os.environ["WORLD_SIZE"]) == 1 or _board is not None:
+        return
+    me, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    home = launcher.address(init_method, os.environ)
+    try:
+        _store = _tcp_store(*home, me == 0, timeout_s) if home else next(td.rendezvous(init_method, me, world))[0]
+        _board = Board(td.PrefixStore("ailab", _store), me, world, timeout_s)
+    except (RuntimeError, ValueError) as e:
+        why = launcher.occupied(home[1]) if home and me == 0 else ""
+        raise PeerError(f"rank {me} of {world} could not meet the others at {init_method}: {why or _first_line(e)}") from e
+
+
+def _tcp_store(host: str, port: int, first: bool, timeout_s: float) -> Any:
+    """The launcher's store, or one that rank 0 opens; reached in short attempts, for a signal is handled only in between."""
+    opens = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            wait = timedelta(seconds=timeout_s if opens else _ATTEMPT_S)
+            store = td.TCPStore(host, port, None, opens, wait, wait_for_workers=False, multi_tenant=True)
+            store.set_timeout(timedelta(seconds=timeout_s))
+            return store
+        except RuntimeError:
+            if opens or time.monotonic() >= until:
+                raise
+
+
+def compare(facts: Mapping[str, str], problem: Exception | None = None) -> None:
+    """Hold that all ranks have the same facts and no problem; every rank must ask. With one process: raise the problem.
+
+    Raises:
+        AilabError: the same on every rank; see `Board.compare`.
+    """
+    if _board is not None:
+        _board.compare(facts, problem)
+    elif problem is not None:
+        raise problem
+
+
+def board() -> Board | None:
+    """Where ranks leave texts for each other, before and after the life of the process group; None with one process."""
+    return _board
+
+
 def start(cfg: Mapping[str, Any], device: torch.device) -> str | None:
     """Join the process group when a launcher started several of us.
 
-    The store is prefixed with the restart count: a group that torchrun restarts would else read its predecessor's addresses.
+    Its keys in the store are those of this attempt: a group that torchrun restarts would else read its predecessor's addresses.
 
     Returns:
         A one-line warning where something else than asked for was used, else None.
 
     Raises:
+        ConfigError: for a backend that this torch does not have.
         PeerError: when the group does not form within `cfg["timeout_s"]` seconds.
     """
     if not launched() or int(os.environ["WORLD_SIZE"]) == 1 or active():
         return None
-    backend = cfg.get("backend") or ("nccl" if device.type == "cuda" else "gloo")
-    warning = None
-    if backend == "nccl" and device.type != "cuda":
-        backend, warning = "gloo", "dist.backend is 'nccl', but there is no CUDA device here: using gloo."
-    limit = timedelta(seconds=float(cfg["timeout_s"]))
-    me, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend, warning = _backend(cfg.get("backend"), device)
+    meet(cfg["init_method"], float(cfg["timeout_s"]))
+    assert _board is not None
+    me, world, limit = _board.rank, _board.world_size, timedelta(seconds=float(cfg["timeout_s"]))
+    home: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
     try:
-        store, _, _ = next(td.rendezvous(cfg["init_method"], me, world, timeout=limit))
-        prefixed = td.PrefixStore(f"ailab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        td.init_process_group(backend, store=prefixed, rank=me, world_size=world, timeout=limit)
+        mine = td.PrefixStore(f"ailab/{_board.attempt}/group{_board.next_group()}", _store)
+        td.init_process_group(backend, store=mine, rank=me, world_size=world, timeout=limit, **home)
         global _probe
         _probe = td.new_group(backend="gloo", timeout=limit) if backend == "gloo" else None  # NCCL's errors say what they are
     except (RuntimeError, ValueError) as e:
-        raise PeerError(f"rank {me} of {world} could not join the process group ({backend}): {e}") from e
+        raise PeerError(f"rank {me} of {world} could not join the process group ({backend}): {_first_line(e)}") from e
     return warning
+
+
+def _backend(asked: str | None, device: torch.device) -> tuple[str, str | None]:
+    """The backend, and a warning where it is another than the one asked for."""
+    backend, warning = asked or ("nccl" if device.type == "cuda" else "gloo"), None
+    if backend == "nccl" and device.type != "cuda":
+        backend, warning = "gloo", "dist.backend is 'nccl', but there is no CUDA device here: using gloo."
+    if not td.is_backend_available(backend):
+        other = [b for b in ("nccl", "gloo") if td.is_backend_available(b)]
+        raise ConfigError(f"cfg.dist.backend: this torch has no {backend!r}; it has: {', '.join(other) or 'none'}.")
+    return backend, warning
 
 
 def stop() -> None:
@@ -97,15 +164,26 @@ def stop() -> None:
 
 def all_reduce(tensor: Tensor) -> Tensor:
     """The sum over all ranks, in a new tensor; traced into the graph when compiled."""
+    return begin_sum(tensor)()
+
+
+def begin_sum(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin the sum over all ranks; call what comes back for the result. What is computed in between hides it."""
     if world_size() == 1:
-        return tensor
+        return lambda: tensor
     summed = tensor.clone()
     if torch.compiler.is_compiling():
-        td.all_reduce(summed)
-    else:
+        td.all_reduce(summed)  # the compiler moves the wait to where the sum is used
+        return lambda: summed
+    with peers("a sum over all ranks"):
+        work: Any = td.all_reduce(summed, async_op=True)
+
+    def finished() -> Tensor:
         with peers("a sum over all ranks"):
-            td.all_reduce(summed)
-    return summed
+            work.wait()
+        return summed
+
+    return finished
 
 
 class _Summed(torch.autograd.Function):
@@ -125,19 +203,43 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor if world_size() == 1 else cast("Tensor", _Summed.apply(tensor))
 
 
-def from_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rank 0's tensors on every rank: one reduction per dtype; traced into the graph when compiled."""
+def begin_sum_of_bucket(bucket: Tensor, share: Tensor, dtype: torch.dtype | None) -> Any:
+    """The future of a bucket of DDP, `share` times each rank's summed over the ranks; it travels as `dtype`."""
+    bucket.mul_(share.to(bucket.dtype))
+    sent = bucket if dtype is None else bucket.to(dtype)
+    future: Any = cast(Any, td.all_reduce(sent, async_op=True)).get_future()
+
+    def arrived(done: Any) -> Tensor:
+        summed = done.value()[0]  # raises what broke the sum; a future that is not asked keeps it to itself
+        return bucket if dtype is None else bucket.copy_(summed)
+
+    return future.then(arrived)
+
+
+def begin_from_first(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """Begin to bring rank 0's tensors to every rank: one reduction per dtype; traced into the graph when compiled."""
     if world_size() == 1 or not tensors:
-        return tensors
-    out = dict(tensors)
+        return lambda: tensors
+    begun: list[tuple[list[str], Callable[[], Tensor]]] = []
     for dtype in {t.dtype: None for t in tensors.values()}:
         names = [n for n, t in tensors.items() if t.dtype == dtype]
         flat = torch.cat([tensors[n].detach().reshape(-1) for n in names])
         # A sum to which the others add zeros: Dynamo does not trace a broadcast.
-        parts = all_reduce(flat if rank() == 0 else torch.zeros_like(flat)).split([tensors[n].numel() for n in names])
-        for n, part in zip(names, parts, strict=True):
-            out[n] = part.view_as(tensors[n])
-    return out
+        begun.append((names, begin_sum(flat if rank() == 0 else torch.zeros_like(flat))))
+
+    def finished() -> dict[str, Tensor]:
+        out = dict(tensors)
+        for names, result in begun:
+            parts = result().split([tensors[n].numel() for n in names])
+            out.update({n: part.view_as(tensors[n]) for n, part in zip(names, parts, strict=True)})
+        return out
+
+    return finished
+
+
+def from_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rank 0's tensors on every rank."""
+    return begin_from_first(tensors)()
 
 
 def agree(flag: bool, device: torch.device) -> bool:
@@ -209,8 +311,11 @@ def blamed(what: Callable[[], str]) -> Generator[None]:
 
 
 def _peer_error(what: str, e: RuntimeError) -> PeerError:
-    first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-    return PeerError(f"rank {rank()}: {what} failed: another process ended or did not answer in time.\n  {first}")
+    return PeerError(f"rank {rank()}: {what} failed: another process ended or did not answer in time.\n  {_first_line(e)}")
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
 def _broken() -> bool:
@@ -222,6 +327,8 @@ def _broken() -> bool:
         until = time.monotonic() + _PROBE_S
         while not work.is_completed() and time.monotonic() < until:
             time.sleep(0.01)
+        if not work.is_completed():  # the group would wait for its end before it goes: it never goes
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(_probe))
         return bool(work.is_completed() and not work.is_success())
     except RuntimeError:
         return True

@@ -18,18 +18,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ailab import check, config, dist, tree
+from ailab import check, config, dist, facts, launcher, tree
 from ailab.assemble import Job, assemble
 from ailab.bad_samples import BAD_SAMPLES, BadSampleLog
 from ailab.core.epoch import Interrupted
 from ailab.datasets.cache import run_cache
-from ailab.errors import AilabError, ConfigError, Preempted
+from ailab.errors import AilabError, ConfigError, PeerError, Preempted
 from ailab.hooks.log import METRICS, LoggerHook, ProgressHook, RecordHook, is_reserved
 from ailab.show import picture
+from ailab.signature import name_of
 from ailab.types import RunInfo, TrainState
 from ailab.workdir import lock
 
-_AGREE_EVERY = 16  # steps between two agreements of the ranks on whether to stop
+_HEAR_RANK_0_S = 1.0  # how long the other ranks leave it to rank 0 to tell of a peer that is gone
 _RECORD_EVERY = 50  # steps between two lines of metrics.jsonl
 
 
@@ -48,7 +49,11 @@ def fit(cfg: Mapping[str, Any]) -> Result:
     Raises:
         AilabError: one of its kinds, each with the exit code that the command line would give.
     """
-    with _started(cfg) as (full, device, warnings), _console() as (bar, say), Signals() as signals:
+    return _fit(lambda: cfg)
+
+
+def _fit(load: Callable[[], Mapping[str, Any]]) -> Result:
+    with _started(load) as (full, device, warnings), _console() as (bar, say), Signals() as signals:
         for line in warnings:
             say(f"warning: {line}")
         # Everything is built before the first byte is written: what does not fit harms no work_dir.
@@ -81,18 +86,65 @@ def ailab_train(cfg: Mapping[str, Any]) -> Result:
 
 
 @contextmanager
-def _started(cfg: Mapping[str, Any]) -> Generator[tuple[dict[str, Any], torch.device, list[str]]]:
-    """The completed cfg, the device and the process group; nothing is built before the cfg is checked."""
-    check.check(cfg)
-    full = check.complete(cfg)
-    device = dist.pick_device()
-    warning = dist.start(full["dist"], device)
+def _started(load: Callable[[], Mapping[str, Any]]) -> Generator[tuple[dict[str, Any], torch.device, list[str]]]:
+    """The completed cfg, the device and the process group; nothing is built before the cfg is checked, on every rank alike."""
+    launcher.adopt(os.environ)
+    with _ended_by_launcher():
+        full, device, problem = None, torch.device("cpu"), None
+        try:
+            cfg = load()
+            check.check(cfg)
+            full = check.complete(cfg)
+            device = dist.pick_device()
+        except Exception as e:
+            problem = e
+        settings: Mapping[str, Any] = full["dist"] if full else {}
+        dist.meet(settings.get("init_method", "env://"), float(settings.get("timeout_s", 600)))
+        dist.compare(facts.of_cfg(full) if full and dist.launched() else {}, problem)
+        assert full is not None
+        warning = dist.start(full["dist"], device)
     try:
-        yield full, device, [warning] if warning else []
+        yield _resuming(full), device, [warning] if warning else []
+    except BaseException as e:
+        if (board := dist.board()) is not None and not isinstance(e, (PeerError, Preempted)):
+            board.fail(e)
+        raise
     finally:
         dist.stop()
         if full["data"]["cache"] == "ram" and (cache := run_cache("ram", Path(full["work_dir"]))):
             cache.clear()  # a process that is not done yet decodes again what it misses
+
+
+@contextmanager
+def _ended_by_launcher() -> Generator[None]:
+    """SIGTERM before the group stands as a `PeerError`: the launcher sends it when another rank has ended."""
+
+    def told(number: int, frame: Any) -> None:
+        raise PeerError("the launcher ended this run before all ranks had met: see what another rank printed, if it printed.")
+
+    if not dist.launched() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, told)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _resuming(cfg: dict[str, Any]) -> dict[str, Any]:
+    """The cfg, with a ResumeHook if the launcher has restarted a run that saves checkpoints and had begun."""
+    board = dist.board()
+    kinds = {_kind(entry): entry for entry in cfg["hooks"].values() if entry["enable"]}
+    if board is None or "ResumeHook" in kinds or "CheckpointHook" not in kinds or not board.noted("begun"):
+        return cfg
+    entry = {"type": "ResumeHook", "save_dir": kinds["CheckpointHook"].get("save_dir"), "enable": True}
+    return {**cfg, "hooks": {**cfg["hooks"], "resume_after_restart": entry}}
+
+
+def _kind(entry: Mapping[str, Any]) -> str:
+    kind = entry["type"]
+    return (kind if isinstance(kind, str) else name_of(kind)).rpartition(".")[2]
 
 
 class Signals:
@@ -100,7 +152,6 @@ class Signals:
 
     def __init__(self) -> None:
         self.came = False
-        self._asked = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -114,13 +165,8 @@ class Signals:
         self.came = True
 
     def __call__(self) -> bool:
-        """Whether to stop here; every rank is told the same."""
-        if dist.world_size() == 1:
-            return self.came
-        self._asked += 1
-        if self._asked % _AGREE_EVERY:
-            return False
-        return dist.agree(self.came, dist.pick_device())
+        """Whether a signal came to this process; the ranks agree on what follows in their next step."""
+        return self.came
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -211,7 +257,7 @@ def _closing(work_dir: Path, metrics: Mapping[str, tuple[float, float, int]]) ->
 
 def dry_run(cfg: Mapping[str, Any]) -> str:
     """Build everything, run two steps of each phase on one batch, write nothing; the time and memory they took."""
-    with _started(cfg) as (full, device, _):
+    with _started(lambda: cfg) as (full, device, _):
         job = assemble(full, device, extra=_always(full, None))
         state, lines = job.state, [picture(job)]
         for phase, step in job.steps.items():
@@ -245,15 +291,26 @@ def _memory(device: torch.device, state: TrainState) -> str:
 
 def show(cfg: Mapping[str, Any]) -> str:
     """The picture of the stack of this cfg; nothing is run or written."""
-    with _started(cfg) as (full, device, _):
+    with _started(lambda: cfg) as (full, device, _):
         return picture(assemble(full, device, extra=_always(full, None)))
 
 
 def _told(e: AilabError) -> int:
-    """Print an error once, on rank 0 for one that every rank makes, and return its exit code."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0 or not isinstance(e, (ConfigError, Preempted)):
-        print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
+    """Print an error once, however many ranks make it, and return its exit code."""
+    rank, board, text = int(os.environ.get("RANK", "0")), dist.board(), f"{type(e).__name__}: {e}"
+    if isinstance(e, PeerError) and not e.shared and board is not None:
+        if first := board.first_failure():
+            text = f"{text}\n  {first}"
+        elif rank:
+            time.sleep(_HEAR_RANK_0_S)  # it is its console that people watch
+        mine = board.is_first_to_tell("PeerError", ever=False)
+    elif board is None:
+        mine = rank == 0 or not isinstance(e, (ConfigError, Preempted))
+    else:
+        # A mistake that a restart makes again is told the first time.
+        mine = (rank == 0 or not e.shared) and board.is_first_to_tell(text, ever=isinstance(e, ConfigError))
+    if mine:
+        print(text, file=sys.stderr, flush=True)
     return e.exit_code
 
 
@@ -267,13 +324,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(argv)
     try:
-        cfg = config.load(args.cfg, args.overrides)
         if args.show or args.dry_run:
+            cfg = config.load(args.cfg, args.overrides)
             text = show(cfg) if args.show else dry_run(cfg)
             if int(os.environ.get("RANK", "0")) == 0:
                 print(text)
         else:
-            fit(cfg)
+            _fit(lambda: config.load(args.cfg, args.overrides))
     except AilabError as e:
         if args.debug:
             raise

@@ -32,6 +32,7 @@ class Middleware(Generic[F]):
         True  # step depth: whether it reads the state it passed on after the call; if none does, eager steps donate
     )
     bare: Callable[[F], F] | None = None  # changes the bare callable of its depth, before any hook wraps it
+    holds_grad: bool = True  # grad depth: whether it may read one gradient after it has asked for another
     check: Callable[[Collection[str], str], list[str]] | None = None  # (fields, phase) -> problems, before the first step
     core: Mapping[str, Any] = field(
         default_factory=dict

@@ -27,6 +27,7 @@ Batch: TypeAlias = dict[str, Any]  # fields by name; tensors have the samples al
 LOSS_SCALE = "_loss_scale"  # the reserved batch field: (), the loss is differentiated times this and gradients divided by it
 VIEWS = "_views"  # the reserved batch field: [(share, fields)], how often and with which other fields the criterion is asked
 OUTPUT = "@"  # prefix under which model outputs that a host hook reads travel beside the logs
+STOP = "_stop"  # the reserved batch field: (), 1 where this rank asks to end the run; comes out as how many ranks do
 WEIGHT = "_weight"  # the reserved batch field: (B,) float32, 1 for a sample that counts and 0 for padding
 
 
@@ -141,6 +142,7 @@ class Aux:
     logs: dict[str, Mean]
     outputs: dict[str, Any] = field(default_factory=dict)  # the model's outputs by name, detached
     slots: dict[str, PyTree] = field(default_factory=dict)  # new values for slots of hooks at grad depth
+    control: dict[str, Tensor] = field(default_factory=dict)  # what all ranks agreed on in this step's reduction: `_stop`
 
 
 class Logs(Mapping[str, Mean]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,3 +24,19 @@ def aot_eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "compile", compiled)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Any]]:
+    from ranks import Ranks
+
+    folder, made = tmp_path_factory.mktemp("ranks"), {}
+
+    def of(world: int) -> Any:
+        if world not in made:
+            made[world] = Ranks(world, folder)
+        return made[world]
+
+    yield of
+    for one in made.values():
+        one.stop()

@@ -18,9 +18,9 @@ MODULES = sorted((ROOT / "ailab").rglob("*.py"))
 # in one row. A name is that of a module, or of a package for all that is in it.
 ROWS = """
 errors
-tree | signature | durable
+tree | signature | durable | board | launcher
 types | registry | binding | config | rng
-check | stack | dist | manifest
+check | stack | dist | manifest | facts
 compile | commit
 checkpoint | workdir
 optim | models | losses | metrics | datasets

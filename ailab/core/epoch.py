@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ailab import dist
 from ailab.stack import Middleware
-from ailab.types import Batch, Batches, Epoch, Logs, Mean, Step, TrainState, seal
+from ailab.types import STOP, Batch, Batches, Epoch, Logs, Mean, Step, TrainState, seal
 
 TOTALS = "totals"  # slot: the sums of the running epoch, (names, 2) float64, so that a resumed epoch reports exact means
+_AGREE_EVERY = 16  # steps of evaluation between two agreements of the ranks on whether to stop
 PROGRESS = "progress"  # slot: {"epoch": workflow epochs completed, "stop": whether a hook asked to end the run}
 
 
@@ -54,28 +56,83 @@ def train_epoch(step: Step, names: Sequence[str], interrupted: Callable[[], bool
     The totals start from what the state holds, so an epoch that was cut in two reports what a whole one would.
 
     Raises:
-        Interrupted: after a step at which `interrupted()` held; carries the state.
+        Interrupted: after a step at which `interrupted()` held on any rank; carries the state.
     """
+    stop = Stop(interrupted)
 
     def epoch(state: TrainState, batches: Iterable[Batch]) -> tuple[TrainState, Logs]:
         for batch in batches:
-            state, _ = step(state, batch)
-            if interrupted():
+            state, logs = step(state, stop.asked(batch, state.step.device))
+            if stop.agreed(logs):
                 raise Interrupted(state)
         return state, Logs(tuple(names), state.slots[TOTALS].clone())
 
     return epoch
 
 
+class _Late:
+    """Reads a flag on a device without waiting for what the device was just asked to do: the one of the call before.
+
+    On a CPU there is nothing to wait for, and the flag is that of this call. Every rank reads the same either way.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: tuple[Tensor, Any] | None = None
+
+    def read(self, flag: Tensor) -> bool:
+        """Whether the flag, () of any dtype, is not 0."""
+        if flag.device.type != "cuda":
+            return bool(flag)
+        before, host = self._waiting, torch.empty((), dtype=flag.dtype, pin_memory=True)
+        host.copy_(flag, non_blocking=True)  # a step may write its next flag into the same memory
+        done = torch.cuda.Event()
+        done.record()
+        self._waiting = (host, done)
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0])
+
+
+class Stop:
+    """Whether the run ends after a step. With several processes the wish rides in the step's own reduction, so none disagree."""
+
+    def __init__(self, interrupted: Callable[[], bool]):
+        self.interrupted = interrupted
+        self._together = dist.world_size() > 1
+        self._wishes: dict[bool, Tensor] = {}
+        self._late = _Late()
+
+    def asked(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch with this rank's wish in it."""
+        if not self._together:
+            return batch
+        wish = self.interrupted()
+        if wish not in self._wishes:
+            self._wishes[wish] = torch.tensor(float(wish), device=device)
+        return {**batch, STOP: self._wishes[wish]}
+
+    def agreed(self, logs: Mapping[str, Any]) -> bool:
+        """Whether any rank wished so; of the step before, where reading that of this one would wait for the device."""
+        if not self._together:
+            return self.interrupted()
+        return self._late.read(logs.outputs[STOP]) if isinstance(logs, Logs) else False
+
+
 def eval_epoch(step: Step, names: Sequence[str], interrupted: Callable[[], bool] = _never) -> Epoch:
-    """Fold a tallied evaluation step over the batches, summed over ranks; the state comes back as it went in."""
+    """Fold a tallied evaluation step over the batches, summed over ranks; the state comes back as it went in.
+
+    Ranks exchange nothing in a step of evaluation, so they agree on whether to stop every 16 of them.
+    """
 
     def epoch(state: TrainState, batches: Iterable[Batch]) -> tuple[TrainState, Logs]:
         zeros = torch.zeros(len(names), 2, dtype=torch.float64, device=state.step.device)
         working = state.replace(opt_state={}, slots={**state.slots, TOTALS: zeros})
-        for batch in batches:
+        wish = False
+        for i, batch in enumerate(batches, 1):
             working, _ = step(working, batch)
-            if interrupted():
+            wish = interrupted() or wish
+            if (dist.world_size() == 1 or i % _AGREE_EVERY == 0) and dist.agree(wish, state.step.device):
                 raise Interrupted(state)
         return state, Logs(tuple(names), dist.all_reduce(working.slots[TOTALS]))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ailab import dist
-from ailab.types import LOSS_SCALE, Aux, Batch, Grad, Loss, Mean, Params, TrainState
+from ailab.core.reduce import begin_reduction
+from ailab.types import LOSS_SCALE, Aux, Batch, Buffers, Grad, Loss, Params, TrainState
 
 # torch.autograd.grad traced by Dynamo is right for custom autograd.Functions and custom operators on every supported version;
 # torch.func.grad inside torch.compile is not on 2.11 and 2.13 (it can skip a custom backward). See tests/test_grad.py.
@@ -33,14 +34,16 @@ def reciprocal(weight: Tensor) -> Tensor:
     return weight.clamp(min=1e-12).reciprocal()
 
 
-def _cotangent(total: Tensor, aux: Aux, batch: Batch, ranks: int = 1) -> Tensor:
+def _cotangent(total: Tensor, aux: Aux, batch: Batch, nominal: float | None = None) -> Tensor:
     """What the total is differentiated times: so is it divided by its weight, and scaled, at no cost."""
-    scale = reciprocal(aux.weight)
-    if ranks > 1:
-        scale = scale * ranks
-    if LOSS_SCALE in batch:
-        scale = scale * batch[LOSS_SCALE]
-    return scale.to(total.dtype)
+    factor = reciprocal(aux.weight) if nominal is None else torch.full_like(aux.weight, 1 / nominal)
+    return (factor * batch[LOSS_SCALE] if LOSS_SCALE in batch else factor).to(total.dtype)
+
+
+def _scaled(grads: Params, batch: Batch) -> Params:
+    if LOSS_SCALE not in batch:
+        return grads
+    return {n: g * batch[LOSS_SCALE].to(g.dtype) for n, g in grads.items()}
 
 
 def _unscaled(grads: Params, batch: Batch) -> Params:
@@ -64,13 +67,13 @@ def _gradients(total: Tensor, leaves: list[Tensor], cotangent: Tensor) -> Sequen
     )
 
 
-def local_grad(loss: Loss, trainable: Collection[str] | None = None, ranks: int = 1) -> Grad:
+def local_grad(loss: Loss, trainable: Collection[str] | None = None, nominal: float | None = None) -> Grad:
     """The gradient of `total / weight` in one process; traces into one graph with whatever wraps it.
 
     Args:
         loss: a pure loss.
         trainable: names of the parameters to differentiate; all of them by default.
-        ranks: over how many processes the weight and the logs are summed; the gradient is this one's part, times `ranks`.
+        nominal: divide by this number and not by the weight: gradients of parts of a batch then simply add up.
 
     Returns:
         `grad(state, batch) -> (gradients by name, Aux)`. A parameter that the loss does not use has no entry.
@@ -82,11 +85,62 @@ def local_grad(loss: Loss, trainable: Collection[str] | None = None, ranks: int 
             leaves = {n: _leaf(state.params[n]) for n in names}
             fixed = {n: p.detach() for n, p in state.params.items() if n not in leaves}
             total, aux = loss({**fixed, **leaves}, state.buffers, batch)
-            aux = reduce_aux(aux) if ranks > 1 else aux
-            found = _gradients(total, list(leaves.values()), _cotangent(total, aux, batch, ranks))
+            found = _gradients(total, list(leaves.values()), _cotangent(total, aux, batch, nominal))
         return _unscaled({n: g for n, g in zip(leaves, found, strict=True) if g is not None}, batch), aux
 
     return grad
+
+
+def accumulated(
+    grad: Grad, state: TrainState, parts: Sequence[Batch], *, divided: bool = True
+) -> tuple[Params, Aux, list[dict[str, Any]]]:
+    """The gradient of several batches as that of one, their sums, and the model outputs of each.
+
+    Buffers and slots pass from one batch to the next. `divided` says whether `grad` divides by the weight of each part.
+    """
+    grads, total = grad(state, parts[0])
+    outputs = [total.outputs]
+    if len(parts) == 1:
+        return grads, total, outputs
+    grads = _weighted(grads, total.weight) if divided else grads
+    for part in parts[1:]:
+        more, aux = grad(passed_on(state, total), part)
+        more = _weighted(more, aux.weight) if divided else more
+        # A parameter that a micro-batch does not use has no gradient there.
+        grads = {k: grads[k] + more[k] if k in grads and k in more else {**grads, **more}[k] for k in {**grads, **more}}
+        total = added(total, aux)
+        outputs.append(aux.outputs)
+    return _weighted(grads, reciprocal(total.weight)) if divided else grads, total, outputs
+
+
+def _weighted(grads: Params, weight: Tensor) -> Params:
+    return {k: g * weight.to(g.dtype) for k, g in grads.items()}
+
+
+def passed_on(state: TrainState, aux: Aux) -> TrainState:
+    """The state for the next micro-batch: the buffers and slots are those after the last."""
+    return state.replace(buffers=aux.buffers, slots={**state.slots, **aux.slots})
+
+
+def added(a: Aux, b: Aux) -> Aux:
+    """The sums of two micro-batches; their buffers and slots are those after the second."""
+    logs = {n: a.logs[n] + m for n, m in b.logs.items()}
+    return replace(b, weight=a.weight + b.weight, logs=logs, slots={**a.slots, **b.slots})
+
+
+@dataclass(frozen=True)
+class Core:
+    """A gradient over all processes: `core(state, batch)`, or `core.many(state, micro_batches)` with a single reduction.
+
+    A hook around it is a plain function, so whoever finds `many` knows that nothing between needs the gradient of each part.
+    """
+
+    many: Callable[[TrainState, Sequence[Batch]], tuple[Params, Aux, list[dict[str, Any]]]]
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[Params, Aux]:
+        """The gradient of the global batch."""
+        grads, aux, _ = self.many(state, [batch])
+        return grads, aux
 
 
 class _Owner(nn.Module):
@@ -98,75 +152,144 @@ class _Owner(nn.Module):
         self.keys = list(params)
         self.own = nn.ParameterList([nn.Parameter(p.detach().clone()) for p in params.values()])
 
-    def forward(self, fixed: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
+    def forward(self, fixed: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
         return self.loss({**fixed, **dict(zip(self.keys, self.own, strict=True))}, buffers, batch)
 
 
-def ddp_grad(loss: Loss, state: TrainState, trainable: Collection[str] | None = None, **ddp: Any) -> Grad:
+class _Buckets:
+    """What DDP does with a bucket that is full: from `nominal` to the weight of the global batch, and summed over the ranks.
+
+    The global weight is on its way while the backward runs; the first full bucket waits for it.
+    """
+
+    def __init__(self, nominal: float, compress: torch.dtype | None):
+        self.nominal, self.compress = nominal, compress
+        self.share: Callable[[], Tensor] | None = None
+        self._known: Tensor | None = None
+
+    def expect(self, reduced: Callable[[], Aux]) -> None:
+        """Before each backward: what gives the weight of all ranks."""
+        self.share, self._known = lambda: self.nominal * reciprocal(reduced().weight), None
+
+    def __call__(self, bucket: Any) -> Any:
+        assert self.share is not None
+        if self._known is None:
+            self._known = self.share()
+        return dist.begin_sum_of_bucket(bucket.buffer(), self._known, self.compress)
+
+
+def ddp_grad(
+    loss: Loss,
+    state: TrainState,
+    trainable: Collection[str] | None = None,
+    *,
+    nominal: float = 1.0,
+    compress: torch.dtype | None = None,
+    gradient_as_bucket_view: bool = False,
+    sample: tuple[Loss, Batch] | None = None,
+    **ddp: Any,
+) -> Core:
     """The gradient over all processes through `DistributedDataParallel`: `.backward()` reduces buckets as they fill.
 
     Runs on the host: only `.backward()` reaches DDP's reducer (`torch.autograd.grad` through a DDP module gives local
-    gradients and no error), so `loss` and the update are compiled apart.
+    gradients and no error), so `loss` and the update are compiled apart. Of several micro-batches the last one alone goes
+    through DDP, on top of what the others added up.
 
     Args:
         loss: a pure loss; compiled or not.
         state: gives names and shapes; rank 0's values are sent to all.
         trainable: names of the parameters to differentiate; all of them by default.
-        **ddp: arguments of DistributedDataParallel (`bucket_cap_mb`, `static_graph`, ...).
+        nominal: about the weight of a global batch. The backward divides by this, on every rank alike, so that what reaches
+            other ranks on its way (SyncBatchNormHook) adds up like with like; the weight itself comes in with the exchange.
+        compress: dtype in which buckets travel and are summed.
+        gradient_as_bucket_view: hand out the buckets themselves: no copy, and valid until the next gradient is computed.
+        sample: the loss, uncompiled, and a batch for two gradients that are thrown away. DDP reduces its first gradient as one
+            bucket and orders its buckets by it; a sum over three ranks or more depends on the bucket in its last bits. So are a
+            resumed run and one that was never stopped alike in every bit.
+        **ddp: further arguments of DistributedDataParallel (`bucket_cap_mb`, `static_graph`, ...).
     """
     mine = {n: p for n, p in state.params.items() if trainable is None or n in trainable}
-    owner = _Owner(loss, mine)
+    owner, local, buckets = _Owner(loss, mine), local_grad(loss, mine, nominal), _Buckets(nominal, compress)
     with dist.peers("the comparison of the models of all ranks"):
-        wrapped = DistributedDataParallel(owner, **ddp)
+        wrapped = DistributedDataParallel(owner, gradient_as_bucket_view=gradient_as_bucket_view, **ddp)
+    wrapped.register_comm_hook(None, lambda _, bucket: buckets(bucket))  # DDP refuses annotations that are strings
     own: list[Tensor] = list(owner.own)
 
-    def grad(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
+    def many(state: TrainState, parts: Sequence[Batch]) -> tuple[Params, Aux, list[dict[str, Any]]]:
         with torch.no_grad():
             torch._foreach_copy_(own, [state.params[n] for n in owner.keys])
         fixed = {n: p.detach() for n, p in state.params.items() if n not in mine}
-        for p in own:
-            p.grad = None  # a fresh one each time: gradients handed out earlier stay as they were
+        state = state.replace(params={**state.params, **dict(zip(owner.keys, own, strict=True))})
+        *first, last = parts
+        grads, before, outputs = accumulated(local, state, first, divided=False) if first else ({}, None, [])
+        grads = _scaled(grads, last)
         with torch.enable_grad():
-            total, aux = wrapped(fixed, state.buffers, batch)
-            aux = reduce_aux(aux)
-            total.backward(_cotangent(total, aux, batch, dist.world_size()))  # DDP divides by the number of ranks
-        return _unscaled({n: p.grad for n, p in zip(owner.keys, own, strict=True) if p.grad is not None}, batch), aux
+            total, aux = wrapped(fixed, state.buffers if before is None else before.buffers, last)
+            outputs = [*outputs, aux.outputs]
+            aux = aux if before is None else added(before, aux)
+            reduced = begin_reduction(aux, last)
+            buckets.expect(reduced)
+            for n, p in zip(owner.keys, own, strict=True):
+                p.grad = grads.get(n)  # a fresh one, or none: gradients handed out earlier stay as they were
+            total.backward(_cotangent(total, aux, last, nominal))
+        found = {n: p.grad for n, p in zip(owner.keys, own, strict=True) if p.grad is not None}
+        return _unscaled(found, last), reduced(), outputs
 
-    return grad
-
-
-def graph_grad(loss: Loss, trainable: Collection[str] | None = None) -> Grad:
-    """The gradient over all processes with one all-reduce per dtype traced into the graph, bucketed."""
-    # The global weight divides, as under DDP: a backward that reaches other ranks (SyncBatchNormHook) adds up like with like.
-    ranks = dist.world_size()
-    local = local_grad(loss, trainable, ranks)
-
-    def grad(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
-        grads, aux = local(state, batch)
-        names = list(grads)
-        for dtype in {grads[n].dtype: None for n in names}:
-            bucket = [n for n in names if grads[n].dtype == dtype]
-            flat = torch.cat([grads[n].reshape(-1) for n in bucket]) * (1 / ranks)
-            parts = dist.all_reduce(flat).split([grads[n].numel() for n in bucket])
-            grads = {**grads, **{n: p.view_as(grads[n]) for n, p in zip(bucket, parts, strict=True)}}
-        return grads, aux
-
-    return grad
+    if sample is not None:
+        owner.loss, batch = sample
+        for _ in range(2):
+            many(state, [batch])
+        owner.loss = loss
+    return Core(many)
 
 
-def reduce_aux(aux: Aux) -> Aux:
-    """Weight and logs summed over all ranks in one reduction, so that everything above sees the global batch.
+def graph_grad(
+    loss: Loss,
+    trainable: Collection[str] | None = None,
+    *,
+    nominal: float = 1.0,
+    bucket_cap_mb: float = 25.0,
+    compress: torch.dtype | None = None,
+) -> Core:
+    """The gradient over all processes with its reductions traced into the graph: one per bucket of at most `bucket_cap_mb`.
 
-    Buffers (BatchNorm's running statistics) are rank 0's on every rank, as under DDP's `broadcast_buffers`.
+    Buckets hold gradients of one dtype in the reverse order of the parameters, as a backward makes them. `nominal` and `compress`
+    are those of `ddp_grad`.
     """
-    if dist.world_size() == 1:
-        return aux
-    names = list(aux.logs)
-    parts = [aux.weight] + [t for n in names for t in (aux.logs[n].total, aux.logs[n].weight)]
-    summed = dist.all_reduce(torch.stack([t.detach().to(torch.float64) for t in parts])).unbind()
-    dtype = aux.weight.dtype
-    logs = {n: Mean(summed[1 + 2 * i].to(dtype), summed[2 + 2 * i].to(dtype)) for i, n in enumerate(names)}
-    return replace(aux, weight=summed[0].to(dtype), logs=logs, buffers=dist.from_first(aux.buffers))
+    local = local_grad(loss, trainable, nominal)
+
+    def many(state: TrainState, parts: Sequence[Batch]) -> tuple[Params, Aux, list[dict[str, Any]]]:
+        grads, aux, outputs = accumulated(local, state, parts, divided=False)
+        aux = begin_reduction(aux, parts[-1])()
+        share = nominal * reciprocal(aux.weight)
+        begun = [(names, _begin_bucket(grads, names, share, compress)) for names in _bucketed(grads, bucket_cap_mb)]
+        summed: Params = {}
+        for names, result in begun:
+            parts_of = result().to(grads[names[0]].dtype).split([grads[n].numel() for n in names])
+            summed.update({n: p.view_as(grads[n]) for n, p in zip(names, parts_of, strict=True)})
+        return {n: summed[n] for n in grads}, aux, outputs
+
+    return Core(many)
+
+
+def _begin_bucket(grads: Params, names: list[str], share: Tensor, compress: torch.dtype | None) -> Callable[[], Tensor]:
+    flat = torch.cat([grads[n].reshape(-1) for n in names]) * share.to(grads[names[0]].dtype)
+    return dist.begin_sum(flat if compress is None else flat.to(compress))
+
+
+def _bucketed(grads: Params, cap_mb: float) -> list[list[str]]:
+    """The names of the gradients that travel together: of one dtype, last first, at most `cap_mb` MiB but for a larger single."""
+    buckets: list[list[str]] = []
+    for dtype in {g.dtype: None for g in grads.values()}:
+        size = float("inf")
+        for n in reversed([n for n in grads if grads[n].dtype == dtype]):
+            nbytes = grads[n].numel() * grads[n].element_size()
+            if size + nbytes > cap_mb * 2**20:
+                buckets.append([])
+                size = 0
+            buckets[-1].append(n)
+            size += nbytes
+    return buckets
 
 
 def has_custom_backward(total: Tensor) -> bool:

@@ -15,8 +15,8 @@ _GRADS, _AUX = "_grads", "_aux"
 
 
 def requested(aux: Aux, outputs: Collection[str]) -> dict[str, object]:
-    """The logs, and the model outputs that a host hook reads."""
-    return {**aux.logs, **{OUTPUT + n: aux.outputs[n] for n in outputs}}
+    """The logs, the model outputs that a host hook reads, and what the ranks agreed on."""
+    return {**aux.logs, **{OUTPUT + n: aux.outputs[n] for n in outputs}, **{OUTPUT + n: v for n, v in aux.control.items()}}
 
 
 def train_step(grad: Grad, optimizer: Optimizer, outputs: Collection[str] = (), *, donate: bool = False) -> Step:

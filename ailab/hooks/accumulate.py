@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ailab import dist, tree
-from ailab.core.grad import reciprocal
+from ailab.core.grad import Core, accumulated
 from ailab.core.loss import batch_size
 from ailab.errors import ConfigError
 from ailab.registry import HOOKS
@@ -22,6 +22,8 @@ def GradAccumulateHook(n: int, name: str = "accumulate") -> Middleware[Grad]:
     """Cut each batch into `n` micro-batches along dimension 0 and add their gradients: sums and weights, divided once.
 
     The step, the schedule and the logs see one batch. Buffers (BatchNorm) and slots pass from one micro-batch to the next.
+    With several processes gradients are exchanged once, after the last micro-batch, unless a grad hook listed before this one
+    needs them after each.
 
     Raises:
         ConfigError: when n < 1.
@@ -30,27 +32,21 @@ def GradAccumulateHook(n: int, name: str = "accumulate") -> Middleware[Grad]:
         raise ConfigError(f"cfg.hooks.{name}.n is {n}; a batch is cut into at least 1 micro-batch.")
 
     def wrap(grad: Grad) -> Grad:
-        def accumulated(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
+        # Directly around a core over several processes: one reduction for all micro-batches. A hook in between needs each
+        # reduced, and has no `many`.
+        many = grad.many if isinstance(grad, Core) else lambda state, parts: accumulated(grad, state, parts)
+
+        def accumulating(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
             parts, sizes = _cut(batch, n)
             if len(parts) == 1:
                 return grad(state, batch)
-            grads, total = grad(state, parts[0])
-            grads = {k: g * total.weight.to(g.dtype) for k, g in grads.items()}
-            outputs = [total.outputs]
-            for part in parts[1:]:
-                more, aux = grad(state.replace(buffers=total.buffers, slots={**state.slots, **total.slots}), part)
-                more = {k: g * aux.weight.to(g.dtype) for k, g in more.items()}
-                # A parameter that a micro-batch does not use has no gradient there.
-                grads = {k: grads[k] + more[k] if k in grads and k in more else {**grads, **more}[k] for k in {**grads, **more}}
-                total = _add(total, aux)
-                outputs.append(aux.outputs)
-            scale = reciprocal(total.weight)
+            grads, total, outputs = many(state, parts)
             joined = {name: _joined([o[name] for o in outputs], sizes) for name in total.outputs}
-            return {k: g * scale.to(g.dtype) for k, g in grads.items()}, replace(total, outputs=joined)
+            return grads, replace(total, outputs=joined)
 
-        return accumulated
+        return accumulating
 
-    return Middleware(name, wrap, "grad")
+    return Middleware(name, wrap, "grad", holds_grad=False)
 
 
 def _cut(batch: Batch, n: int) -> tuple[list[Batch], list[int]]:
@@ -81,9 +77,3 @@ def _joined(values: list[Any], sizes: list[int]) -> Any:
 
 def _by_sample(value: Any, size: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
-
-
-def _add(a: Aux, b: Aux) -> Aux:
-    """The sums of two micro-batches; their buffers and slots are those after the second."""
-    logs = {n: a.logs[n] + m for n, m in b.logs.items()}
-    return replace(b, weight=a.weight + b.weight, logs=logs, slots={**a.slots, **b.slots})

@@ -112,4 +112,4 @@ def _scaled(init_scale: float, growth_interval: int, name: str) -> list[Middlewa
 
         return adapted
 
-    return [Middleware(name, wrap_grad, "grad"), Middleware(name, wrap_step, "step", init)]
+    return [Middleware(name, wrap_grad, "grad", holds_grad=False), Middleware(name, wrap_step, "step", init)]

@@ -79,6 +79,8 @@ def CheckpointHook(
         def preemptible(state: TrainState) -> TrainState:
             if run.rank == 0 and _resume_entry(run) is None:
                 _refuse_earlier_run(directory)
+            if run.rank == 0 and (board := dist.board()) is not None:
+                board.note("begun")  # from here on the launcher's restarts go on with what is saved
             try:
                 state = run_all(state)
             except Interrupted as stop:

@@ -41,4 +41,4 @@ def GradClipHook(max_norm: float | None = None, max_value: float | None = None, 
 
         return clipped
 
-    return Middleware(name, wrap, "grad")
+    return Middleware(name, wrap, "grad", holds_grad=False)

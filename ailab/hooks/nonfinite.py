@@ -85,4 +85,8 @@ def SkipNonFiniteHook(
                 f"  steps: hooks.{name}.policy='skip'."
             )
 
-    return [Middleware(name, wrap_grad, "grad"), Middleware(name, wrap, "step", init), *ended_by(look, every, name)]
+    return [
+        Middleware(name, wrap_grad, "grad", holds_grad=False),
+        Middleware(name, wrap, "step", init),
+        *ended_by(look, every, name),
+    ]

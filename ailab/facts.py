@@ -1,0 +1,93 @@
+"""What every rank must have alike, as short texts by name: the cfg, the code and the data."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import platform
+import types
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+import ailab
+from ailab import tree
+
+_SHOWN = 60  # characters of a value that a message may quote; a longer one is a hash
+
+
+def of_cfg(cfg: Mapping[str, Any]) -> dict[str, str]:
+    """Each value of a cfg by its path, and the versions of what runs it."""
+    versions = {"torch": str(torch.__version__), "python": platform.python_version()}
+    return {**versions, "source of ailab": _package(), **dict(_values(cfg, "cfg"))}
+
+
+def of_parts(
+    parts: Mapping[str, Any], datasets: Mapping[str, Any], params: Mapping[str, Tensor], sample: Any
+) -> dict[str, str]:
+    """The source files of some components by name, the size of each dataset, the shapes of the model, and a few samples.
+
+    Numbers that are no integers may differ in their last digits from machine to machine, so of those only mean and spread count.
+    """
+    found = {f"source of {name}": text for name, part in parts.items() if (text := _source(type(part)))}
+    found |= {name: f"{len(data)} samples" for name, data in datasets.items() if hasattr(data, "__len__")}
+    found["cfg.model"] = f"parameters {_hash(repr([(n, tuple(p.shape), p.dtype) for n, p in params.items()]))}"
+    found["first samples"] = _hash(repr([(n, _content(v)) for n, v in tree.items(sample)]))
+    return found
+
+
+def _values(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in cast("Mapping[Any, Any]", value).items():
+            yield from _values(item, f"{path}.{key}")
+    elif isinstance(value, (list, tuple)) and value:
+        for i, item in enumerate(cast("list[Any]", value)):
+            yield from _values(item, f"{path}.{i}")
+    else:
+        yield path, _told(value)
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"tensor {_hash(repr(_content(value)))}"
+    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+        return f"{value.__module__}.{value.__qualname__}"
+    if value is None or isinstance(value, (bool, int, float, str, Path, list, tuple, dict)):
+        text = repr(str(value) if isinstance(value, Path) else value)
+        return text if len(text) <= _SHOWN else f"{text[:20]}... (hash {_hash(text)})"
+    return f"a {type(value).__qualname__}"
+
+
+def _content(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return _told(value)
+    value = value.detach().cpu()
+    if not value.is_floating_point() or value.numel() < 2:
+        return str(value.dtype), tuple(value.shape), hashlib.sha256(repr(value.tolist()).encode()).hexdigest()
+    spread, mean = torch.std_mean(value.double())
+    return str(value.dtype), tuple(value.shape), f"{float(mean):.2e}", f"{float(spread):.2e}"
+
+
+def _source(cls: Callable[..., Any]) -> str:
+    """The name of a class and a hash of the file that defines it; "" for one of a library, which has a version."""
+    try:
+        file = inspect.getsourcefile(cls)
+    except TypeError:
+        return ""
+    if file is None or "site-packages" in file or not Path(file).is_file():
+        return ""
+    return f"{cls.__qualname__} ({Path(file).name}, {_hash(Path(file).read_text())})"
+
+
+@cache
+def _package() -> str:
+    files = sorted(Path(str(ailab.__file__)).parent.rglob("*.py"))
+    return _hash("".join(f"{f.name}\n{f.read_text()}" for f in files))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
