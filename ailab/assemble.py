@@ -13,7 +13,7 @@ from ailab import dist, facts
 from ailab.build import Parts, build_parts, build_stream, explained
 from ailab.compile import Compiled, compile, lift
 from ailab.core.epoch import PROGRESS, eval_epoch, fresh_progress, tally, train_epoch, workflow
-from ailab.core.grad import Core, ddp_grad, graph_grad, local_grad
+from ailab.core.grad import Core, ddp_grad, graph_grad, local_core, local_grad
 from ailab.core.loss import state_dict_of, unless_empty
 from ailab.core.run import run_epochs
 from ailab.core.step import eval_step, given, split_step, train_step
@@ -239,9 +239,9 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     elif plan.sync == "graph":
         core = graph_grad(loss, parts.trainable, nominal=nominal, **core_settings(hooks, "graph"))
     else:
-        core = local_grad(loss, parts.trainable)
+        core = local_core(loss, parts.trainable, nominal=nominal)
     if plan.enabled and plan.cut == "grad":
-        core = Core(lift(core.many, "grad")) if isinstance(core, Core) else lift(core, "grad")
+        core = Core(lift(core.many, "grad"))
     return stack(core, around)
 
 

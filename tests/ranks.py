@@ -209,6 +209,7 @@ def config(
             val=dict(type=PointsInMemory, size=val),
             train_dataloader=dict(batch_size=batch_size),
             val_dataloader=dict(batch_size=3),
+            nan_is_bad=False,  # a NaN is there for the hooks to find
         ),
         hooks={"metrics": TOP1, **(hooks or {})},
         **more,

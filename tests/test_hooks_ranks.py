@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_parallel import CORES, WORLDS, ScalarLoss, compared, config, distance, traced, trained
-from test_parallel import ranks as ranks  # a fixture
+from ranks import CORES, WORLDS, ScalarLoss, compared, config, distance, traced, trained
 from torch import nn
 
 from ailab.build import loss_of

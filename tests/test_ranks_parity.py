@@ -16,6 +16,7 @@ HOOKS: dict[str, dict[str, Any]] = {
     "clip": dict(clip=dict(type="GradClipHook", max_norm=0.3)),
     "amp": dict(amp=dict(type="AMPHook", dtype="bf16")),
     "ema": dict(ema=dict(type="EMAHook", decay=0.9)),
+    "sam": dict(sam=dict(type="SAMHook", rho=0.1)),
 }
 
 

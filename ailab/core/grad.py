@@ -130,7 +130,7 @@ def added(a: Aux, b: Aux) -> Aux:
 
 @dataclass(frozen=True)
 class Core:
-    """A gradient over all processes: `core(state, batch)`, or `core.many(state, micro_batches)` with a single reduction.
+    """The gradient of a run: `core(state, batch)`, or `core.many(state, micro_batches)` with one division and one reduction.
 
     A hook around it is a plain function, so whoever finds `many` knows that nothing between needs the gradient of each part.
     """
@@ -141,6 +141,23 @@ class Core:
         """The gradient of the global batch."""
         grads, aux, _ = self.many(state, [batch])
         return grads, aux
+
+
+def local_core(loss: Loss, trainable: Collection[str] | None = None, *, nominal: float = 1.0) -> Core:
+    """`local_grad`; of several micro-batches in the scale of the whole batch, so that they round as it and as several ranks do.
+
+    `nominal` is about the weight of a batch: the backwards divide by it, and the true weight comes in once, at the end.
+    """
+    whole, part = local_grad(loss, trainable), local_grad(loss, trainable, nominal)
+
+    def many(state: TrainState, parts: Sequence[Batch]) -> tuple[Params, Aux, list[dict[str, Any]]]:
+        if len(parts) == 1:
+            grads, aux = whole(state, parts[0])
+            return grads, aux, [aux.outputs]
+        grads, aux, outputs = accumulated(part, state, parts, divided=False)
+        return _weighted(grads, nominal * reciprocal(aux.weight)), aux, outputs
+
+    return Core(many)
 
 
 class _Owner(nn.Module):

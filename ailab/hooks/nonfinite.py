@@ -42,15 +42,6 @@ def SkipNonFiniteHook(
     if max_in_a_row < 1:
         raise ConfigError(f"cfg.hooks.{name}.max_in_a_row is {max_in_a_row}; it is at least 1.")
 
-    def init(state: TrainState) -> dict[str, Tensor]:
-        count = torch.zeros((), dtype=torch.int64, device=state.step.device)
-        return {
-            "row": count,  # skips in a row
-            "longest": count.clone(),  # of all rows so far: a look from the host may come after a row has ended
-            "first": count.clone(),  # step of the first skip, counted from 1
-            "finite": torch.ones((), dtype=torch.bool, device=state.step.device),  # of all gradients of the step in flight
-        }
-
     def wrap_grad(grad: Grad) -> Grad:
         def watched(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
             grads, aux = grad(state, batch)
@@ -87,6 +78,16 @@ def SkipNonFiniteHook(
 
     return [
         Middleware(name, wrap_grad, "grad", holds_grad=False),
-        Middleware(name, wrap, "step", init),
+        Middleware(name, wrap, "step", _memory),
         *ended_by(look, every, name),
     ]
+
+
+def _memory(state: TrainState) -> dict[str, Tensor]:
+    count = torch.zeros((), dtype=torch.int64, device=state.step.device)
+    return {
+        "row": count,  # skips in a row
+        "longest": count.clone(),  # of all rows so far: a look from the host may come after a row has ended
+        "first": count.clone(),  # step of the first skip, counted from 1
+        "finite": torch.ones((), dtype=torch.bool, device=state.step.device),  # of all gradients of the step in flight
+    }
