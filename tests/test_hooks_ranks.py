@@ -31,6 +31,15 @@ def test_ranks_normalise_as_the_joint_batch(ranks: Any, sync: str, world: int) -
 
 
 @pytest.mark.parametrize("sync", CORES)
+def test_recomputed_blocks_reduce_again(ranks: Any, sync: str) -> None:
+    """Inside what RematHook computes twice, the reductions of the forward are made twice, in one order, to the same numbers."""
+    remat = dict(remat=dict(type="RematHook", modules=["body"]))
+    for hooks in ({**SYNCED, **remat}, {**remat, **SYNCED}):
+        cfg = config(16, model=dict(norm=True), sync=sync, hooks=hooks)
+        assert max(compared(ranks, 2, cfg)) < 1e-9
+
+
+@pytest.mark.parametrize("sync", CORES)
 def test_ranks_of_unequal_size_normalise_as_the_joint_batch(ranks: Any, sync: str) -> None:
     """With 3 samples on one rank and 2 on the other each sample counts once, in the statistics and in their gradients."""
     cfg = config(10, 5, model=dict(norm=True), loss=dict(type=ScalarLoss), sync=sync, hooks=SYNCED)
