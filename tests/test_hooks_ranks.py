@@ -94,6 +94,7 @@ def test_ranks_equal_one_process(ranks: Any, hook: str, sync: str) -> None:
 def test_every_rank_ends_where_one_has_seen_what_is_not_finite(ranks: Any, sync: str) -> None:
     """A NaN in one rank's samples ends all ranks with the same message, at the same step."""
     cfg = config(sync=sync, dataset=dict(bad=5), hooks=dict(nonfinite=dict(type="SkipNonFiniteHook", every=4)))
+    cfg["data"]["nan_is_bad"] = False  # let it through to the model
     two = ranks(2)
     two.send(trained, cfg)
     answers = [two.answer(rank) for rank in range(2)]
