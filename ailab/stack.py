@@ -36,7 +36,7 @@ class Middleware(Generic[F]):
     check: Callable[[Collection[str], str], list[str]] | None = None  # (fields, phase) -> problems, before the first step
     core: Mapping[str, Any] = field(
         default_factory=dict
-    )  # settings for the bare callables, e.g. {"ddp": {"bucket_cap_mb": 50}}
+    )  # settings for the bare callables and the run, e.g. {"ddp": {"bucket_cap_mb": 50}}
     reads: Mapping[str, str] = field(
         default_factory=dict
     )  # results it needs, as "val_top1", by the path in the cfg that says so

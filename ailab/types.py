@@ -250,7 +250,7 @@ class RunInfo:
     say: Callable[[str], None] = print  # one line to the console, on rank 0
     model_state: Callable[[TrainState], dict[str, Tensor]] = lambda state: (
         state.params
-    )  # by the names of the user's module, to be loaded there
+    )  # by the names of the user's module: the model as evaluation sees it
     optimizer_state: Callable[[TrainState], dict[str, Any]] = lambda state: (
         state.opt_state
     )  # as the torch.optim class would give it

@@ -144,6 +144,15 @@ def test_statistics_are_those_of_torch() -> None:
     assert "update/ratio" not in dict(TinyNet(GradStatsHook(update=False)).run(TinyNet(GradStatsHook(update=False)).step())[1])
 
 
+def test_statistics_of_what_is_frozen_count_nothing(tmp_path: Path) -> None:
+    """A pattern whose parameters have no gradient logs a mean over nothing, and an update of zero."""
+    net = TinyNet([*FreezeHook(["3.*"], run=info(tmp_path)), *GradStatsHook({"last": "3.*"})])
+    _, logs = net.step()(net.state, net.batches[0])
+    assert float(logs["grad/norm/last"].weight) == 0
+    assert float(logs["update/ratio/last"].total) == 0
+    assert float(logs["grad/norm"].total) > 0
+
+
 @pytest.mark.parametrize("name", ["sam", "stats"])
 def test_identity_settings_are_identities(name: str) -> None:
     """sam(0) and statistics leave parameters, buffers and momentum bitwise alone."""

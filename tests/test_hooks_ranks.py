@@ -30,6 +30,15 @@ def test_ranks_normalise_as_the_joint_batch(ranks: Any, sync: str, world: int) -
 
 
 @pytest.mark.parametrize("sync", CORES)
+def test_recomputed_blocks_reduce_again(ranks: Any, sync: str) -> None:
+    """Inside what RematHook computes twice, the reductions of the forward are made twice, in one order, to the same numbers."""
+    remat = dict(remat=dict(type="RematHook", modules=["body"]))
+    for hooks in ({**SYNCED, **remat}, {**remat, **SYNCED}):
+        cfg = config(16, model=dict(norm=True), sync=sync, hooks=hooks)
+        assert max(compared(ranks, 2, cfg)) < 1e-9
+
+
+@pytest.mark.parametrize("sync", CORES)
 def test_ranks_of_unequal_size_normalise_as_the_joint_batch(ranks: Any, sync: str) -> None:
     """With 3 samples on one rank and 2 on the other each sample counts once, in the statistics and in their gradients."""
     cfg = config(10, 5, model=dict(norm=True), loss=dict(type=ScalarLoss), sync=sync, hooks=SYNCED)
@@ -84,6 +93,7 @@ def test_ranks_equal_one_process(ranks: Any, hook: str, sync: str) -> None:
 def test_every_rank_ends_where_one_has_seen_what_is_not_finite(ranks: Any, sync: str) -> None:
     """A NaN in one rank's samples ends all ranks with the same message, at the same step."""
     cfg = config(sync=sync, dataset=dict(bad=5), hooks=dict(nonfinite=dict(type="SkipNonFiniteHook", every=4)))
+    cfg["data"]["nan_is_bad"] = False  # let it through to the model
     two = ranks(2)
     two.send(trained, cfg)
     answers = [two.answer(rank) for rank in range(2)]

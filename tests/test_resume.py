@@ -31,6 +31,11 @@ FEATURES = {
         "accumulate=dict(type='GradAccumulateHook', n=2), clip=dict(type='GradClipHook', max_norm=0.5),"
         "skip=dict(type='SkipNonFiniteHook', policy='skip'), "
     ),
+    "mixing, two passes, averages": (
+        "mixup=dict(type='MixupHook'), freeze=dict(type='FreezeHook', params=['first.*'], until=2), sam=dict(type='SAMHook'),"
+        "spike=dict(type='SpikeHook', policy='skip', threshold=0.5, window=3), slow=dict(type='LookaheadHook', k=3),"
+        "swa=dict(type='SWAHook', start=2), "
+    ),
 }
 WORKERS = "cfg['data']['train'] = dict(type=NoisyPoints); cfg['data']['train_dataloader']['num_workers'] = 2"
 

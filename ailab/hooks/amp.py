@@ -71,7 +71,7 @@ def _refuse_hidden_overflows(run: RunInfo, name: str) -> None:
         if entry.get("type") in ("SkipNonFiniteHook", SkipNonFiniteHook) and entry.get("enable", True):
             raise ConfigError(
                 f"cfg.hooks.{name}: with fp16 it is to be listed before '{other}', which would hide overflows.\n"
-                f"  Then an overflow halves the loss scale, and '{other}' sees only what is not finite in spite of it."
+                "  In that order an overflow is undone and halves the loss scale, as is its use, and is no failure."
             )
 
 

@@ -54,8 +54,8 @@ def GradStatsHook(patterns: Mapping[str, str] = _NONE, update: bool = True, name
             logs = dict(aux.logs)
             for suffix, names in groups.items():
                 mine = [grads[n] for n in names if n in grads]
-                logs[f"grad/norm{suffix}"] = _once(mine, 2.0)
-                logs[f"grad/max{suffix}"] = _once(mine, float("inf"))
+                logs[f"grad/norm{suffix}"] = _once(mine, 2.0, state.step)
+                logs[f"grad/max{suffix}"] = _once(mine, float("inf"), state.step)
             return grads, replace(aux, logs=logs)
 
         return measured
@@ -65,7 +65,7 @@ def GradStatsHook(patterns: Mapping[str, str] = _NONE, update: bool = True, name
             after, logs = step(state, batch)
             ratios: dict[str, Mean] = {}
             for suffix, names in groups.items():
-                moved = _once([after.params[n] - state.params[n] for n in names], 2.0)
+                moved = _once([after.params[n] - state.params[n] for n in names], 2.0, state.step)
                 size = tree.norm([state.params[n] for n in names])
                 ratios[f"update/ratio{suffix}"] = Mean(moved.total / (size + 1e-12), moved.weight)
             return after, {**logs, **ratios}
@@ -76,9 +76,9 @@ def GradStatsHook(patterns: Mapping[str, str] = _NONE, update: bool = True, name
     return [*hooks, Middleware(name, wrap_step, "step")] if update else hooks
 
 
-def _once(tensors: list[Tensor], order: float) -> Mean:
-    """The norm of all tensors together, as one observation; nothing where there are none (all of them frozen)."""
+def _once(tensors: list[Tensor], order: float, like: Tensor) -> Mean:
+    """The norm of all tensors together, as one observation; nothing, on the device of `like`, where all of them are frozen."""
     if not tensors:
-        return Mean(torch.zeros(()), torch.zeros(()))
+        return Mean(torch.zeros((), device=like.device), torch.zeros((), device=like.device))
     norm = tree.norm(tensors, order)
     return Mean(norm, torch.ones_like(norm))

@@ -22,7 +22,8 @@ def SyncBatchNormHook(name: str = "sync_batchnorm") -> Middleware[Loss]:
     """Normalise by the mean and variance over the batches of all ranks in training; running statistics are theirs, too.
 
     Parameters and running statistics are then those of one process with the whole batch. One small reduction per BatchNorm in
-    the forward and one in the backward. Evaluation is as it was, and so is everything in one process. The model needs no
+    the forward and one in the backward. The padding of a short last batch, which repeats its samples, is in the statistics, as it
+    is without the hook. Evaluation is as it was, and so is everything in one process. The model needs no
     conversion, and `torch.nn.SyncBatchNorm` in a model is served as well, also on a CPU.
 
     Args:
