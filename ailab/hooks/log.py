@@ -61,8 +61,10 @@ def LoggerHook(
         if report.final:
             latest.update({f"{report.phase}_{n}": v for n, v in report.means.items()})
         items_now = {n: read(item, View(report, latest)) for n, item in items.items()}
-        shown = {**report.means, **report.wall, **items_now}
-        rate = clock.rate(report) if RATE not in report.wall else None
+        wall = {n: f"{v:.4g}" for n, v in report.wall.items()}
+        shown = {**report.means, **wall, **items_now}
+        rate = clock.rate(report)
+        rate = None if RATE in wall else rate
         line = _line(report, {n: v for n, v in shown.items() if v is not None}, rate, run)
         run.say(line)
         append(line)

@@ -20,6 +20,7 @@ from ailab.stack import Middleware, unchanged
 from ailab.types import Aux, Batch, Epoch, Grad, Logs, Mean, Params, Run, RunInfo, Step, TrainState
 
 _GRADS = "gradients"  # the output under which they leave the step
+_PLUMBING = {"mapping", "output_keys", "enable", "phases", "log_dir", "save_dir", "init_args"}  # keys that change no number
 _FLUSH_S = 20  # how old what a dashboard shows can be
 
 
@@ -77,7 +78,7 @@ class _Board:
         self.writer = SummaryWriter(self.folder, purge_step=purge, flush_secs=_FLUSH_S)
         results = {f"epoch/{phase}/{n}": 0.0 for phase, names in self.run.result_names.items() for n in names}
         # In this folder, where the scalars are: add_hparams would make a run of its own out of them.
-        experiment, started, _ = hparams(flat(snapshot(self.run.cfg)), results)
+        experiment, started, _ = hparams(hyperparameters(self.run), results)
         for summary in (experiment, started):
             self.writer.file_writer.add_summary(summary, state.at)
 
@@ -141,16 +142,27 @@ class _Board:
         writer.close()
 
 
-def flat(value: Any, path: str = "") -> dict[str, bool | int | float | str]:
-    """A nested cfg as one dict by dotted path; lists as JSON."""
+def hyperparameters(run: RunInfo) -> dict[str, int | float | str]:
+    """What of the cfg tells two runs apart, by dotted path: components with their arguments, batch sizes, seed and length."""
+    cfg = cast("Mapping[str, Any]", snapshot(run.cfg))
+    hooks = {n: h for n, h in cfg.get("hooks", {}).items() if h.get("enable", True)}
+    chosen: dict[str, Any] = {key: cfg.get(key) for key in ("seed", "total_epochs", "model", "loss", "optimizer")}
+    data = {phase: cfg["data"][phase] for phase in run.phase_steps if "data" in cfg}
+    sizes = {phase: cfg["data"][f"{phase}_dataloader"]["batch_size"] for phase in data}
+    found = _flat({**chosen, "data": data, "batch_size": sizes, "hooks": hooks})
+    return {path: value for path, value in found.items() if not _PLUMBING & {*path.split(".")}}
+
+
+def _flat(value: Any, path: str = "") -> dict[str, int | float | str]:
+    """A nested cfg as one dict by dotted path; lists as JSON, switches as words."""
     if isinstance(value, Mapping):
-        found: dict[str, bool | int | float | str] = {}
+        found: dict[str, int | float | str] = {}
         for key, child in cast("Mapping[str, Any]", value).items():
-            found |= flat(child, f"{path}.{key}" if path else key)
+            found |= _flat(child, f"{path}.{key}" if path else key)
         return found
     if value is None:
         return {}
-    return {path: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)}
+    return {path: value if isinstance(value, (int, float, str)) and not isinstance(value, bool) else json.dumps(value)}
 
 
 def _histograms(name: str, every: int, board: _Board, run: RunInfo) -> list[Middleware[Any]]:
