@@ -7,6 +7,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def png(width: int, height: int, content: bytes, bits: int = 8, colour: int = 2)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
 
 
+@cache
 def png_bomb(width: int, height: int) -> bytes:
     """A small file of very many black pixels."""
     squeeze = zlib.compressobj(9)

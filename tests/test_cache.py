@@ -100,11 +100,17 @@ def test_a_damaged_entry_is_never_used(cache: Cache, tmp_path: Path) -> None:
 
 
 def test_bad_files_are_not_kept(cache: Cache, tmp_path: Path) -> None:
-    """What cannot be read is refused each time, and leaves nothing behind."""
+    """What cannot be read is refused each time, what was filled is told each time, and neither leaves anything behind."""
     (tmp_path / "x").write_bytes(encoded(photo(0), "JPEG")[:500])
     for _ in range(2):
         with pytest.raises(BadFile):
             read(cache, tmp_path / "x")
+    data = encoded(photo(0, (320, 240)), "JPEG")
+    (tmp_path / "y").write_bytes(data[: len(data) * 9 // 10])
+    for _ in range(2):
+        with reading(Reading("fill", cache)) as how:
+            read_image(tmp_path / "y")
+        assert len(how.notes) == 1
     assert not any(p.is_file() for p in cache.folder.rglob("*"))
 
 

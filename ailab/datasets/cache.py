@@ -40,18 +40,19 @@ class Cache:
     folder: Path
     verify: bool = True
 
-    def __call__(self, path: str, form: str, make: Callable[[], Tensor]) -> Tensor:
+    def __call__(self, path: str, form: str, make: Callable[[], tuple[Tensor, bool]]) -> Tensor:
         """The picture of a file in one form, (C, H, W) uint8: kept, or made and kept now."""
         try:
             about = os.stat(path)
         except (OSError, ValueError):
-            return make()  # which says what is wrong with it
+            return make()[0]  # which says what is wrong with it
         name = hashlib.blake2b(f"{os.path.abspath(path)}\n{form}".encode(errors="surrogateescape"), digest_size=16).hexdigest()
         place = self.folder / name[:2] / name
         found = _read(place, about, self.verify)
         if found is None:
-            found = make()
-            self._write(place, about, found)
+            found, keep = make()
+            if keep:  # what was damaged is told each time
+                self._write(place, about, found)
         return found
 
     def clear(self) -> None:

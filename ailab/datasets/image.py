@@ -36,7 +36,8 @@ class Reading:
     """How the files of a sample are to be read, where the call does not say, and what is to be told about them."""
 
     truncated: Truncated = "skip"
-    cached: Callable[[str, str, Callable[[], Tensor]], Tensor] | None = None  # (path, form, make) -> make() or what it gave
+    # (path, form, make) -> what make() gives, or gave: a picture, and whether it may be kept
+    cached: Callable[[str, str, Callable[[], tuple[Tensor, bool]]], Tensor] | None = None
     notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])  # (path, text) of files kept though damaged
 
 
@@ -85,17 +86,17 @@ def read_image(
     cut = truncated or now.truncated
     name = os.fspath(path)
 
-    def make() -> Tensor:
+    def make() -> tuple[Tensor, bool]:
         try:
             found = _decoded(_content(name), resize if resize is not None else size_hint, max_pixels, cut, mode)
         except BadFile as error:
             raise BadFile(error.kind, error.message, name) from error.__cause__
         if found.note:
             now.notes.append((name, found.note))
-        return found.picture if resize is None else resized(found.picture, resize)
+        return found.picture if resize is None else resized(found.picture, resize), not found.note
 
     if now.cached is None:
-        return make()
+        return make()[0]
     return now.cached(name, f"{size_hint} {resize} {max_pixels} {cut} {mode}", make)
 
 
