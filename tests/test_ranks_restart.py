@@ -15,7 +15,22 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import CORES, ROOT, Crew, Spy, alone, built, config, digest, distance, free_port, together, torchrun_environ, trained
+from ranks import (
+    CORES,
+    ROOT,
+    Crew,
+    PointsInMemory,
+    Spy,
+    alone,
+    built,
+    config,
+    digest,
+    distance,
+    free_port,
+    together,
+    torchrun_environ,
+    trained,
+)
 from tiny import files_of, newest_content, rows_of
 
 from ailab import checkpoint, dist
