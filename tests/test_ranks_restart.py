@@ -15,10 +15,26 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import CORES, ROOT, Crew, Spy, alone, built, config, digest, distance, free_port, together, torchrun_environ, trained
+from ranks import (
+    CORES,
+    ROOT,
+    Crew,
+    PointsInMemory,
+    Spy,
+    alone,
+    built,
+    config,
+    digest,
+    distance,
+    free_port,
+    together,
+    torchrun_environ,
+    trained,
+)
 from tiny import files_of, newest_content, rows_of
 
 from ailab import checkpoint, dist
+from ailab.datasets import Stream
 from ailab.errors import Preempted
 from ailab.stack import Middleware
 
@@ -50,6 +66,21 @@ def test_the_number_of_ranks_may_change(ranks: Any, sync: str, tmp_path: Any) ->
     assert together(first) + together(second) + together(third) == whole["ids"] == whole["global"]
     assert distance(third[0]["state"].params, whole["state"].params) < 1e-9
     assert distance(third[0]["state"].slots["ema"], whole["state"].slots["ema"]) < 1e-9
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("batch_size", [7, 8, 11])
+def test_batches_lie_at_even_addresses(world: int, batch_size: int) -> None:
+    """Every field of a batch begins at a multiple of 64 bytes, for the last bits of a product depend on it, and has its values."""
+    points = PointsInMemory(50)
+    for rank in range(world):
+        stream = Stream(points, batch_size=batch_size, shuffle=True, seed=0, pad=False, rank=rank, world_size=world)
+        batches = list(stream.epoch(0))
+        assert len(batches) == stream.steps
+        for batch in batches:
+            for name, values in points.fields.items():
+                assert batch[name].data_ptr() % 64 == 0
+                assert torch.equal(batch[name], values[batch["id"]])
 
 
 # Killed.

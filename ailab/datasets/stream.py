@@ -25,6 +25,7 @@ from ailab.errors import DataError
 from ailab.types import WEIGHT, Batch
 
 _BLOCK_BATCHES, _BLOCK_BYTES = 32, 1 << 20  # gathered at a time, at most
+_ALIGNED_BYTES = 64
 _MEMORY_SHARE = 0.3  # of the free device memory that an in-memory dataset may take
 
 
@@ -161,13 +162,11 @@ class Stream:
         planned = self.order.batches(epoch, start, home)
         while some := list(islice(planned, block)):
             picked = [self._filled(ids, mine) for ids, mine in some]
-            rows = torch.cat(picked)
-            sizes = [len(p) for p in picked]
-            columns = {n: values.index_select(0, rows).to(self.device).split(sizes) for n, values in self._tensors.items()}
+            columns = {n: _taken(values, picked, self.device) for n, values in self._tensors.items()}
             for i, (_, mine) in enumerate(some):
                 batch: Batch = {name: parts[i] for name, parts in columns.items()}
-                if (self.pad and not (lean and len(mine) == sizes[i])) or not len(mine):
-                    batch[WEIGHT] = self._weight(len(mine), sizes[i])
+                if (self.pad and not (lean and len(mine) == len(picked[i]))) or not len(mine):
+                    batch[WEIGHT] = self._weight(len(mine), len(picked[i]))
                 yield batch
 
     def _filled(self, ids: Tensor, mine: Tensor) -> Tensor:
@@ -198,6 +197,19 @@ class Stream:
 
         yield from on_device(batches(), self.device)
         self._bad.end_epoch()
+
+
+def _taken(values: Tensor, picked: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The samples of each batch, gathered at once; each batch at an address that is a multiple of 64.
+
+    The last bits of a matrix product depend on the address of its operands, and a batch must not depend on whether it is the
+    first that is read, after a resumption, or the third of a block.
+    """
+    each = _ALIGNED_BYTES // math.gcd(_ALIGNED_BYTES, values[0].nbytes)  # samples after which an address is aligned again
+    room = [-(-len(p) // each) * each for p in picked]
+    parts = [p if n == len(p) else torch.cat([p, p[:1].expand(n - len(p))]) for p, n in zip(picked, room, strict=True)]
+    gathered = values.index_select(0, torch.cat(parts)).to(device).split(room)
+    return [g if len(g) == len(p) else g[: len(p)] for g, p in zip(gathered, picked, strict=True)]
 
 
 def _length(dataset: Any, name: str) -> int:
