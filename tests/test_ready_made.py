@@ -320,7 +320,7 @@ def test_class_maps_and_their_iou(scene: tuple[Path, Path]) -> None:
         (
             dict(keypoints=[1, 2, 2]),
             {"tasks": ["keypoints"]},
-            "expected 3 x 3 numbers of keypoints, as the categories say, got 3",
+            "expected 3 x 3 numbers of keypoints, as the categories say, got .1, 2, 2.",
         ),
         ({}, {"tasks": ["keypoints"]}, "annotation id 1: there is no 'keypoints', which the task 'keypoints' needs"),
         ({}, {"tasks": ["boxes"]}, "tasks has 'boxes'; there are bbox, mask, keypoints"),
