@@ -83,6 +83,8 @@ def test_labels_may_be_numbers_or_many(tmp_path: Path) -> None:
     numbered = ClassificationImageDataset(path, "file", "y")
     assert [d["target"].item() for d in numbered] == [2, 0]
     assert numbered.classes == ["0", "1", "2"]
+    small = ClassificationImageDataset(path, "file", "y", resize=(6, 8), size_hint=(6, 8))
+    assert small[0]["input"].shape == (3, 6, 8)
     path.write_text("file,y\n0.png,b;a\n1.png,\n2.png,c\n")
     many = ClassificationImageDataset(path, "file", "y", multi_label=True)
     assert [d["target"].tolist() for d in many] == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
