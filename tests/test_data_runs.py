@@ -14,6 +14,8 @@ from files import coco, picture, thing, voc
 from ailab.fit import main
 
 CFG = """
+import torch
+
 cfg = dict(
     seed=0, work_dir={work_dir!r}, total_epochs={epochs}, compile=False,
     data=dict(train={data!r}, train_dataloader={loader!r}),
@@ -46,7 +48,11 @@ def test_folders_of_pictures_train_by_name_alone(tmp_path: Path) -> None:
     data = dict(
         type="ClassificationImageDataset",
         annotation_file=str(squares(tmp_path / "data")),
-        transform=[dict(type="RandomResizedCrop", size=16, scale=(0.5, 1.0)), dict(type="RandomHorizontalFlip")],
+        transform=[
+            dict(type="RandomResizedCrop", size=16, scale=(0.5, 1.0)),
+            dict(type="RandomHorizontalFlip"),
+            dict(type="ToDtype", dtype=torch.float32),
+        ],
     )
     assert run(tmp_path, data, dict(batch_size=8, num_workers=2), {}, epochs=8) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

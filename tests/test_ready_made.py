@@ -83,6 +83,8 @@ def test_labels_may_be_numbers_or_many(tmp_path: Path) -> None:
     numbered = ClassificationImageDataset(path, "file", "y")
     assert [d["target"].item() for d in numbered] == [2, 0]
     assert numbered.classes == ["0", "1", "2"]
+    small = ClassificationImageDataset(path, "file", "y", resize=(6, 8), size_hint=(6, 8))
+    assert small[0]["input"].shape == (3, 6, 8)
     path.write_text("file,y\n0.png,b;a\n1.png,\n2.png,c\n")
     many = ClassificationImageDataset(path, "file", "y", multi_label=True)
     assert [d["target"].tolist() for d in many] == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
@@ -320,7 +322,7 @@ def test_class_maps_and_their_iou(scene: tuple[Path, Path]) -> None:
         (
             dict(keypoints=[1, 2, 2]),
             {"tasks": ["keypoints"]},
-            "expected 3 x 3 numbers of keypoints, as the categories say, got 3",
+            "expected 3 x 3 numbers of keypoints, as the categories say, got .1, 2, 2.",
         ),
         ({}, {"tasks": ["keypoints"]}, "annotation id 1: there is no 'keypoints', which the task 'keypoints' needs"),
         ({}, {"tasks": ["boxes"]}, "tasks has 'boxes'; there are bbox, mask, keypoints"),

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from files import coco, picture, thing, voc
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ailab.datasets import (
+    ClassificationImageDataset,
     CocoAnnotationDataset,
+    COCODataset,
     FileAnnotationDataset,
     FolderPerClassDataset,
     ListDataset,
@@ -294,6 +296,81 @@ def test_boxes_outside_are_cut_or_dropped_where_that_is_asked(tmp_path: Path) ->
 
     assert boxes("clip") == {1: [8, 8, 8, 2], 3: [1, 1, 2, 2]}
     assert boxes("drop") == {3: [1, 1, 2, 2]}
+
+
+# Any damage
+
+PLACES = st.lists(st.integers(0, 20), min_size=1, max_size=4)
+ODD = st.sampled_from(
+    [None, True, -1, 0, 10**400, 1.5, float("1e308"), "", "x", "..", "\\0", [], [[]], [1], {}, {"id": 1}, {"counts": 3}]
+)
+
+
+def replaced(value: Any, place: list[int], new: Any) -> Any:
+    """The JSON value with another at some place in it."""
+    if not place or not isinstance(value, (dict, list)) or not value:
+        return new
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    key = keys[place[0] % len(keys)]
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[key] = replaced(value[key], place[1:], new)
+    return copy
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=PLACES, new=ODD)
+def test_any_coco_file_is_read_or_told(tmp_path: Path, place: list[int], new: Any) -> None:
+    """Whatever value stands at whatever place, the data set is made or a DataError says why; and then samples can be read."""
+    runs = {"size": [12, 16], "counts": [0, 5, 187]}
+    more = {"segmentation": runs, "keypoints": [1, 2, 2] * 3, "iscrowd": 0}
+    if not (tmp_path / "coco.json").exists():
+        coco(tmp_path, [thing(1, [1, 2, 3, 4], **more), thing(2, [1, 1, 2, 2], image=11, **more)])
+        (tmp_path / "whole.json").write_bytes((tmp_path / "coco.json").read_bytes())
+    content = json.loads((tmp_path / "whole.json").read_text())
+    (tmp_path / "coco.json").write_text(json.dumps(replaced(content, place, new)))
+    try:
+        data = COCODataset(tmp_path / "coco.json", tmp_path / "images", tasks=("bbox", "mask", "keypoints"), ignore_crowd=False)
+    except DataError as error:
+        assert len(str(error).splitlines()) <= 4
+        return
+    for i in range(len(data)):
+        try:
+            data[i]
+        except (DataError, ValueError) as error:  # a picture that is not there, or not of the size that is written
+            assert "images" in str(error)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=PLACES, new=ODD, many=st.booleans())
+def test_any_list_of_pictures_is_read_or_told(tmp_path: Path, place: list[int], new: Any, many: bool) -> None:
+    """The same of records in a JSON file, with one label or several."""
+    rows = [{"image": "0.png", "label": ["a", "b"] if many else "a"}, {"image": "1.png", "label": ["a"] if many else "b"}]
+    (tmp_path / "a.json").write_text(json.dumps(replaced(rows, place, new)))
+    try:
+        data = ClassificationImageDataset(tmp_path / "a.json", multi_label=many)
+    except DataError as error:
+        assert len(str(error).splitlines()) <= 4
+        return
+    assert all(len(data._get_raw(i)) == 2 for i in range(len(data)))
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    at=st.integers(0, 400),
+    cut=st.integers(0, 30),
+    new=st.sampled_from(["", "<", "&x;", "<a/>", "\0", "1e999", "</object>", "x"]),
+)
+def test_any_voc_file_is_read_or_told(tmp_path: Path, at: int, cut: int, new: str) -> None:
+    """The same of an XML file in which some text stands for another."""
+    path = voc(tmp_path, "a", [("cat", (1, 1, 16, 12)), ("dog", (3, 4, 3, 4))])
+    text = path.read_text()
+    path.write_text(text[:at] + new + text[at + cut :])
+    try:
+        data = VocAnnotationDataset(tmp_path / "JPEGImages", tmp_path / "Annotations")
+    except DataError as error:
+        assert len(str(error).splitlines()) <= 4
+        return
+    assert all(len(o["box"]) == 4 for o in data._get_raw(0)[1]["object"])
 
 
 # VOC

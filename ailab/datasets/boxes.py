@@ -50,12 +50,17 @@ def checked_box(numbers: Any, size: tuple[int, int], policy: BoxPolicy, where: s
     )
 
 
+def are_numbers(values: Sequence[Any]) -> bool:
+    """Whether all are finite ints or floats, and no bools."""
+    try:
+        return {*map(type, values)} <= {int, float} and all(map(math.isfinite, values))
+    except OverflowError:  # an int that no float holds
+        return False
+
+
 def _corners(numbers: Any, where: str, form: BoxFormat) -> Box:
     values = cast("Sequence[Any]", numbers) if isinstance(numbers, (list, tuple)) else ()
-    good = len(values) == 4 and all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
-    )
-    if not good:
+    if len(values) != 4 or not are_numbers(values):
         raise DataError(f"{where}: expected a box of four finite numbers ({form}), got {numbers!r:.80}.")
     a, b, c, d = (float(v) for v in values)
     if form == "xywh":

@@ -14,6 +14,7 @@ from ailab.datasets.records import lookup, parse_json, read_text
 from ailab.errors import DataError
 from ailab.signature import check_choice, listed
 
+_MOST = 1 << 24  # pixels of a side
 _PARTS = ("images", "annotations", "categories")
 
 
@@ -93,7 +94,7 @@ class CocoAnnotationDataset(LabBaseDataset):
         found: dict[int, dict[str, Any]] = {}
         for i, entry in enumerate(entries):
             key = lookup(entry, "id", lambda i=i: f"{self.coco_json}, {what} number {i}")
-            if not isinstance(key, int):
+            if type(key) is not int:
                 raise DataError(f"{self.coco_json}, {what} number {i}: expected a whole number as id, got {key!r:.60}.")
             if key in found:
                 raise DataError(f"{self.coco_json}: the {what} id {key} is there twice; ids have to differ.")
@@ -104,7 +105,7 @@ class CocoAnnotationDataset(LabBaseDataset):
     def _check_image(self, image: dict[str, Any], where: str) -> None:
         for side in ("width", "height"):
             value = lookup(image, side, lambda: where)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or not 0 < value < _MOST:
                 raise DataError(f"{where}: expected a whole number of pixels as {side!r}, got {value!r:.60}.")
         lookup(image, "file_name", lambda: where)
         self.image_file(image)
@@ -118,9 +119,10 @@ class CocoAnnotationDataset(LabBaseDataset):
 
     def _fitted(self, annotation: dict[str, Any], image: dict[str, Any], where: str, policy: BoxPolicy) -> bool:
         """Whether the annotation stays, its box cut to its picture."""
-        if lookup(annotation, "category_id", lambda: where) not in self.class_index:
+        category = lookup(annotation, "category_id", lambda: where)
+        if type(category) is not int or category not in self.class_index:
             known = listed(f"{c['id']} {c['name']}" for c in self.categories)
-            raise DataError(f"{where}: unknown category id {annotation['category_id']!r:.60}. Categories: {known}.")
+            raise DataError(f"{where}: unknown category id {category!r:.60}. Categories: {known}.")
         if "bbox" in annotation:
             box = checked_box(annotation["bbox"], (image["height"], image["width"]), policy, where, form="xywh")
             if box is None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ailab.datasets.boxes import are_numbers
 from ailab.errors import DataError
 
 _NEEDED = "masks of polygons need the package pycocotools: pip install 'ailab[coco]'."
@@ -78,13 +79,16 @@ def uncompressed(text: str | bytes) -> list[int]:
 
 
 def _run_lengths(value: dict[str, Any], size: tuple[int, int], where: str) -> list[int]:
-    counts = value.get("counts")
+    counts, said = value.get("counts"), value.get("size")
     try:
-        runs = uncompressed(counts) if isinstance(counts, (str, bytes)) else [int(c) for c in counts or ()]
+        runs: list[int] = uncompressed(counts) if isinstance(counts, (str, bytes)) else list(counts or ())
     except (ValueError, TypeError) as error:
         raise DataError(f"{where}: these are no run lengths: {error}.") from error
-    if list(value.get("size") or ()) != list(size) or min(runs, default=-1) < 0 or sum(runs) != size[0] * size[1]:
-        came = f"size {value.get('size')!r:.40} and {sum(runs)} pixels"
+    if not {*map(type, runs)} <= {int}:
+        raise DataError(f"{where}: these are no run lengths: {counts!r:.80}.")
+    same = isinstance(said, (list, tuple)) and list(cast("Sequence[Any]", said)) == list(size)
+    if not same or min(runs, default=-1) < 0 or sum(runs) != size[0] * size[1]:
+        came = f"size {said!r:.40} and {sum(runs)} pixels"[:99]
         wanted = f"size {list(size)} and {size[0] * size[1]} pixels"
         raise DataError(f"{where}: expected run lengths of the image, {wanted}, got {came}.")
     return runs
@@ -92,7 +96,7 @@ def _run_lengths(value: dict[str, Any], size: tuple[int, int], where: str) -> li
 
 def _is_polygon(value: Any) -> bool:
     numbers = cast("list[Any]", value) if isinstance(value, list) else []
-    return len(numbers) >= 6 and len(numbers) % 2 == 0 and all(isinstance(x, (int, float)) for x in numbers)
+    return len(numbers) >= 6 and len(numbers) % 2 == 0 and are_numbers(numbers)
 
 
 def _coco_masks(where: str) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ailab.datasets.boxes import BoxFormat, BoxPolicy, box_tensor
+from ailab.datasets.boxes import BoxFormat, BoxPolicy, are_numbers, box_tensor
 from ailab.datasets.coco import CocoAnnotationDataset
 from ailab.datasets.image import read_image
 from ailab.datasets.pipeline import Sample, TransformSpec, build_transform
@@ -86,6 +87,9 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
 
     def kept(self, annotation: dict[str, Any], image: dict[str, Any], where: str) -> bool:
         """Neither a crowd, where they are ignored, nor too small; it has what the tasks need."""
+        if not are_numbers([annotation.get("area", 0)]) or annotation.get("iscrowd", 0) not in (0, 1):
+            came = f"{annotation.get('area', 0)!r:.40} and {annotation.get('iscrowd', 0)!r:.40}"
+            raise DataError(f"{where}: expected a number as 'area', and 0 or 1 as 'iscrowd', got {came}.")
         if (self.ignore_crowd and annotation.get("iscrowd")) or _area(annotation) < self.min_area:
             return False
         for task, part in (("bbox", "bbox"), ("mask", "segmentation"), ("keypoints", "keypoints")):
@@ -93,9 +97,11 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
                 raise DataError(f"{where}: there is no {part!r}, which the task {task!r} needs. It has: {listed(annotation)}.")
         if "mask" in self.tasks:
             check_segmentation(annotation["segmentation"], (image["height"], image["width"]), where)
-        if "keypoints" in self.tasks and len(annotation["keypoints"]) != 3 * self.keypoint_count:
-            count = f"3 x {self.keypoint_count} numbers of keypoints, as the categories say"
-            raise DataError(f"{where}: expected {count}, got {len(annotation['keypoints'])}.")
+        if "keypoints" in self.tasks:
+            points = annotation["keypoints"]
+            if not isinstance(points, list) or len(points) != 3 * self.keypoint_count or not are_numbers(points):  # pyright: ignore[reportUnknownArgumentType]
+                count = f"3 x {self.keypoint_count} numbers of keypoints, as the categories say"
+                raise DataError(f"{where}: expected {count}, got {points!r:.80}.")
         return True
 
     def load(self, raw: Any) -> Sample:
@@ -121,10 +127,13 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
             sample["area"] = torch.tensor([float(a.get("area", _area(a))) for a in objects])
         return sample
 
-    @property
+    @cached_property
     def keypoint_count(self) -> int:
         """Points of one object."""
-        return max((len(c.get("keypoints", ())) for c in self.categories), default=0)
+        named = [c.get("keypoints", []) for c in self.categories]
+        if any(not isinstance(names, list) for names in named):
+            raise DataError(f"{self.coco_json}, categories: expected lists of names of keypoints.")
+        return max(map(len, named), default=0)
 
     def masks(self, objects: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> Tensor:
         """(N, H, W) bool."""
