@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from pictures import encoded, photo
-from PIL import Image
 from test_loading import Files
 from test_stream import equal, stream
 
-from ailab.datasets import read_image
+from ailab.datasets import image, read_image
 from ailab.datasets.bad import BadFile
 from ailab.datasets.cache import SHARED, Cache, run_cache
 from ailab.datasets.image import Reading, reading
@@ -39,19 +38,19 @@ def picture(path: Path, seed: int = 0) -> Path:
 
 def read(cache: Cache, path: Path, **settings: Any) -> tuple[torch.Tensor, bool]:
     """A picture, and whether it was decoded now."""
-    opened: list[Any] = []
-    original = Image.open
+    decoded: list[Any] = []
+    original = image._decoded
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        opened.append(args)
-        return original(*args, **kwargs)
+    def watched(*args: Any) -> Any:
+        decoded.append(args)
+        return original(*args)
 
-    Image.open = watched  # type: ignore[assignment]
+    image._decoded = watched
     try:
         with reading(Reading(cached=cache)):
-            return read_image(path, **settings), bool(opened)
+            return read_image(path, **settings), bool(decoded)
     finally:
-        Image.open = original
+        image._decoded = original
 
 
 def test_a_picture_is_decoded_once(cache: Cache, tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def reference() -> list[list[Any]]:
 
 
 @pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 @pytest.mark.parametrize("workers", [1, 4])

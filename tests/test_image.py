@@ -177,8 +177,11 @@ def test_a_transparent_palette_and_an_animation(tmp_path: Path) -> None:
         assert (abs(array(path).astype(int) - 10) < 3).all()
 
 
-def test_jpegs_are_decoded_as_by_pillow(tmp_path: Path) -> None:
-    """Colour, grey, progressive, CMYK and subsampled JPEGs give Pillow's pixels."""
+@pytest.mark.parametrize("operator", [True, False])
+def test_jpegs_are_decoded_as_by_pillow(operator: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Colour, grey, progressive, CMYK and subsampled JPEGs give Pillow's pixels, with torchvision's operator and without it."""
+    if not operator:
+        monkeypatch.setattr("ailab.datasets.image._jpeg_operator", lambda: None)
     picture = Image.fromarray(PIXELS)
     for settings in ({}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}):
         path = saved(tmp_path, picture, "JPEG", **settings)

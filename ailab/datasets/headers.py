@@ -27,12 +27,13 @@ class Header(NamedTuple):
     height: int
     width: int
     progressive: bool
+    plain: bool  # 8 bits of grey or of three colours, Huffman coded
 
 
 def jpeg_header(data: bytes) -> Header:
     """Size and kind, from the frame header."""
     at = 2
-    while at + 9 <= len(data):
+    while at + 10 <= len(data):
         if data[at] != 0xFF:
             raise BadFile("corrupt", f"there is no JPEG marker at byte {at}")
         marker = data[at + 1]
@@ -43,8 +44,9 @@ def jpeg_header(data: bytes) -> Header:
         elif marker in (0xD9, 0xDA):
             raise BadFile("corrupt", "the JPEG has no frame header")
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return Header(height, width, marker not in (0xC0, 0xC1))
+            bits, height, width, parts = struct.unpack_from(">BHHB", data, at + 4)
+            plain = bits == 8 and parts in (1, 3) and marker in (0xC0, 0xC1, 0xC2)
+            return Header(height, width, marker not in (0xC0, 0xC1), plain)
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     raise BadFile("truncated", f"the JPEG ends inside its header, at byte {len(data)}")

@@ -1,18 +1,21 @@
 """Picture files to uint8 tensors: the format by content, the size checked before anything is decoded, damage never silent.
 
-Pillow decodes (JPEG by libjpeg-turbo), without its formats that run other programs. Not torchvision: its decoders are deprecated
-since 0.29, 8 % faster on JPEG, and end the process on a PNG with a bad checksum.
+Pillow decodes, without its formats that run other programs. Ordinary JPEGs go through torchvision's operator where there is one:
+the same libjpeg-turbo and the same pixels in three quarters of the time. Not its PNG decoder, which ends the process on a bad
+checksum (0.29); nor its functions, which are deprecated.
 """
 
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import stat
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -144,6 +147,8 @@ def _decoded(data: bytes, hint: int | tuple[int, int] | None, max_pixels: int, c
         if cut == "fill" and not jpeg_ends(data):
             return _filled(data, header, mode)
         shrink = _shrink(header.height, header.width, hint)
+        if header.plain and shrink == 1 and mode != "RGBA" and (picture := _by_torchvision(data, mode)) is not None:
+            return _Found(picture)
     elif data.startswith(PNG):
         check_png(data, max_pixels)
     return _Found(_by_pillow(data, shrink, max_pixels, mode))
@@ -205,6 +210,26 @@ def _begins_as(data: bytes) -> str:
     first = {JPEG: "JPEG", PNG: "PNG", b"GIF8": "GIF", b"RIFF": "WEBP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"BM": "BMP"}
     found = next((kind for magic, kind in first.items() if data.startswith(magic)), "")
     return "AVIF" if data[4:8] == b"ftyp" else found
+
+
+@cache
+def _jpeg_operator() -> Any:
+    """(bytes, 1 for grey or 3 for RGB, turn upright) -> picture; None without torchvision, or when it has it no more."""
+    try:
+        importlib.import_module("torchvision.io")  # loads the operators
+        return torch.ops.image.decode_jpeg.default
+    except (ImportError, AttributeError, RuntimeError):
+        return None
+
+
+def _by_torchvision(data: bytes, mode: Mode) -> Tensor | None:
+    """An ordinary JPEG; None for one that has to be looked at by Pillow, which says what is wrong."""
+    decode = _jpeg_operator()
+    try:
+        content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return _turned(decode(content, 1 if mode == "L" else 3, True), 1) if decode else None
+    except RuntimeError:
+        return None
 
 
 def _by_pillow(data: bytes, shrink: int, max_pixels: int, mode: Mode) -> Tensor:
