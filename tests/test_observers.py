@@ -134,6 +134,17 @@ def test_the_counter_counts(tmp_path: Path) -> None:
         assert found
 
 
+def test_a_slot_that_changes_does_not_hide_the_step() -> None:
+    """A state that differs in its slots alone knows its step without a read; one with another step does not."""
+    state, found = TinyNet().state, list[str]()
+    assert state.at == 0
+    with reads(found):
+        assert state.with_slot("mine", torch.ones(1)).at == state.replace(slots={}).at == 0
+        assert found == []
+        assert state.replace(step=state.step + 1).at == 1
+    assert found
+
+
 def full(*args: Any, **kwargs: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
 

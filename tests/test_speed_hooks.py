@@ -12,11 +12,12 @@ import pytest
 import torch
 from test_hooks import info
 from test_tensorboard import curve, events
-from tiny import Net, rows_of, tiny_cfg
+from tiny import Net, Points, rows_of, tiny_cfg
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from ailab.datasets import Stream
 from ailab.errors import ConfigError
 from ailab.fit import fit
 from ailab.hooks.profiler import ProfilerHook
@@ -134,6 +135,15 @@ def test_the_operations_of_a_sample_are_those_of_a_training_step(tmp_path: Path)
     per_sample = counter.get_total_flops() / 5
     assert per_sample == 2 * 2 * (4 * 8 + 8 * 3) + 2 * 8 * 3  # forward and by weight of both layers, by input of the second
     assert row["wall_mfu"] * 1e9 == pytest.approx(per_sample * row["wall_samples_per_s"])
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "drop_last", "iters"), [(4, False, None), (4, True, None), (3, False, 11), (4, True, 5)]
+)
+def test_the_samples_of_an_epoch_are_counted(batch_size: int, drop_last: bool, iters: int | None) -> None:
+    """What the speed is reckoned with is how many samples the batches of an epoch have, short ones and further laps included."""
+    stream = Stream(Points(10), batch_size=batch_size, shuffle=True, seed=0, pad=False, drop_last=drop_last, iters=iters)
+    assert stream.samples == sum(len(batch["input"]) for batch in stream.epoch(0))
 
 
 @pytest.mark.parametrize(

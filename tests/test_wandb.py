@@ -86,7 +86,7 @@ class Fake(types.ModuleType):
         self.rows: list[dict[str, Any]] = []
         self.modes: list[Any] = []
         self.finished: list[int] = []
-        self.errors = types.SimpleNamespace(CommError=type("CommError", (Exception,), {}))
+        self.errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
 
     def Settings(self, **given: Any) -> Any:
         return given
@@ -104,9 +104,11 @@ class Fake(types.ModuleType):
     def init(self, **given: Any) -> Any:
         self.modes.append(given.get("mode"))
         if self.how == "unreachable" and given.get("mode") != "offline":
-            raise self.errors.CommError("no route to host")
+            raise self.errors.Error("no route to host\nmore of it")
         self._misbehave("init")
         return self
+
+    def teardown(self) -> None: ...
 
     def define_metric(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -160,6 +162,21 @@ def test_an_unreachable_service_is_recorded_offline(
     trained(tmp_path, fake, monkeypatch)
     assert fake.modes == [None, "offline"] and fake.finished == [0] and len(fake.rows) == 21
     assert capsys.readouterr().out.count("warning: W&B cannot be reached (no route to host); recording offline") == 1
+
+
+@pytest.mark.nightly
+def test_a_service_that_refuses_connections_is_recorded_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real client against a closed port: within 10 s of the end of a short run its file has every row."""
+    pytest.importorskip("wandb", reason="an optional writer")
+    for key, value in (("BASE_URL", "http://127.0.0.1:9"), ("API_KEY", "0" * 40), ("SILENT", "true")):
+        monkeypatch.setenv(f"WANDB_{key}", value)
+    began = time.monotonic()
+    fit(tiny_cfg(tmp_path, wandb=dict(type="WandbHook", interval=1)))
+    assert time.monotonic() - began < 15
+    assert "warning: W&B cannot be reached" in capsys.readouterr().out
+    assert [r["trainer/step"] for r in history(tmp_path) if "train/loss" in r] == list(range(1, 16))
 
 
 def test_rows_come_in_order_and_a_resumed_run_has_the_same_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import Run, RunInfo, TrainState
 
+_INIT_S = 6  # to reach the service: less than `wait_s`, so that a short run can still be recorded offline
 _ROWS = 10_000  # that wait for a service that does not answer; more are dropped
 
 
@@ -139,7 +140,7 @@ class _Remote:
 def _started(args: dict[str, Any], run: RunInfo) -> Any:
     wandb: Any = importlib.import_module("wandb")
 
-    settings = wandb.Settings(init_timeout=10, console="off", disable_git=True, save_code=False)
+    settings = wandb.Settings(init_timeout=_INIT_S, console="off", disable_git=True, save_code=False)
     identity = hashlib.sha256(str(run.work_dir.resolve()).encode()).hexdigest()[:16]
     common: dict[str, Any] = {
         "id": identity,
@@ -152,8 +153,10 @@ def _started(args: dict[str, Any], run: RunInfo) -> Any:
         common.pop("resume")  # ignored offline, with a warning
     try:
         started = wandb.init(**{**common, **args})
-    except wandb.errors.CommError as e:
-        run.say(f"warning: W&B cannot be reached ({e}); recording offline")
+    except wandb.errors.Error as e:  # unreachable, not logged in, refused
+        said = (str(e).strip() or type(e).__name__).splitlines()[0]
+        run.say(f"warning: W&B cannot be reached ({said}); recording offline")
+        wandb.teardown()  # its service holds the id of the run that did not begin
         common.pop("resume", None)
         started = wandb.init(**{**common, **args, "mode": "offline"})
     started.define_metric("*", step_metric="trainer/step")
