@@ -20,29 +20,33 @@ TRACED: frozenset[str] = frozenset({"loss", "grad", "step"})  # below the compil
 class Middleware(Generic[F]):
     """A named function that wraps a callable of one depth. Callable itself: `ema(0.99)(step)` is a step.
 
-    `init` makes the hook's memory, `state.slots[name]`, before anything is compiled.
+    Three fields make most hooks: a name, a wrap and a depth. The others say what a hook needs or promises beyond that.
     """
 
     name: str
     wrap: Callable[[F], F]
     depth: Depth
+
+    # Its memory, `state.slots[name]`, made before anything is compiled.
     init: Callable[[TrainState], PyTree] | None = None
-    phases: tuple[str, ...] | None = None  # which it serves; None: training, and for an epoch hook the workflow as a whole
-    looks_back: bool = (
-        True  # step depth: whether it reads the state it passed on after the call; if none does, eager steps donate
-    )
-    bare: Callable[[F], F] | None = None  # changes the bare callable of its depth, before any hook wraps it
-    holds_grad: bool = True  # grad depth: whether it may read one gradient after it has asked for another
-    check: Callable[[Collection[str], str], list[str]] | None = None  # (fields, phase) -> problems, before the first step
-    core: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # settings for the bare callables and the run, e.g. {"ddp": {"bucket_cap_mb": 50}}
-    reads: Mapping[str, str] = field(
-        default_factory=dict
-    )  # results it needs, as "val_top1", by the path in the cfg that says so
-    reports: Callable[[Batch, str], Collection[str]] | None = (
-        None  # (some samples with the model's outputs, phase) -> results it adds to those of the steps
-    )
+    # The phases that it serves. None: training, and for an epoch hook the workflow as a whole.
+    phases: tuple[str, ...] | None = None
+    # Changes the bare callable of its depth, before any hook wraps it.
+    bare: Callable[[F], F] | None = None
+    # Settings for the bare callables and the run: {"ddp": {"bucket_cap_mb": 50}}.
+    core: Mapping[str, Any] = field(default_factory=dict)
+
+    # Promises. Step depth: whether it reads the state that it passed on after the call; if none does, eager steps donate.
+    looks_back: bool = True
+    # Grad depth: whether it may read one gradient after it has asked for another; if none does, gradients are DDP's buckets.
+    holds_grad: bool = True
+
+    # Checks before the first step. (fields, phase) -> problems.
+    check: Callable[[Collection[str], str], list[str]] | None = None
+    # Results that it needs, as "val_top1", by the path in the cfg that says so.
+    reads: Mapping[str, str] = field(default_factory=dict)
+    # (some samples with the model's outputs, phase) -> names of results that it adds to those of the steps.
+    reports: Callable[[Batch, str], Collection[str]] | None = None
 
     def __call__(self, inner: F) -> F:
         """`inner` in this hook."""

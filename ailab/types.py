@@ -248,12 +248,10 @@ class RunInfo:
     flops: dict[str, float] = field(default_factory=dict)  # of one sample in a step of a phase, where a hook asks (core)
     base_lrs: tuple[float, ...] = ()  # per parameter group, before any schedule
     say: Callable[[str], None] = print  # one line to the console, on rank 0
-    model_state: Callable[[TrainState], dict[str, Tensor]] = lambda state: (
-        state.params
-    )  # by the names of the user's module: the model as evaluation sees it
-    optimizer_state: Callable[[TrainState], dict[str, Any]] = lambda state: (
-        state.opt_state
-    )  # as the torch.optim class would give it
+    # By the names of the user's module: the model as evaluation sees it.
+    model_state: Callable[[TrainState], dict[str, Tensor]] = lambda state: state.params
+    # As the torch.optim class would give it.
+    optimizer_state: Callable[[TrainState], dict[str, Any]] = lambda state: state.opt_state
 
     @property
     def steps_per_epoch(self) -> int:

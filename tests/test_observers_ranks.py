@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import built, digest
 from test_early_stop import fed
 from test_metric_hook import MAPPING, OWN_MAPPING, Count
-from test_parallel import built, digest, ranks  # noqa: F401  # the fixture
 from test_tensorboard import curve, events, picture_cfg
 
 from ailab.stack import Middleware
@@ -54,7 +54,7 @@ def observed(folder: str, sync: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("sync", ["ddp", "graph"])
-def test_two_ranks_observe_as_one_process(sync: str, ranks: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_two_ranks_observe_as_one_process(sync: str, ranks: Any, tmp_path: Path) -> None:
     """Results of class-style metrics are exact, both ranks stop after the same epoch with one state, and rank 0 alone writes."""
     pytest.importorskip("torchmetrics", reason="the oracle")
     pytest.importorskip("tensorboard", reason="an optional writer")

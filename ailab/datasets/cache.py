@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_HEAD = struct.Struct(
-    "<8sQQIIIII"
-)  # magic, size and mtime of the source, channels, height, width, order of the memory, checksum
+# Magic, size and time of change of the source, channels, height, width, order of the memory, checksum.
+_HEAD = struct.Struct("<8sQQIIIII")
 _MAGIC = b"ailab 1\n"
 _SPARE = 0.1  # of the file system that is left free
 SHARED = Path("/dev/shm")  # memory that looks like files
