@@ -250,6 +250,16 @@ def test_the_memory_of_a_metric_leaves_the_rest_of_the_state_alone(tmp_path: Pat
     assert int(b.slots["mine"]["seen"]) == 0
 
 
+def test_an_evaluation_takes_the_checkpoint_of_a_training(tmp_path: Path) -> None:
+    """The slots of training metrics are not asked for where nothing is trained, and the results are those of the last epoch."""
+    saves = dict(checkpoint=dict(type="CheckpointHook"), resume=dict(type="ResumeHook"))
+    fit(metric_cfg(tmp_path, dict(type=Count, mapping=OWN_MAPPING), **saves))
+    cfg = metric_cfg(tmp_path, dict(type=Count, mapping=OWN_MAPPING), **saves)
+    result = fit({**cfg, "workflow": [{"phase": "val"}]})
+    last = [r for r in rows_of(tmp_path) if r["phase"] == "val"]
+    assert len(last) == 4 and last[3]["mine_share"] == last[2]["mine_share"] == result.metrics["val_mine_share"]
+
+
 def both(pred: Tensor, label: Tensor, weight: Tensor | None = None) -> dict[str, Mean]:
     right = (pred.argmax(1) == label).float()
     return {"right": Mean.of(right, weight), "wrong": Mean.of(1 - right, weight)}

@@ -170,6 +170,22 @@ def test_a_picture_says_what_was_asked_and_what_was_answered() -> None:
     assert numbers.caption == "target 0.5, predicted 0.25"
 
 
+def test_the_failures_of_all_its_parts_are_counted_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scalars, histograms and pictures that all fail are three warnings, and then nothing of it is tried."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for method in ("add_scalar", "add_histogram", "add_image", "close"):
+        monkeypatch.setattr(SummaryWriter, method, full)
+    fit(picture_cfg(tmp_path, histograms=1, images=1))
+    out = capsys.readouterr().out
+    assert out.count("warning: hook 'tensorboard' failed: OSError") == 3 and out.count("it is switched off now") == 1
+
+
 def test_images_of_what_is_no_picture_are_refused(tmp_path: Path) -> None:
     """Before the first step, with the shape that came."""
     with pytest.raises(ConfigError, match=r"cfg\.hooks\.tensorboard\.images: the field 'input' has the shape \(4, 4\)"):

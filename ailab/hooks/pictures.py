@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ailab.errors import ConfigError
-from ailab.hooks.scalars import guarded
+from ailab.hooks.scalars import Strikes, guarded
 from ailab.stack import Middleware, unchanged
 from ailab.types import Batch, Epoch, Logs, Mean, RunInfo, Step, TrainState
 
@@ -40,7 +40,7 @@ class Shown:
     pictures: Sequence[Picture]
 
 
-def show_samples(name: str, count: int, emit: Callable[[Shown], None], run: RunInfo) -> list[Middleware[Any]]:
+def show_samples(name: str, count: int, emit: Callable[[Shown], None], run: RunInfo, strikes: Strikes) -> list[Middleware[Any]]:
     """Hand on the first `count` samples of the first evaluation batch of each epoch, once the phase has ended.
 
     The fields are "input" (B, 1 or 3, H, W), "target" where there is one, and the model's first output.
@@ -51,7 +51,7 @@ def show_samples(name: str, count: int, emit: Callable[[Shown], None], run: RunI
     phases = tuple(p for p in _PHASES if p in run.phase_steps)
     if count < 1 or not phases:
         return []
-    output, safe = run.cfg["model"]["output_keys"][0], guarded(emit, name, run)
+    output, safe = run.cfg["model"]["output_keys"][0], guarded(emit, name, run, strikes)
     first: list[Mapping[str, Tensor]] = []
 
     def keep(step: Step) -> Step:

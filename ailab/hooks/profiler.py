@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ailab.errors import ConfigError
-from ailab.hooks.scalars import guarded
+from ailab.hooks.scalars import Strikes, guarded
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import Batch, Mean, Run, RunInfo, Step, TrainState
@@ -50,8 +50,8 @@ def ProfilerHook(
     if not run.steps_per_epoch:
         return []
     window = _Window(wait, warmup, active, {"record_shapes": shapes, "profile_memory": memory, "with_stack": stacks}, run)
-    watch = guarded(window.after_step, name, run)
-    close = guarded(window.close, name, run)
+    strikes = Strikes()
+    watch, close = guarded(window.after_step, name, run, strikes), guarded(window.close, name, run, strikes)
 
     def wrap(step: Step) -> Step:
         def profiled(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:

@@ -37,28 +37,40 @@ Emit = Callable[[Report], None]
 STRIKES = 3  # failures after which an observer is off
 
 
-def guarded(emit: Callable[[T], None], name: str, run: RunInfo) -> Callable[[T], None]:
+class Strikes:
+    """The failures of one observer, in whatever part of it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+def guarded(emit: Callable[[T], None], name: str, run: RunInfo, strikes: Strikes | None = None) -> Callable[[T], None]:
     """`emit`, switched off after three failures: an observer never ends a run. Errors of ailab's own pass."""
-    failures = 0
+    mine = strikes or Strikes()
 
     def safe(told: T) -> None:
-        nonlocal failures
-        if failures >= STRIKES:
+        if mine.count >= STRIKES:
             return
         try:
             emit(told)
         except AilabError:
             raise
         except Exception as e:  # whatever a writer, a network or a full disk may raise
-            failures += 1
-            off = "; it is switched off now" if failures == STRIKES else ""
+            mine.count += 1
+            off = "; it is switched off now" if mine.count == STRIKES else ""
             run.say(f"warning: hook {name!r} failed: {type(e).__name__}: {e}{off}")
 
     return safe
 
 
 def observe(
-    name: str, emit: Emit, run: RunInfo, *, every: int, begin: Callable[[TrainState], None] | None = None
+    name: str,
+    emit: Emit,
+    run: RunInfo,
+    *,
+    every: int,
+    begin: Callable[[TrainState], None] | None = None,
+    strikes: Strikes | None = None,
 ) -> list[Middleware[Any]]:
     """The two middlewares of an observer: running means every `every` steps, and the results of each phase.
 
@@ -70,7 +82,8 @@ def observe(
     if run.rank != 0:
         return []
     phases = [p["phase"] for p in run.cfg["workflow"] if p.get(name, {}).get("enable", True)]
-    emit, begin = guarded(emit, name, run), guarded(begin, name, run) if begin else None
+    strikes = strikes or Strikes()
+    emit, begin = guarded(emit, name, run, strikes), guarded(begin, name, run, strikes) if begin else None
     waiting: deque[tuple[int, Mapping[str, float], Tensor, torch.cuda.Event | None]] = deque()
 
     def drain(wait: bool) -> None:

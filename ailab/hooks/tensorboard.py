@@ -14,7 +14,7 @@ from ailab.core.epoch import epochs_done
 from ailab.errors import ConfigError
 from ailab.hooks.captions import captioned
 from ailab.hooks.pictures import Shown, show_samples
-from ailab.hooks.scalars import Report, guarded, observe
+from ailab.hooks.scalars import Report, Strikes, guarded, observe
 from ailab.registry import HOOKS
 from ailab.stack import Middleware, unchanged
 from ailab.types import Aux, Batch, Epoch, Grad, Logs, Mean, Params, Run, RunInfo, Step, TrainState
@@ -55,8 +55,8 @@ def TensorboardHook(
     if histograms < 0 or images < 0:
         raise ConfigError(f"cfg.hooks.{name}: histograms={histograms}, images={images}; 0 is for none, and less is nothing.")
     board = _Board(log_dir or str(run.work_dir / "tensorboard"), run)
-    hooks = observe(name, board.scalars, run, every=interval, begin=board.begin)
-    hooks += show_samples(name, images, board.pictures, run)
+    hooks = observe(name, board.scalars, run, every=interval, begin=board.begin, strikes=board.strikes)
+    hooks += show_samples(name, images, board.pictures, run, board.strikes)
     hooks += _histograms(name, histograms, board, run) if histograms and run.steps_per_epoch else []
     return [*hooks, Middleware(name, board.closing(name), "run")]
 
@@ -67,6 +67,7 @@ class _Board:
     def __init__(self, folder: str, run: RunInfo):
         self.folder, self.run = folder, run
         self.writer: Any = None
+        self.strikes = Strikes()
         self.rated = -1  # step of the last learning rate
 
     def begin(self, state: TrainState) -> None:
@@ -114,7 +115,7 @@ class _Board:
 
     def closing(self, name: str) -> Any:
         """Close the file when the run ends, however it ends."""
-        from_end = guarded(self._end, name, self.run)
+        from_end = guarded(self._end, name, self.run, self.strikes)
 
         def wrap(run_all: Run) -> Run:
             def closed(state: TrainState) -> TrainState:
@@ -167,7 +168,7 @@ def _flat(value: Any, path: str = "") -> dict[str, int | float | str]:
 
 def _histograms(name: str, every: int, board: _Board, run: RunInfo) -> list[Middleware[Any]]:
     """Hand out the gradients below the line, keep those of an epoch's last step, and write when the epoch has ended."""
-    emit = guarded(board.histograms, name, run)
+    emit = guarded(board.histograms, name, run, board.strikes)
     newest: dict[str, Tensor] = {}
 
     def give(grad: Grad) -> Grad:

@@ -12,7 +12,7 @@ from typing import Any
 from ailab.config import snapshot
 from ailab.errors import ConfigError
 from ailab.hooks.pictures import Shown, show_samples
-from ailab.hooks.scalars import Report, guarded, observe
+from ailab.hooks.scalars import Report, Strikes, guarded, observe
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import Run, RunInfo, TrainState
@@ -51,8 +51,8 @@ def WandbHook(
     if images < 0 or not wait_s >= 0:
         raise ConfigError(f"cfg.hooks.{name}: images={images}, wait_s={wait_s}; neither can be negative.")
     remote = _Remote(name, dict(init_args or {}), run)
-    hooks = observe(name, remote.scalars, run, every=interval, begin=remote.begin)
-    hooks += show_samples(name, images, remote.pictures, run)
+    hooks = observe(name, remote.scalars, run, every=interval, begin=remote.begin, strikes=remote.strikes)
+    hooks += show_samples(name, images, remote.pictures, run, remote.strikes)
 
     def wrap(run_all: Run) -> Run:
         def finished(state: TrainState) -> TrainState:
@@ -75,6 +75,7 @@ class _Remote:
     def __init__(self, name: str, args: dict[str, Any], run: RunInfo):
         self.name, self.args, self.run = name, args, run
         self.live: Any = None
+        self.strikes = Strikes()
         self.calls: queue.Queue[Callable[[], None] | None] = queue.Queue(_ROWS)
         self.thread: threading.Thread | None = None
 
@@ -114,7 +115,7 @@ class _Remote:
         def made(call: Callable[[], None]) -> None:
             call()
 
-        safe = guarded(made, self.name, self.run)
+        safe = guarded(made, self.name, self.run, self.strikes)
         while (call := self.calls.get()) is not None:
             safe(call)
 
