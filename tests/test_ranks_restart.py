@@ -268,7 +268,8 @@ def test_sigterm_saves_wherever_it_comes(target: str, phase: str, tmp_path: Path
     at = {"train": 4, "val": 6, "save": 6, "compile": 0}[phase]
     rank = 0 if phase == "save" else 1
     stopped, whole = planned(tmp_path / "stopped", [rank, phase, at, target, signal.SIGTERM]), planned(tmp_path / "whole")
-    code, printed = torchrun(stopped, changes=changes)
+    # A first compile is not broken off, and may take longer than the 30 s after which torchrun would kill.
+    code, printed = torchrun(stopped, "--shutdown-timeout=120", changes=changes, limit=300)
     assert code == 1, printed  # torchrun's own, whatever its ranks say
     assert printed.count("stopped by a signal at step") == 1, printed
     saved = checkpoint.newest(stopped / "run/checkpoints")
