@@ -26,7 +26,16 @@ class Dist:
     backend: Literal["nccl", "gloo"] | None = None  # None: nccl on CUDA, gloo elsewhere
     init_method: str = "env://"
     sync: Literal["ddp", "graph"] = "ddp"
+    shard: Literal["zero1", "fsdp"] | None = None  # not served: see _SHARDS
     timeout_s: Annotated[float, AtLeast(0)] = 600
+
+
+_SHARDS = {
+    "zero1": "every rank holds the whole TrainState, bit for bit the same, and rank 0 alone saves it; optimizer memory of a\n"
+    "  rank's own parameters would have to be gathered for each checkpoint and cut again at each resumption.",
+    "fsdp": "fully_shard makes DTensors of a module's own parameters and gathers them in hooks of its forward; here parameters\n"
+    "  are plain tensors of the TrainState, which a pure function is called with.",
+}
 
 
 @dataclass
@@ -159,13 +168,27 @@ def check(cfg: Any) -> None:
         raise ConfigError(f"cfg: expected a dict, got {type(cfg).__name__}.")
     known = cast("Mapping[str, Any]", cfg)
     problems = check_arguments(parameters(Cfg), known, "cfg", "a cfg")
-    problems += _section(Dist, known.get("dist"), "cfg.dist") + _section(Compile, known.get("compile"), "cfg.compile")
+    problems += (
+        _section(Dist, known.get("dist"), "cfg.dist")
+        + _check_shard(known.get("dist"))
+        + _section(Compile, known.get("compile"), "cfg.compile")
+    )
     problems += _check_data(known.get("data"))
     problems += _component(MODELS, Model, known, "model") + _component(LOSSES, Criterion, known, "loss")
     problems += _component(OPTIMIZERS, Optimizer, known, "optimizer", "params")
     problems += _check_hooks(known.get("hooks")) + _check_workflow(known)
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _check_shard(value: Any) -> list[str]:
+    shard = _dict(value).get("shard")
+    if shard not in _SHARDS:  # None, or reported where its type is checked
+        return []
+    return [
+        f"cfg.dist.shard is {shard!r}, which is not served: {_SHARDS[shard]}\n"
+        "  For memory: AMPHook, RematHook, GradAccumulateHook, or an optimizer with little of it (Adafactor, SGD)."
+    ]
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -167,11 +167,16 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return begin_sum(tensor)()
 
 
-def begin_sum(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin the sum over all ranks; call what comes back for the result. What is computed in between hides it."""
+def begin_sum(tensor: Tensor, *, fresh: bool = False) -> Callable[[], Tensor]:
+    """Begin the sum over all ranks; call what comes back for the result. What is computed in between hides it.
+
+    Args:
+        tensor: this rank's part.
+        fresh: nobody else has it, so that the result may take its place.
+    """
     if world_size() == 1:
         return lambda: tensor
-    summed = tensor.clone()
+    summed = tensor if fresh else tensor.clone()
     if torch.compiler.is_compiling():
         td.all_reduce(summed)  # the compiler moves the wait to where the sum is used
         return lambda: summed
@@ -225,7 +230,7 @@ def begin_from_first(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tenso
         names = [n for n, t in tensors.items() if t.dtype == dtype]
         flat = torch.cat([tensors[n].detach().reshape(-1) for n in names])
         # A sum to which the others add zeros: Dynamo does not trace a broadcast.
-        begun.append((names, begin_sum(flat if rank() == 0 else torch.zeros_like(flat))))
+        begun.append((names, begin_sum(flat if rank() == 0 else torch.zeros_like(flat), fresh=True)))
 
     def finished() -> dict[str, Tensor]:
         out = dict(tensors)

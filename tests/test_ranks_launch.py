@@ -14,7 +14,7 @@ import pytest
 import torch
 from ranks import Crew, config, free_port, torchrun_environ
 
-from ailab import dist, facts, launcher
+from ailab import check, dist, facts, launcher
 from ailab.board import verdict
 from ailab.errors import ConfigError, DataError
 from ailab.launcher import first_host, from_slurm
@@ -132,6 +132,15 @@ def test_a_backend_that_is_not_there_is_a_config_error(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: name == "nccl")
     with pytest.raises(ConfigError, match=r"cfg\.dist\.backend: this torch has no 'gloo'; it has: nccl\."):
         dist._backend("gloo", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shard", ["zero1", "fsdp"])
+def test_sharding_says_what_stands_in_its_way(shard: str) -> None:
+    """It is a ConfigError before anything is built, of at most four lines, that says why and what else saves memory."""
+    with pytest.raises(ConfigError, match=rf"cfg\.dist\.shard is '{shard}', which is not served: .*") as error:
+        check.check(config() | dict(dist=dict(shard=shard)))
+    assert len(str(error.value).splitlines()) <= 4
+    check.check(config() | dict(dist=dict(shard=None)))
 
 
 # Whole launches.

@@ -221,8 +221,13 @@ def test_a_restart_does_not_take_up_another_run(tmp_path: Path) -> None:
 
 def torchrun(folder: Path, *options: str, changes: tuple[str, ...] = (), limit: float = 120) -> tuple[int, str]:
     """Exit code and output of `torchrun --nproc_per_node=2 -m ailab.fit`; afterwards no process is left."""
+    # A first compile is not broken off, and may take longer than the 30 s after which torchrun kills by default.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options, "-m", "ailab.fit"]
-    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    paths = {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120",
+    }
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen([*command, cfg_file(folder, *changes)], cwd=ROOT, env={**os.environ, **paths}, **pipes)
     try:
@@ -268,7 +273,7 @@ def test_sigterm_saves_wherever_it_comes(target: str, phase: str, tmp_path: Path
     at = {"train": 4, "val": 6, "save": 6, "compile": 0}[phase]
     rank = 0 if phase == "save" else 1
     stopped, whole = planned(tmp_path / "stopped", [rank, phase, at, target, signal.SIGTERM]), planned(tmp_path / "whole")
-    code, printed = torchrun(stopped, changes=changes)
+    code, printed = torchrun(stopped, changes=changes, limit=300)
     assert code == 1, printed  # torchrun's own, whatever its ranks say
     assert printed.count("stopped by a signal at step") == 1, printed
     saved = checkpoint.newest(stopped / "run/checkpoints")
@@ -287,7 +292,11 @@ def test_two_agents_train_together_and_restart(unharmed: Any, tmp_path: Path) ->
     file, port = cfg_file(tmp_path), free_port()
     common = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3"]
     meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=rehearsal", "-m", "ailab.fit", file]
-    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    paths = {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120",
+    }
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     agents = [subprocess.Popen([*common, *meeting], cwd=ROOT, env={**os.environ, **paths}, **pipes) for _ in range(2)]
     try:

@@ -291,7 +291,7 @@ def graph_grad(
 
 def _begin_bucket(grads: Params, names: list[str], share: Tensor, compress: torch.dtype | None) -> Callable[[], Tensor]:
     flat = torch.cat([grads[n].reshape(-1) for n in names]) * share.to(grads[names[0]].dtype)
-    return dist.begin_sum(flat if compress is None else flat.to(compress))
+    return dist.begin_sum(flat if compress is None else flat.to(compress), fresh=True)
 
 
 def _bucketed(grads: Params, cap_mb: float) -> list[list[str]]:

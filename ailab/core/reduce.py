@@ -22,18 +22,20 @@ def begin_reduction(aux: Aux, batch: Batch) -> Callable[[], Aux]:
     """
     if dist.world_size() == 1:
         return lambda: aux
-    names = list(aux.logs)
+    names, dtype = list(aux.logs), aux.weight.dtype
     values = [aux.weight] + [t for n in names for t in (aux.logs[n].total, aux.logs[n].weight)]
     if STOP in batch:
         values.append(batch[STOP])
-    sums = dist.begin_sum(torch.stack([v.detach().to(torch.float64) for v in values]))
+    with torch.no_grad():
+        if any(v.dtype != dtype for v in values):
+            values = [v.to(torch.float64) for v in values]
+        sums = dist.begin_sum(torch.stack(values).to(torch.float64), fresh=True)
     buffers = dist.begin_from_first(aux.buffers)
 
     def reduced() -> Aux:
-        summed = sums().unbind()
-        dtype = aux.weight.dtype
-        logs = {n: Mean(summed[1 + 2 * i].to(dtype), summed[2 + 2 * i].to(dtype)) for i, n in enumerate(names)}
+        weight, *summed = sums().to(dtype).unbind()
+        logs = {n: Mean(summed[2 * i], summed[2 * i + 1]) for i, n in enumerate(names)}
         control = {STOP: summed[-1]} if STOP in batch else {}
-        return replace(aux, weight=summed[0].to(dtype), logs=logs, buffers=buffers(), control=control)
+        return replace(aux, weight=weight, logs=logs, buffers=buffers(), control=control)
 
     return reduced

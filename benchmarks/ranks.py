@@ -1,0 +1,114 @@
+"""What the control message of a step costs between gloo ranks, against the same step without it, in interleaved repeats.
+
+    python benchmarks/ranks.py [--world 2] [--rounds 60] [--out benchmarks/results/ranks.json]
+
+Each rank computes the gradient of an MLP through the ddp core, some 10 ms a step. "none": gradients only, as if every rank knew
+the weight of the global batch. "under": as ailab does it, one message with weight, logs and the wish to stop, on its way while the
+backward runs. "before": the same message, waited for before the backward. Rounds of 10 steps of each in turn; the ratios are of
+medians over rounds, of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from ailab import dist
+from ailab.build import loss_of
+from ailab.core import grad as core
+from ailab.core.loss import module_state
+from ailab.core.reduce import begin_reduction
+from ailab.types import STOP, Aux, Batch
+
+STEPS = 10
+
+
+def without(aux: Aux, batch: Batch) -> Callable[[], Aux]:
+    known = replace(aux, weight=aux.weight * dist.world_size())
+    return lambda: known
+
+
+def waited(aux: Aux, batch: Batch) -> Callable[[], Aux]:
+    known = begin_reduction(aux, batch)()
+    return lambda: known
+
+
+MODES = {"none": without, "under": begin_reduction, "before": waited}
+
+
+def rank(me: int, world: int, store: str, rounds: int, width: int, out: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(me), WORLD_SIZE=str(world), LOCAL_RANK=str(me))
+    dist.start({"backend": "gloo", "init_method": f"file://{store}", "timeout_s": 60}, torch.device("cpu"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+    state, loss = module_state(model).clone(), loss_of(model, nn.CrossEntropyLoss())
+    batch = {"input": torch.randn(256, 64), "target": torch.randint(10, (256,)), STOP: torch.zeros(())}
+    grad = core.ddp_grad(loss, state, sample=(loss, batch), gradient_as_bucket_view=True)
+    took: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
+    for number in range(rounds + 2):
+        for mode in sorted(MODES, key=lambda m: (list(MODES).index(m) + number) % len(MODES)):
+            core.begin_reduction = MODES[mode]
+            dist.barrier()
+            start, worked = time.perf_counter(), time.process_time()
+            for _ in range(STEPS):
+                grad(state, batch)
+            if number >= 2:
+                took[mode].append(((time.perf_counter() - start) / STEPS, (time.process_time() - worked) / STEPS))
+    out.put((me, took))
+    dist.barrier()
+    dist.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    out = mp.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.spawn(rank, (args.world, f"{folder}/store", args.rounds, args.width, out), args.world, join=False)
+        found = dict(out.get() for _ in range(args.world))
+        while not context.join():
+            pass
+    wall = {mode: [max(t for t, _ in each) for each in zip(*(found[r][mode] for r in found))] for mode in MODES}
+    cpu = {mode: [sum(c for _, c in each) / args.world for each in zip(*(found[r][mode] for r in found))] for mode in MODES}
+
+    def ratios(times: dict[str, list[float]]) -> dict[str, float]:
+        return {m: round(statistics.median(a / b for a, b in zip(times[m], times["none"])), 4) for m in MODES}
+
+    result = {
+        "date": str(date.today()),
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "world": args.world,
+        "rounds": args.rounds,
+        "median_step_ms": {mode: round(1e3 * statistics.median(times), 3) for mode, times in wall.items()},
+        "shortest_step_ms": {mode: round(1e3 * min(times), 3) for mode, times in wall.items()},
+        "median_cpu_ms_per_rank": {mode: round(1e3 * statistics.median(times), 3) for mode, times in cpu.items()},
+        "median_ratio_of_times": ratios(wall),
+        "median_ratio_of_cpu_times": ratios(cpu),
+    }
+    print(json.dumps(result, indent=2))
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
