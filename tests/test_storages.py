@@ -373,6 +373,21 @@ def test_any_voc_file_is_read_or_told(tmp_path: Path, at: int, cut: int, new: st
     assert all(len(o["box"]) == 4 for o in data._get_raw(0)[1]["object"])
 
 
+def test_all_boxes_that_do_not_fit_are_told_together(tmp_path: Path) -> None:
+    """The first one with its numbers, and where the next ones are; in COCO and in VOC."""
+    path = coco(tmp_path, [thing(i, [8, 8, 20, 2] if i % 2 else [1, 1, 2, 2]) for i in range(1, 20)])
+    with pytest.raises(DataError) as error:
+        CocoAnnotationDataset(path, tmp_path / "images")
+    lines = str(error.value).splitlines()
+    assert "annotation id 1: the box [8, 8, 20, 2] (xywh) reaches outside the image of 16x12 pixels" in lines[0]
+    places = "; ".join(f"coco.json, annotation id {i}" for i in (3, 5, 7, 9, 11))
+    assert lines[2] == f"  9 more do not fit: {places}; ..."
+    for name in ("a", "b", "c"):
+        voc(tmp_path, name, [("cat", (1, 1, 2, 2)), ("cat", (1, 1, 2, 2 if name == "b" else 40))])
+    with pytest.raises(DataError, match=r"a\.xml, object 1: the box [^$]*1 more do not fit: c\.xml, object 1\."):
+        VocAnnotationDataset(tmp_path / "JPEGImages", tmp_path / "Annotations")
+
+
 # VOC
 
 

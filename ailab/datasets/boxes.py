@@ -15,7 +15,45 @@ BoxFormat = Literal["xyxy", "xywh", "cxcywh"]
 BoxPolicy = Literal["error", "clip", "drop"]
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels, from the upper left corner of the first pixel
 
+_SHOWN = 5  # of the boxes that do not fit
 _ROUNDING = 1.0  # pixels that a box may reach outside, and is cut: annotation tools round
+
+
+class BoxError(DataError):
+    """A box that does not fit into its image.
+
+    Args:
+        message: the box and what would do.
+        where: the file and row.
+    """
+
+    def __init__(self, message: str, where: str):
+        super().__init__(message)
+        self.where = where
+
+
+class Misfits:
+    """The boxes of a data set that do not fit, to be told together: one by one they would take a run each."""
+
+    def __init__(self) -> None:
+        self.errors: list[BoxError] = []
+
+    def add(self, error: BoxError) -> None:
+        """Take note of one."""
+        self.errors.append(error)
+
+    def tell(self) -> None:
+        """Nothing, if all boxes fit.
+
+        Raises:
+            DataError: the first one, and where the next ones are.
+        """
+        if not self.errors:
+            return
+        places = [e.where.rpartition("/")[2] for e in self.errors[1:]]
+        shown = "; ".join(places[:_SHOWN]) + ("; ..." if len(places) > _SHOWN else ".")
+        more = f"\n  {len(places)} more do not fit: {shown}" if places else ""
+        raise DataError(f"{self.errors[0]}{more}")
 
 
 def checked_box(numbers: Any, size: tuple[int, int], policy: BoxPolicy, where: str, *, form: BoxFormat = "xyxy") -> Box | None:
@@ -32,7 +70,8 @@ def checked_box(numbers: Any, size: tuple[int, int], policy: BoxPolicy, where: s
         The box as xyxy, or None for one to leave out: by "drop", or by "clip" where nothing of it is inside.
 
     Raises:
-        DataError: these are not four finite numbers, or under "error" the box does not fit.
+        DataError: these are not four finite numbers.
+        BoxError: under "error", the box does not fit.
     """
     box = _corners(numbers, where, form)
     (h, w), (x0, y0, x1, y1) = size, box
@@ -45,9 +84,8 @@ def checked_box(numbers: Any, size: tuple[int, int], policy: BoxPolicy, where: s
         return None
     flat = x1 <= x0 or y1 <= y0
     what = "has no area" if flat else f"reaches outside the image of {w}x{h} pixels"
-    raise DataError(
-        f"{where}: the box {list(numbers)} ({form}) {what}.\n  Correct it, or box_policy='clip' (cut) or 'drop' (leave out)."
-    )
+    fix = "Correct it, or box_policy='clip' (cut) or 'drop' (leave out)."
+    raise BoxError(f"{where}: the box {list(numbers)} ({form}) {what}.\n  {fix}", where)
 
 
 def are_numbers(values: Sequence[Any]) -> bool:

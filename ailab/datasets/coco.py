@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ailab.datasets.base import LabBaseDataset
-from ailab.datasets.boxes import BoxPolicy, checked_box
+from ailab.datasets.boxes import BoxError, BoxPolicy, Misfits, checked_box
 from ailab.datasets.packed import Packed
 from ailab.datasets.paths import inside
 from ailab.datasets.records import lookup, parse_json, read_text
@@ -58,12 +58,15 @@ class CocoAnnotationDataset(LabBaseDataset):
         self.class_index = {c["id"]: i for i, c in enumerate(self.categories)}
         found: dict[int, list[dict[str, Any]]] = {i: [] for i in images}
 
+        misfits = Misfits()
+
         def sort(annotation: dict[str, Any], where: str) -> None:
             image = self._image_of(annotation, images, where)
-            if self._fitted(annotation, image, where, box_policy) and self.kept(annotation, image, where):
+            if self._fitted(annotation, image, where, box_policy, misfits) and self.kept(annotation, image, where):
                 found[image["id"]].append(annotation)
 
         self._by_id(parts["annotations"], "annotation", sort)
+        misfits.tell()
         self.ids = [i for i in images if self.keep_empty or found[i]]
         if not self.ids:
             raise DataError(f"{self.coco_json}: the split is empty: no picture {'has an object' if images else 'is listed'}.")
@@ -117,14 +120,20 @@ class CocoAnnotationDataset(LabBaseDataset):
             raise DataError(f"{where}: there is no image with the id {image_id!r:.60}.")
         return image
 
-    def _fitted(self, annotation: dict[str, Any], image: dict[str, Any], where: str, policy: BoxPolicy) -> bool:
+    def _fitted(
+        self, annotation: dict[str, Any], image: dict[str, Any], where: str, policy: BoxPolicy, misfits: Misfits
+    ) -> bool:
         """Whether the annotation stays, its box cut to its picture."""
         category = lookup(annotation, "category_id", lambda: where)
         if type(category) is not int or category not in self.class_index:
             known = listed(f"{c['id']} {c['name']}" for c in self.categories)
             raise DataError(f"{where}: unknown category id {category!r:.60}. Categories: {known}.")
         if "bbox" in annotation:
-            box = checked_box(annotation["bbox"], (image["height"], image["width"]), policy, where, form="xywh")
+            try:
+                box = checked_box(annotation["bbox"], (image["height"], image["width"]), policy, where, form="xywh")
+            except BoxError as error:
+                misfits.add(error)
+                return False
             if box is None:
                 return False
             annotation["bbox"] = [box[0], box[1], box[2] - box[0], box[3] - box[1]]

@@ -22,10 +22,10 @@ class Packed(Sequence[Any]):
     """
 
     def __init__(self, values: Iterable[Any]):
-        content = bytearray()
+        content, encode = bytearray(), json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
         self._ends = array("q", [0])
         for value in values:
-            content += json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+            content += encode(value).encode("utf-8", "surrogatepass")
             self._ends.append(len(content))
         self._content = bytes(content)
 

@@ -26,11 +26,13 @@ def inside(root: str | Path, name: object, where: str, *, allow_outside_root: bo
     """
     if not isinstance(name, (str, os.PathLike)) or not str(name).strip() or "\0" in str(name):  # pyright: ignore[reportUnknownArgumentType]
         raise DataError(f"{where}: expected the path of a file, got {name!r:.80}.")
-    base = os.path.abspath(root)
-    path = os.path.normpath(os.path.join(base, str(name)))  # pyright: ignore[reportUnknownArgumentType]
+    base, text = os.path.abspath(root), str(name)  # pyright: ignore[reportUnknownArgumentType]
+    if ".." not in text and not os.path.isabs(text):  # most are; a million of them take seconds less
+        return os.path.join(base, text)
+    path = os.path.normpath(os.path.join(base, text))
     if not allow_outside_root and path != base and not path.startswith(base.rstrip(os.sep) + os.sep):
         raise DataError(
-            f"{where}: {str(name)!r:.200} leads out of the data set's root {base}.\n"  # pyright: ignore[reportUnknownArgumentType]
+            f"{where}: {text!r:.200} leads out of the data set's root {base}.\n"
             "  Name another root=..., or accept such paths with allow_outside_root=True."
         )
     return path

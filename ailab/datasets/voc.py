@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ailab.datasets.base import LabBaseDataset
-from ailab.datasets.boxes import BoxPolicy, checked_box
+from ailab.datasets.boxes import BoxError, BoxPolicy, Misfits, checked_box
 from ailab.datasets.packed import Packed
 from ailab.datasets.paths import PICTURES, inside, listing
 from ailab.datasets.records import read_records
@@ -54,10 +54,16 @@ class VocAnnotationDataset(LabBaseDataset):
         self.names = _split(self.ann_dir, names)
         pictures = {e.name for e in listing(self.img_dir, "a folder of pictures")}
         records: list[tuple[str, Any]] = []
+        misfits = Misfits()
         for name in self.names:
             file = inside(self.ann_dir, f"{name}.xml", f"{names or self.ann_dir}")
-            parsed = parser_fun(file) if parser_fun else parse_voc(file, classes, box_policy)
+            try:
+                parsed = parser_fun(file) if parser_fun else parse_voc(file, classes, box_policy)
+            except BoxError as error:
+                misfits.add(error)
+                continue
             records.append((self._picture(name, parsed, pictures, file), parsed))
+        misfits.tell()
         self._records: Sequence[Any] = records if parser_fun else Packed(records)
 
     def _len(self) -> int:

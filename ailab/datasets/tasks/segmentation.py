@@ -92,6 +92,8 @@ def read_label_map(path: str | Path, *, max_pixels: float = 64e6) -> Tensor:
     from PIL import Image
 
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise BadFile("unreadable", "it is no regular file")
         data = Path(path).read_bytes()
         if data.startswith(PNG):
             check_png(data, int(max_pixels))  # Pillow gives 0 for rows that are not there
