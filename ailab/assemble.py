@@ -224,12 +224,13 @@ def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
 
 def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, plan: Plan, batch_size: int) -> Grad:
     """The gradient core of the plan, in the grad hooks."""
-    if plan.enabled and plan.cut == "loss":
-        loss = lift(loss, "loss")
+    bare, cut = loss, plan.enabled and plan.cut == "loss"
+    loss = lift(bare, "loss") if cut else bare
     around, nominal = at(hooks, "grad"), float(batch_size)
     if plan.sync == "ddp":
         settings: dict[str, Any] = {"nominal": nominal, **core_settings(hooks, "ddp")}
-        bare = stack(parts.losses["train"], at(hooks, "loss"))
+        if settings.pop("split_compiled", False) and cut:
+            settings["through"] = lift(bare, "loss_in_parts", split=True)
         if not settings.get("find_unused_parameters"):
             _refuse_unused(bare, state, parts)
             settings["sample"] = (bare, dict(parts.sample))

@@ -173,11 +173,14 @@ def compile(
     )
 
 
-def lift(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A pure function below the line as a graph of its own, for a run that is cut at the loss or the gradient."""
+def lift(fn: Callable[..., Any], name: str, *, split: bool = False) -> Callable[..., Any]:
+    """A pure function below the line as a graph of its own, for a run that is cut at the loss or the gradient.
+
+    `split` cuts the graph at DDP's buckets: gradients then come out one part after the other, and are summed meanwhile.
+    """
     compiled = torch.compile(_own_code(fn, name), fullgraph=True, dynamic=False)
     switch = allow_traced_grad()
-    whole = torch._dynamo.config.patch(optimize_ddp=False)  # DDP would cut the graph at its buckets
+    whole = torch._dynamo.config.patch(optimize_ddp=split)
 
     def lifted(*args: Any) -> Any:
         with switch, whole:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from ranks import CORES, built, compared, config, trained
+from ranks import CORES, built, compared, config, distance, trained
 from torch import Tensor, nn
 
 from ailab import dist, tree
@@ -15,6 +15,8 @@ from ailab.compile import compile, overlap_options
 from ailab.core.epoch import Interrupted
 from ailab.core.grad import _bucketed, ddp_grad
 from ailab.core.loss import module_state
+from ailab.errors import ConfigError
+from ailab.hooks import DDPHook
 from ailab.stack import Middleware
 from ailab.types import RunInfo, TrainState
 
@@ -190,6 +192,60 @@ def test_sums_begin_before_the_backward_ends(ranks: Any, parts: int) -> None:
     alone_first = ["layer 3", "layer 2", "layer 1", "layer 0"] * (parts - 1)
     for first, second in ranks(2)(timeline, parts):
         assert first == second == [*alone_first, *last]
+
+
+class Wide(nn.Module):
+    """Four layers of 1 MiB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(512, 512), nn.Tanh())], nn.Linear(512, 4))
+        self.first = nn.Linear(6, 512)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.layers(self.first(input))
+
+
+def traced_backward(cfg: dict[str, Any]) -> tuple[list[str], dict[str, Tensor]]:
+    """Of one step: compiled backwards and sums of buckets in the order in which the profiler saw them begin; the parameters after.
+
+    Compiled without code generation.
+    """
+    whole = torch.compile
+
+    def compiled(fn: Any, **options: Any) -> Any:
+        return whole(fn, **{**options, "backend": "aot_eager", "mode": None, "options": None})
+
+    torch.compile = compiled
+    try:
+        job = built(cfg)
+        step, batch = job.steps["train"], next(iter(job.streams["train"].epoch(0)))
+        state, _ = step(job.state, batch)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            state, _ = step(state, batch)
+    finally:
+        torch.compile = whole
+    names = {"CompiledFunctionBackward": "backward", "c10d::allreduce_": "sum"}
+    seen = sorted((e.time_range.start, names[e.name]) for e in profiler.events() if e.name in names)
+    return [name for _, name in seen], state.params
+
+
+def test_a_compiled_loss_in_parts_keeps_the_overlap(ranks: Any) -> None:
+    """In a profiler's trace of a loss compiled in parts sums of buckets begin between backwards; compiled whole, after the one."""
+    found = []
+    for split in (False, True):
+        hooks = dict(ddp=dict(type="DDPHook", bucket_cap_mb=1.0, split_compiled=split))
+        cfg = config(16, hooks=hooks, compile=True, workflow=[dict(phase="train")]) | dict(model=dict(type=Wide))
+        found += [ranks(2)(traced_backward, cfg)[0]]
+    (whole, params), (parts, same) = found
+    assert whole[:2] == ["sum", "backward"]  # the control message goes first
+    assert whole.count("backward") == 1
+    assert whole.count("sum") > 2
+    assert parts.count("backward") >= 3
+    assert parts.index("sum", 1) < len(parts) - 1 - parts[::-1].index("backward")
+    assert distance(same, params) < 1e-5
+    with pytest.raises(ConfigError, match=r"cfg\.hooks\.ddp\.bucket_cap_mb is 0\.5; with split_compiled"):
+        DDPHook(bucket_cap_mb=0.5, split_compiled=True)
 
 
 # Agreement.

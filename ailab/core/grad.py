@@ -204,6 +204,7 @@ def ddp_grad(
     compress: torch.dtype | None = None,
     gradient_as_bucket_view: bool = False,
     sample: tuple[Loss, Batch] | None = None,
+    through: Loss | None = None,
     **ddp: Any,
 ) -> Core:
     """The gradient over all processes through `DistributedDataParallel`: `.backward()` reduces buckets as they fill.
@@ -223,10 +224,11 @@ def ddp_grad(
         sample: the loss, uncompiled, and a batch for two gradients that are thrown away. DDP reduces its first gradient as one
             bucket and orders its buckets by it; a sum over three ranks or more depends on the bucket in its last bits. So are a
             resumed run and one that was never stopped alike in every bit.
+        through: the loss as it runs inside DDP, if that is another: one compiled in pieces.
         **ddp: further arguments of DistributedDataParallel (`bucket_cap_mb`, `static_graph`, ...).
     """
     mine = {n: p for n, p in state.params.items() if trainable is None or n in trainable}
-    owner, local, buckets = _Owner(loss, mine), local_grad(loss, mine, nominal), _Buckets(nominal, compress)
+    owner, local, buckets = _Owner(through or loss, mine), local_grad(loss, mine, nominal), _Buckets(nominal, compress)
     with dist.peers("the comparison of the models of all ranks"):
         wrapped = DistributedDataParallel(owner, gradient_as_bucket_view=gradient_as_bucket_view, **ddp)
     wrapped.register_comm_hook(None, lambda _, bucket: buckets(bucket))  # DDP refuses annotations that are strings
@@ -256,7 +258,7 @@ def ddp_grad(
         owner.loss, batch = sample
         for _ in range(2):
             many(state, [batch])
-        owner.loss = loss
+        owner.loss = through or loss
     return Core(many)
 
 
