@@ -277,7 +277,12 @@ def main() -> None:
     report = {
         "date": date.today().isoformat(),
         "torch": torch.__version__,
-        "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "processor": platform.machine()},
+        "machine": {
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "processor": platform.machine(),
+            "load": os.getloadavg(),
+        },
         "jpeg_kB": round(size, 1),
         "batch": args.batch,
         "workers": args.workers,

@@ -76,6 +76,16 @@ def test_infinities_and_python_numbers_are_no_damage() -> None:
     assert ours.bad == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.float64])
+def test_numbers_of_any_width_are_looked_at_or_let_through(dtype: torch.dtype) -> None:
+    """A NaN is found in halves, doubles and complex numbers, a sum that overflows is none; 8-bit floats pass unseen."""
+    fine = (torch.full((9,), 60000.0) if dtype == torch.float16 else torch.arange(9.0)).to(dtype)
+    hole = torch.tensor([0, float("nan"), *[0] * 7]).to(dtype)
+    ours = stream(Made(200, lambda i: {"x": hole if i == 3 else fine}), 8, report=lambda _: None)
+    list(ours.epoch(0))
+    assert [b.sample for b in ours.bad] == ([] if dtype == torch.float8_e4m3fn else [3])
+
+
 def test_a_missing_number_may_be_allowed() -> None:
     """With `nan_is_bad=False` NaN goes through; in memory too a NaN is a bad sample without it."""
     x = torch.arange(200.0)

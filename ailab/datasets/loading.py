@@ -31,6 +31,8 @@ _TRIES = 16  # samples looked at for a stand-in when a whole batch is bad, or fo
 _RETRIES, _PAUSE_S = 2, 0.05  # of a read that failed for a reason that may pass
 _PASSING = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EREMOTEIO}
 
+_CAN_BE_NAN = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+
 
 class Key(NamedTuple):
     """What a worker needs to know to make one batch."""
@@ -243,7 +245,7 @@ def _has_nan(value: Any) -> bool:
         return math.isnan(value)
     if type(value).__module__ == "numpy" and getattr(getattr(value, "dtype", None), "kind", "") in "fc":
         value = torch.as_tensor(value)
-    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+    if not isinstance(value, Tensor) or value.dtype not in _CAN_BE_NAN or value.layout is not torch.strided:
         return False
     # The sum first, which is one pass without memory of its own: it is NaN for a NaN, and for infinities of both signs.
     return bool(value.sum().isnan()) and bool(value.isnan().any())
