@@ -278,7 +278,7 @@ def test_complete_fills_every_default_and_changes_nothing():
     assert full["workflow"] == [{"phase": "train", "iters": None}, {"phase": "val", "iters": None}]
     assert full["hooks"] == {"ema": {"enable": True, "type": "EMAHook"}, "half": {"enable": False, "type": seed_amp}}
     assert list(full["hooks"]) == ["ema", "half"]
-    assert full["dist"] == {"backend": None, "init_method": "env://", "sync": "ddp", "timeout_s": 600}
+    assert full["dist"] == {"backend": None, "init_method": "env://", "sync": "ddp", "shard": None, "timeout_s": 600}
     assert full["data"]["train_dataloader"]["batch_size"] == 8
     assert full["data"]["val_dataloader"]["batch_size"] == 1
     assert full["model"] == {"type": nn.Linear, "mapping": {}, "output_keys": ["output"]}
