@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from files import picture
 
 from ailab import config
 from ailab.fit import fit
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
-CFG, PLAIN, HOOKS = BLOCKS
+CFG, DATASET, PLAIN, HOOKS = BLOCKS
 
 
 def written(text: str, folder: Path, name: str) -> Path:
@@ -25,6 +26,18 @@ def test_the_cfg_trains(tmp_path: Path) -> None:
     result = fit(cfg)
     assert result.metrics["val_top1"] > 0.97
     assert result.state.at == 5 * 40
+
+
+def test_the_dataset_reads_a_folder(tmp_path: Path) -> None:
+    """The README's data set gives each picture of a folder per class, bit for bit, with its class."""
+    names: dict[str, Any] = {}
+    exec(DATASET, names)
+    wanted = [(picture(tmp_path / kind / "0.png"), i) for i, kind in enumerate(("ash", "oak"))]
+    leaves = names["Leaves"](tmp_path)
+    assert len(leaves) == 2
+    for i, (image, label) in enumerate(wanted):
+        assert torch.equal(leaves[i]["input"], image)
+        assert int(leaves[i]["target"]) == label
 
 
 def test_the_pieces_compose_without_a_cfg() -> None:
