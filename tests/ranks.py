@@ -65,7 +65,7 @@ class Ranks:
         pipes = [forker.Pipe() for _ in range(world)]
         self.pipes = [ours for ours, _ in pipes]
         self.processes = [
-            forker.Process(target=_serve, args=(theirs, rank, world, str(folder)), daemon=True)
+            forker.Process(target=_serve, args=(theirs, rank, world, str(folder)), daemon=True, name=f"rank{rank}")
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process, (_, theirs) in zip(self.processes, pipes, strict=True):
