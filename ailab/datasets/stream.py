@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -162,19 +162,21 @@ class Stream:
         planned = self.order.batches(epoch, start, home)
         while some := list(islice(planned, block)):
             picked = [self._filled(ids, mine) for ids, mine in some]
-            columns = {n: _taken(values, picked, self.device) for n, values in self._tensors.items()}
+            sizes = [p.size(0) for p in picked]  # len() of a tensor is a Python function: 1 us a call
+            columns = {n: _taken(values, picked, sizes, self.device) for n, values in self._tensors.items()}
             for i, (_, mine) in enumerate(some):
                 batch: Batch = {name: parts[i] for name, parts in columns.items()}
-                if (self.pad and not (lean and len(mine) == len(picked[i]))) or not len(mine):
-                    batch[WEIGHT] = self._weight(len(mine), len(picked[i]))
+                real = mine.size(0)
+                if (self.pad and not (lean and real == sizes[i])) or not real:
+                    batch[WEIGHT] = self._weight(real, sizes[i])
                 yield batch
 
     def _filled(self, ids: Tensor, mine: Tensor) -> Tensor:
         """This rank's part of a global batch, repeated in turn to fill every slot; what of it counts is in the weights."""
-        slots = self._slots if self.pad else max(len(mine), 1)
-        if len(mine) == slots:
+        slots = self._slots if self.pad else max(mine.size(0), 1)
+        if mine.size(0) == slots:
             return mine
-        some = mine if len(mine) else ids[:1]
+        some = mine if mine.size(0) else ids[:1]
         return some.repeat(math.ceil(slots / len(some)))[:slots]
 
     def _weight(self, real: int, slots: int) -> Tensor:
@@ -199,17 +201,19 @@ class Stream:
         self._bad.end_epoch()
 
 
-def _taken(values: Tensor, picked: list[Tensor], device: torch.device) -> list[Tensor]:
+def _taken(values: Tensor, picked: list[Tensor], sizes: list[int], device: torch.device) -> Sequence[Tensor]:
     """The samples of each batch, gathered at once; each batch at an address that is a multiple of 64.
 
     The last bits of a matrix product depend on the address of its operands, and a batch must not depend on whether it is the
     first that is read, after a resumption, or the third of a block.
     """
     each = _ALIGNED_BYTES // math.gcd(_ALIGNED_BYTES, values[0].nbytes)  # samples after which an address is aligned again
-    room = [-(-len(p) // each) * each for p in picked]
-    parts = [p if n == len(p) else torch.cat([p, p[:1].expand(n - len(p))]) for p, n in zip(picked, room, strict=True)]
+    room = [-(-n // each) * each for n in sizes]
+    if room == sizes:
+        return values.index_select(0, torch.cat(picked)).to(device).split(sizes)
+    parts = [torch.cat([p, p[:1].expand(n - p.size(0))]) for p, n in zip(picked, room, strict=True)]
     gathered = values.index_select(0, torch.cat(parts)).to(device).split(room)
-    return [g if len(g) == len(p) else g[: len(p)] for g, p in zip(gathered, picked, strict=True)]
+    return [g[:n] for g, n in zip(gathered, sizes, strict=True)]
 
 
 def _length(dataset: Any, name: str) -> int:
