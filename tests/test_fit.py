@@ -108,7 +108,7 @@ BAD: dict[str, tuple[str, int, str]] = {
     "a model that fails": (
         "cfg['model'] = dict(type='torch.nn.Linear', in_features=5, out_features=3)",
         2,
-        r"cfg\.model: failed on the first samples: RuntimeError: mat1 and mat2",
+        r"cfg\.model: failed on the first samples: RuntimeError: (addmm: )?mat1 and mat2",
     ),
     "an empty dataset": ("cfg['data']['train']['n'] = 0", 3, r"cfg\.data\.train: the dataset \(TensorDataset\) is empty"),
     "a dataset without its file": (

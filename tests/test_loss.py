@@ -125,7 +125,7 @@ def test_functional_equals_the_module(name: str, training: bool, compiled: bool,
 
 def test_dynamo_refuses_an_lstm() -> None:
     """Dynamo does not trace torch's RNN modules: that is why the table above has no such case. Add it when this fails."""
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU, or LSTM"):
+    with pytest.raises(torch._dynamo.exc.Unsupported):  # each version has words of its own
         apply(build("lstm"), torch.ones(2, 4), True, True)
 
 
