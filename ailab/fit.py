@@ -24,6 +24,7 @@ from ailab.bad_samples import BAD_SAMPLES, BadSampleLog
 from ailab.core.epoch import Interrupted
 from ailab.datasets.cache import run_cache
 from ailab.errors import AilabError, ConfigError, PeerError, Preempted
+from ailab.heap import keep_freed
 from ailab.hooks.log import METRICS, LoggerHook, ProgressHook, RecordHook, is_reserved
 from ailab.show import picture
 from ailab.signature import name_of
@@ -31,6 +32,7 @@ from ailab.types import RunInfo, TrainState
 from ailab.workdir import lock
 
 _HEAR_RANK_0_S = 1.0  # how long the other ranks leave it to rank 0 to tell of a peer that is gone
+_KEPT = 1 << 30  # bytes of freed memory that the process holds on to
 _RECORD_EVERY = 50  # steps between two lines of metrics.jsonl
 
 
@@ -88,6 +90,7 @@ def ailab_train(cfg: Mapping[str, Any]) -> Result:
 @contextmanager
 def _started(load: Callable[[], Mapping[str, Any]]) -> Generator[tuple[dict[str, Any], torch.device, list[str]]]:
     """The completed cfg, the device and the process group; nothing is built before the cfg is checked, on every rank alike."""
+    keep_freed(_KEPT)
     launcher.adopt(os.environ)
     with _ended_by_launcher():
         full, device, problem = None, torch.device("cpu"), None

@@ -18,7 +18,7 @@ MODULES = sorted((ROOT / "ailab").rglob("*.py"))
 # in one row. A name is that of a module, or of a package for all that is in it.
 ROWS = """
 errors
-tree | signature | durable | board | launcher
+tree | signature | durable | board | launcher | heap
 types | registry | binding | config | rng
 check | stack | dist | manifest | facts
 compile | commit
@@ -35,7 +35,7 @@ fit | data
 LEVEL = {name.strip(): level for level, row in enumerate(ROWS.split("\n")) for name in row.split("|") if name.strip()}
 INSIDE = {"binding": {"signature"}, "check": {"binding", "config", "registry"}, "config": {"signature"}}
 PURE = ("datasets", "models", "losses", "metrics")  # components: see also what little they may know
-COMPONENT = {"tree", "types", "registry", "binding", "rng", "errors", "signature"}
+COMPONENT = {"heap", "tree", "types", "registry", "binding", "rng", "errors", "signature"}
 LIMIT = 350  # lines: more is two ideas
 
 

@@ -16,13 +16,15 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# Magic, size and time of change of the source, channels, height, width, order of the memory, checksum.
-_HEAD = struct.Struct("<8sQQIIIII")
-_MAGIC = b"ailab 1\n"
+# Magic, size and time of change of the source, channels, height, width, order of the memory, checksum; 64 bytes.
+_HEAD = struct.Struct("<8sQQIIIIQ16x")
+_MAGIC = b"ailab 2\n"
 _SPARE = 0.1  # of the file system that is left free
 SHARED = Path("/dev/shm")  # memory that looks like files
 
@@ -33,7 +35,7 @@ class Cache:
 
     Args:
         folder: made if need be, for this user alone.
-        verify: compare the checksum each time; a third of the time of a read. Memory needs none.
+        verify: compare the checksum each time; a quarter of the time of a read. Memory needs none.
     """
 
     folder: Path
@@ -64,7 +66,9 @@ class Cache:
             return
         planes = picture.is_contiguous()  # else pixels, the order in which decoders give them
         rows = (picture if planes else picture.permute(1, 2, 0).contiguous()).numpy().tobytes()
-        head = _HEAD.pack(_MAGIC, about.st_size, about.st_mtime_ns, *picture.shape, planes, zlib.crc32(rows))
+        head = _HEAD.pack(
+            _MAGIC, about.st_size, about.st_mtime_ns, *picture.shape, planes, _checksum(np.frombuffer(rows, np.uint8))
+        )
         partial = place.with_name(f"{place.name}.{os.getpid()}-{threading.get_ident()}")
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -87,18 +91,27 @@ def _read(place: Path, source: os.stat_result, verify: bool) -> Tensor | None:
         with open(place, "rb", buffering=0) as file:
             about = os.fstat(file.fileno())
             size = about.st_size
-            content = bytearray(size)
-            if about.st_uid != os.getuid() or file.readinto(content) != size or size < _HEAD.size:
+            content = torch.empty(size, dtype=torch.uint8)  # not zeroed first, as a bytearray is
+            held: Any = content.numpy()
+            if about.st_uid != os.getuid() or file.readinto(held) != size or size < _HEAD.size:
                 return None
     except OSError:
         return None
-    magic, length, changed, c, h, w, planes, checksum = _HEAD.unpack_from(content)
+    magic, length, changed, c, h, w, planes, checksum = _HEAD.unpack_from(held)
     if (magic, length, changed) != (_MAGIC, source.st_size, source.st_mtime_ns) or size != _HEAD.size + c * h * w:
         return None
-    if verify and zlib.crc32(memoryview(content)[_HEAD.size :]) != checksum:
+    if verify and _checksum(held[_HEAD.size :]) != checksum:
         return None
-    values = torch.frombuffer(content, dtype=torch.uint8, offset=_HEAD.size)
+    values = content[_HEAD.size :]
     return values.view(c, h, w) if planes else values.view(h, w, c).permute(2, 0, 1)
+
+
+def _checksum(content: Any) -> int:
+    """Of bytes, (N,) uint8: changes with any one word and where blocks of 4 KiB lie; five times as fast as a CRC."""
+    whole = len(content) // 4096 * 4096
+    blocks = content[:whole].view(np.uint64).reshape(-1, 512).sum(1)
+    places = 2 * np.arange(len(blocks), dtype=np.uint64) + np.uint64(1)  # odd: no change of a block is lost
+    return int((blocks * places).sum()) ^ zlib.crc32(content[whole:])
 
 
 def run_cache(kind: str | None, work_dir: Path) -> Cache | None:

@@ -117,7 +117,12 @@ def _stacked(path: str, values: list[Any]) -> Any:
     shapes = {tuple(v.shape) for v in values if isinstance(v, Tensor)}
     if len(shapes) > 1:
         raise ValueError(f"{path!r} differs between samples, {sorted(shapes)[:2]}: name it in max_size or ragged, or resize it")
-    return default_collate(values)
+    return column(values)
+
+
+def column(values: list[Any]) -> Any:
+    """One field of all samples, as `default_collate` joins it, which in a worker would take new shared memory for tensors."""
+    return torch.stack(values) if all(type(v) is Tensor for v in values) else default_collate(values)
 
 
 @COLLATES.register_module()

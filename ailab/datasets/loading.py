@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate  # pyright: ignore[reportUnknownVariableType]
 
 from ailab import tree
 from ailab.binding import wrap_sample
 from ailab.datasets.bad import Bad, BadFile
+from ailab.datasets.collate import column
 from ailab.datasets.image import Reading, reading
 from ailab.errors import DataError
 from ailab.rng import mix
@@ -40,12 +40,13 @@ class Key(NamedTuple):
     epoch: int
     ids: list[int]  # the samples of this rank
     spare: int  # a sample of the same global batch, for a rank that has none
+    lap: int = 0  # of the host through its data
 
 
 class Loaded(NamedTuple):
     """What comes back from a worker."""
 
-    batch: Batch | None  # None: `failure` says why
+    batch: Any  # a Batch, or on its way a Parcel; None: `failure` says why
     asked: int  # samples of the key
     bad: list[Bad]
     kept: list[Bad] = []  # noqa: RUF012 # never written to
@@ -232,7 +233,7 @@ class Fetcher(torch.utils.data.Dataset[Loaded]):
         turns = cycle(good)
         filled = [next(turns) if s is None else s for s in [*samples, *[None] * (slots - len(samples))]]
         collate = self.reader.collate_fn
-        joined = wrap_sample(collate(filled)) if collate else default_collate(filled)
+        joined = wrap_sample(collate(filled)) if collate else {n: column([s[n] for s in filled]) for n in filled[0]}
         batch: Batch = tree.map(narrow, joined)
         if self.size is not None or not samples:
             real = [float(s is not None) for s in samples]

@@ -16,10 +16,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from ailab import tree
 from ailab.datasets.loading import Fetcher, Key, Loaded
 from ailab.datasets.order import Order
+from ailab.datasets.transport import Inbox, Outbox, Parcel
 from ailab.errors import DataError
+from ailab.heap import keep_freed
 
+_KEPT = 256 << 20  # bytes of freed memory that a worker holds on to
 _SHIELDED = (signal.SIGINT, signal.SIGTERM)
 _LOOK_S = 1.0  # seconds between two looks at whether the workers are alive
 _REPLACED = 3  # times in an epoch
@@ -37,6 +41,7 @@ class Workers:
         name: the split, for messages.
         report: called with one line when workers are replaced.
         num_workers: processes.
+        pin_memory: whether batches come in pinned memory.
         timeout: seconds to wait for a batch; 0 waits for ever.
         worker_init_fn: called in each worker with its number.
         settings: the rest goes to `torch.utils.data.DataLoader`.
@@ -50,16 +55,18 @@ class Workers:
         report: Callable[[str], None],
         *,
         num_workers: int = 0,
+        pin_memory: bool = False,
         timeout: float = 300.0,
         worker_init_fn: Callable[[int], None] | None = None,
         **settings: Any,
     ):
         self.order, self.name, self.report, self.timeout = order, name, report, timeout
         self._keys = _Keys(order)
-        self._processes = num_workers
+        self._processes, self._pin = num_workers, pin_memory
+        self._inbox = Inbox(pin_memory)
         self._make = partial(
             DataLoader[Loaded],
-            fetcher,
+            _Sender(fetcher) if num_workers else fetcher,
             batch_size=None,
             sampler=self._keys,  # pyright: ignore[reportArgumentType]  # it has an order and no length
             collate_fn=_same,
@@ -84,7 +91,7 @@ class Workers:
             while (loaded := self._next(source)) is not None:
                 if isinstance(loaded, str):
                     break
-                yield loaded
+                yield self._received(loaded)
                 start += 1
             else:
                 return
@@ -100,11 +107,18 @@ class Workers:
                 )
             self.report(f"{place}; the workers are replaced.")
 
+    def _received(self, loaded: Loaded) -> Loaded:
+        """With its batch in memory of this process, pinned if asked for."""
+        if isinstance(loaded.batch, Parcel):
+            return loaded._replace(batch=self._inbox.open(loaded.batch))
+        return loaded._replace(batch=tree.map(torch.Tensor.pin_memory, loaded.batch)) if self._pin else loaded
+
     def _begin(self, epoch: int, start: int) -> Iterator[Loaded]:
         self._keys.epoch, self._keys.start = epoch, start
         with signals_held(), _without_alarm():
             source = iter(self._loader)
         if workers := getattr(source, "_workers", ()):
+            self._inbox.keep([w.pid for w in workers])
             Finalize(source, reap, (workers,), exitpriority=100)  # before multiprocessing joins what is left
         return source
 
@@ -146,10 +160,25 @@ class _Keys:
     def __init__(self, order: Order):
         self.order = order
         self.epoch = self.start = 0  # of the next pass
+        self.lap = 0
 
     def __iter__(self) -> Iterator[Key]:
+        self.lap += 1
         batches = self.order.batches(self.epoch, self.start)
-        return (Key(epoch, mine.tolist(), int(ids[0])) for epoch in (self.epoch,) for ids, mine in batches)
+        return (
+            Key(epoch, mine.tolist(), int(ids[0]), lap) for epoch, lap in ((self.epoch, self.lap),) for ids, mine in batches
+        )
+
+
+class _Sender(torch.utils.data.Dataset[Loaded]):
+    """A fetcher whose batches go to another process."""
+
+    def __init__(self, fetcher: Fetcher):
+        self.fetcher, self.outbox = fetcher, Outbox()
+
+    def __getitem__(self, index: Any) -> Any:
+        loaded = self.fetcher[index]
+        return loaded if loaded.batch is None else loaded._replace(batch=self.outbox.pack(loaded.batch, Key(*index).lap))
 
 
 def _same(loaded: Any) -> Any:
@@ -193,6 +222,7 @@ def start_worker(then: Callable[[int], None] | None, worker: int) -> None:
     for number in _SHIELDED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SHIELDED)
+    keep_freed(_KEPT)
     if then is not None:
         then(worker)
 

@@ -1,0 +1,134 @@
+"""Batches from worker processes through memory that stays: the worker writes it, the host copies it out, and it is used again.
+
+torch's own way gives every tensor new shared memory, whose pages both sides fault in anew and whose descriptor travels through a
+handshake: 0.2 ms of CPU for a picture of 224 pixels, a third of what it takes to make one out of a cache.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ailab import tree
+from ailab.types import Batch
+
+_ALIGNED = 64  # bytes; the first 64 of a memory are its flags
+_FULL, _KNOWN = 0, 1  # flags: written and not yet copied out; the host has it
+_STEP = 1 << 16  # memories have a multiple of these bytes, and an eighth more than was needed, so that ragged batches fit
+
+
+class Layout(NamedTuple):
+    """Where a tensor lies in a memory."""
+
+    start: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def of(self, memory: Tensor) -> Tensor:
+        """The tensor; it is a view."""
+        flat = memory[self.start : self.start + self.nbytes].view(self.dtype)
+        return flat.as_strided(self.shape, self.stride)
+
+
+@dataclass(frozen=True, eq=False)
+class Parcel:
+    """What goes through the queue for a batch."""
+
+    process: int
+    number: int  # of the memory, among those of the process
+    memory: Tensor | None  # until the host has it
+    batch: Batch  # None at the leaves that are in the memory
+    layouts: dict[int, Layout]  # by number of the leaf
+
+
+class Outbox:
+    """The worker's end."""
+
+    def __init__(self) -> None:
+        self._memories: list[Tensor] = []
+        self._lap = -1
+
+    def pack(self, batch: Batch, lap: int) -> Parcel:
+        """The batch, its tensors moved into a memory that the host is done with; a new one where there is none.
+
+        Args:
+            batch: any nest. Tensors that are not dense, on a CPU and of plain type are sent in torch's way.
+            lap: of the host through its data. Another one than before means that the host gave up what is under way.
+        """
+        if lap != self._lap:
+            self._lap = lap
+            for memory in self._memories:
+                memory[_FULL] = 0
+        leaves, end = tree.leaves(batch), _ALIGNED
+        layouts: dict[int, Layout] = {}
+        for i, leaf in enumerate(leaves):
+            if _is_plain(leaf):
+                layouts[i] = Layout(end, leaf.nbytes, leaf.dtype, tuple(leaf.shape), leaf.stride())
+                end += -(-leaf.nbytes // _ALIGNED) * _ALIGNED
+        number, memory = self._free(end)
+        for i, layout in layouts.items():
+            layout.of(memory).copy_(leaves[i].detach())
+            leaves[i] = None
+        memory[_FULL] = 1
+        return Parcel(os.getpid(), number, None if memory[_KNOWN] else memory, tree.unflatten(batch, leaves), layouts)
+
+    def _free(self, nbytes: int) -> tuple[int, Tensor]:
+        """A memory that is free and large enough, and its number."""
+        free = [i for i, memory in enumerate(self._memories) if not memory[_FULL]]
+        for i in free:
+            if self._memories[i].numel() >= nbytes:
+                return i, self._memories[i]
+        new = torch.zeros(-(-nbytes * 9 // (8 * _STEP)) * _STEP, dtype=torch.uint8).share_memory_()
+        if free:
+            self._memories[free[0]] = new  # in the place of a smaller one
+            return free[0], new
+        self._memories.append(new)
+        return len(self._memories) - 1, new
+
+
+class Inbox:
+    """The host's end.
+
+    Args:
+        pin: whether batches come out in pinned memory.
+    """
+
+    def __init__(self, pin: bool):
+        self.pin = pin
+        self._memories: dict[tuple[int, int], Tensor] = {}
+
+    def keep(self, processes: Collection[int]) -> None:
+        """Forget the memories of all other processes."""
+        self._memories = {key: memory for key, memory in self._memories.items() if key[0] in processes}
+
+    def open(self, parcel: Parcel) -> Batch:
+        """The batch in memory of its own."""
+        key = (parcel.process, parcel.number)
+        if parcel.memory is not None:
+            self._memories[key] = parcel.memory
+        memory = self._memories[key]
+        leaves = tree.leaves(parcel.batch)
+        for i, leaf in enumerate(leaves):
+            if i in parcel.layouts:
+                leaf = parcel.layouts[i].of(memory)
+                leaves[i] = leaf.pin_memory() if self.pin else leaf.clone()
+            elif self.pin and isinstance(leaf, Tensor):
+                leaves[i] = leaf.pin_memory()
+        memory[_KNOWN] = 1
+        memory[_FULL] = 0  # last: from here on the worker writes to it
+        return tree.unflatten(parcel.batch, leaves)
+
+
+def _is_plain(leaf: object) -> bool:
+    """Whether a leaf can be moved as bytes."""
+    if type(leaf) is not Tensor or leaf.layout is not torch.strided or leaf.device.type != "cpu" or leaf.is_quantized:
+        return False
+    dense = leaf.is_contiguous() or (leaf.dim() == 4 and leaf.is_contiguous(memory_format=torch.channels_last))
+    return dense and leaf.numel() > 0 and not leaf.is_conj() and not leaf.is_neg()
