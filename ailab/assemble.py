@@ -211,7 +211,7 @@ def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     if phase != "train":
         return line(stack(eval_step(loss, outputs), layers))
     assert parts.optimizer is not None
-    grad = _grad(loss, parts, hooks, state, plan, info.cfg["data"]["train_dataloader"]["batch_size"])
+    grad = _grad(loss, parts, hooks, state, plan, info)
     traced = plan.enabled and parts.optimizer.traced
     in_place = plan.donate and not traced and not any(h.looks_back for h in layers)  # below the line donation is compile's
     if plan.cut == "step":
@@ -222,13 +222,14 @@ def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     return line(split_step(grad, finish), enabled=False, donate=False)
 
 
-def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, plan: Plan, batch_size: int) -> Grad:
+def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, plan: Plan, info: RunInfo) -> Grad:
     """The gradient core of the plan, in the grad hooks."""
     bare, cut = loss, plan.enabled and plan.cut == "loss"
     loss = lift(bare, "loss") if cut else bare
-    around, nominal = at(hooks, "grad"), float(batch_size)
+    around, nominal = at(hooks, "grad"), float(info.cfg["data"]["train_dataloader"]["batch_size"])
+    numbers = 2 * len(info.log_names["train"]) + 2  # the weight, two for each log, and the wish to stop
     if plan.sync == "ddp":
-        settings: dict[str, Any] = {"nominal": nominal, **core_settings(hooks, "ddp")}
+        settings: dict[str, Any] = {"nominal": nominal, "numbers": numbers, **core_settings(hooks, "ddp")}
         if settings.pop("split_compiled", False) and cut:
             settings["through"] = lift(bare, "loss_in_parts", split=True)
         if not settings.get("find_unused_parameters"):

@@ -208,9 +208,8 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor if world_size() == 1 else cast("Tensor", _Summed.apply(tensor))
 
 
-def begin_sum_of_bucket(bucket: Tensor, share: Tensor, dtype: torch.dtype | None) -> Any:
-    """The future of a bucket of DDP, `share` times each rank's summed over the ranks; it travels as `dtype`."""
-    bucket.mul_(share.to(bucket.dtype))
+def begin_sum_of_bucket(bucket: Tensor, dtype: torch.dtype | None) -> Any:
+    """The future of a bucket of DDP, summed over the ranks; it travels as `dtype`."""
     sent = bucket if dtype is None else bucket.to(dtype)
     future: Any = cast(Any, td.all_reduce(sent, async_op=True)).get_future()
 

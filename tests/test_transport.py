@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -128,6 +127,13 @@ def test_a_parcel_says_where_it_comes_from() -> None:
     mine = Outbox().pack({"x": torch.ones(3)}, 1)
     other = Parcel(mine.process + 1, mine.number, torch.zeros_like(mine.memory), mine.batch, mine.layouts)  # pyright: ignore
     assert inbox.open(other)["x"].sum() == 0 and inbox.open(mine)["x"].sum() == 3
-    inbox.keep([os.getpid()])
-    with pytest.raises(KeyError):
-        inbox.open(Parcel(other.process, other.number, None, other.batch, other.layouts))
+
+
+def test_shared_memory_goes_with_the_workers() -> None:
+    """When an epoch is over, or given up, whose workers end with it."""
+    before, data = _shared_bytes(), stream(Wide(), num_workers=2)
+    for steps in (None, 3):
+        for _ in islice(data.epoch(0), steps):
+            assert _shared_bytes() > before
+        gc.collect()
+        assert _shared_bytes() == before

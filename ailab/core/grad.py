@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ailab import dist
-from ailab.core.reduce import begin_reduction
+from ailab.core.reduce import heard, message
 from ailab.types import LOSS_SCALE, Aux, Batch, Buffers, Grad, Loss, Params, TrainState
 
 # torch.autograd.grad traced by Dynamo is right for custom autograd.Functions and custom operators on every supported version;
 # torch.func.grad inside torch.compile is not on 2.11 and 2.13 (it can skip a custom backward). See tests/test_grad.py.
 _REQUIRES_GRAD_TRACES = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 14)
+_ROOM = 16  # numbers: gradients that lie behind the message in a bucket keep their alignment, which is worth 2 % of a step
 _ANCHOR = torch.zeros((), requires_grad=True)
 
 
@@ -161,38 +162,33 @@ def local_core(loss: Loss, trainable: Collection[str] | None = None, *, nominal:
 
 
 class _Owner(nn.Module):
-    """Owns the trainable parameters, so that DistributedDataParallel can hook them, and calls the same pure loss."""
+    """Owns the trainable parameters, so that DistributedDataParallel can hook them, and calls the same pure loss.
 
-    def __init__(self, loss: Loss, params: Params):
+    What ranks tell each other in a step travels as the gradient of one parameter more, in a bucket with others: it costs no
+    message of its own. It goes apart where gradients are sent in another dtype than they have.
+    """
+
+    def __init__(self, loss: Loss, params: Params, numbers: int, compress: torch.dtype | None):
         super().__init__()
         self.loss = loss
         self.keys = list(params)
         self.own = nn.ParameterList([nn.Parameter(p.detach().clone()) for p in params.values()])
+        device, dtypes = next(iter(params.values())).device, {p.dtype for p in params.values()}
+        fit = [d for d in (torch.float64, torch.float32) if (d in dtypes) == (compress is None)]
+        room = -(-numbers // _ROOM) * _ROOM
+        self.message = nn.Parameter(torch.zeros(room, dtype=(*fit, torch.float64)[0], device=device))
 
-    def forward(self, fixed: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
-        return self.loss({**fixed, **dict(zip(self.keys, self.own, strict=True))}, buffers, batch)
-
-
-class _Buckets:
-    """What DDP does with a bucket that is full: from `nominal` to the weight of the global batch, and summed over the ranks.
-
-    The global weight is on its way while the backward runs; the first full bucket waits for it.
-    """
-
-    def __init__(self, nominal: float, compress: torch.dtype | None):
-        self.nominal, self.compress = nominal, compress
-        self.share: Callable[[], Tensor] | None = None
-        self._known: Tensor | None = None
-
-    def expect(self, reduced: Callable[[], Aux]) -> None:
-        """Before each backward: what gives the weight of all ranks."""
-        self.share, self._known = lambda: self.nominal * reciprocal(reduced().weight), None
-
-    def __call__(self, bucket: Any) -> Any:
-        assert self.share is not None
-        if self._known is None:
-            self._known = self.share()
-        return dist.begin_sum_of_bucket(bucket.buffer(), self._known, self.compress)
+    def forward(self, fixed: Params, buffers: Buffers, batch: Batch, before: Aux | None) -> tuple[Tensor, Aux, Tensor]:
+        total, aux = self.loss({**fixed, **dict(zip(self.keys, self.own, strict=True))}, buffers, batch)
+        aux = aux if before is None else added(before, aux)
+        told = message(aux, batch, self.message.dtype)
+        spare = self.message.numel() - told.numel()
+        assert spare >= 0, "more numbers than ddp_grad was told of"
+        return (
+            total,
+            aux,
+            self.message.dot(nn.functional.pad(told, (0, spare)) if spare else told),
+        )  # its gradient is what is told
 
 
 def ddp_grad(
@@ -205,6 +201,7 @@ def ddp_grad(
     gradient_as_bucket_view: bool = False,
     sample: tuple[Loss, Batch] | None = None,
     through: Loss | None = None,
+    numbers: int = 64,
     **ddp: Any,
 ) -> Core:
     """The gradient over all processes through `DistributedDataParallel`: `.backward()` reduces buckets as they fill.
@@ -218,21 +215,26 @@ def ddp_grad(
         state: gives names and shapes; rank 0's values are sent to all.
         trainable: names of the parameters to differentiate; all of them by default.
         nominal: about the weight of a global batch. The backward divides by this, on every rank alike, so that what reaches
-            other ranks on its way (SyncBatchNormHook) adds up like with like; the weight itself comes in with the exchange.
+            other ranks on its way (SyncBatchNormHook) adds up like with like; the weight itself is known after the exchange.
         compress: dtype in which buckets travel and are summed.
         gradient_as_bucket_view: hand out the buckets themselves: no copy, and valid until the next gradient is computed.
         sample: the loss, uncompiled, and a batch for two gradients that are thrown away. DDP reduces its first gradient as one
             bucket and orders its buckets by it; a sum over three ranks or more depends on the bucket in its last bits. So are a
             resumed run and one that was never stopped alike in every bit.
         through: the loss as it runs inside DDP, if that is another: one compiled in pieces.
+        numbers: room for what ranks tell each other: two for each log of the loss, and two.
         **ddp: further arguments of DistributedDataParallel (`bucket_cap_mb`, `static_graph`, ...).
     """
     mine = {n: p for n, p in state.params.items() if trainable is None or n in trainable}
-    owner, local, buckets = _Owner(through or loss, mine), local_grad(loss, mine, nominal), _Buckets(nominal, compress)
+    owner, local = _Owner(through or loss, mine, numbers, compress), local_grad(loss, mine, nominal)
     with dist.peers("the comparison of the models of all ranks"):
         wrapped = DistributedDataParallel(owner, gradient_as_bucket_view=gradient_as_bucket_view, **ddp)
-    wrapped.register_comm_hook(None, lambda _, bucket: buckets(bucket))  # DDP refuses annotations that are strings
     own: list[Tensor] = list(owner.own)
+
+    def send(buffer: Tensor) -> Any:
+        return dist.begin_sum_of_bucket(buffer, None if buffer.dtype == owner.message.dtype else compress)
+
+    wrapped.register_comm_hook(None, lambda _, bucket: send(bucket.buffer()))  # DDP refuses annotations that are strings
 
     def many(state: TrainState, parts: Sequence[Batch]) -> tuple[Params, Aux, list[dict[str, Any]]]:
         with torch.no_grad():
@@ -243,16 +245,17 @@ def ddp_grad(
         grads, before, outputs = accumulated(local, state, first, divided=False) if first else ({}, None, [])
         grads = _scaled(grads, last)
         with torch.enable_grad():
-            total, aux = wrapped(fixed, state.buffers if before is None else before.buffers, last)
-            outputs = [*outputs, aux.outputs]
-            aux = aux if before is None else added(before, aux)
-            reduced = begin_reduction(aux, last)
-            buckets.expect(reduced)
+            total, aux, told = wrapped(fixed, state.buffers if before is None else before.buffers, last, before)
+            buffers = dist.begin_from_first(aux.buffers)
             for n, p in zip(owner.keys, own, strict=True):
                 p.grad = grads.get(n)  # a fresh one, or none: gradients handed out earlier stay as they were
-            total.backward(_cotangent(total, aux, last, nominal))
+            owner.message.grad = None
+            torch.autograd.backward((total, told), (_cotangent(total, aux, last, nominal), torch.ones_like(told)))
+        assert owner.message.grad is not None
+        aux = heard(aux, last, owner.message.grad, buffers())
         found = {n: p.grad for n, p in zip(owner.keys, own, strict=True) if p.grad is not None}
-        return _unscaled(found, last), reduced(), outputs
+        torch._foreach_mul_(list(found.values()), nominal * reciprocal(aux.weight))
+        return _unscaled(found, last), aux, [*outputs, aux.outputs]
 
     if sample is not None:
         owner.loss, batch = sample
@@ -272,28 +275,31 @@ def graph_grad(
 ) -> Core:
     """The gradient over all processes with its reductions traced into the graph: one per bucket of at most `bucket_cap_mb`.
 
-    Buckets hold gradients of one dtype in the reverse order of the parameters, as a backward makes them. `nominal` and `compress`
-    are those of `ddp_grad`.
+    Buckets hold gradients of one dtype in the reverse order of the parameters, as a backward makes them; the first of float32 or
+    float64 carries what ranks tell each other besides. `nominal` and `compress` are those of `ddp_grad`.
     """
     local = local_grad(loss, trainable, nominal)
 
     def many(state: TrainState, parts: Sequence[Batch]) -> tuple[Params, Aux, list[dict[str, Any]]]:
         grads, aux, outputs = accumulated(local, state, parts, divided=False)
-        aux = begin_reduction(aux, parts[-1])()
-        share = nominal * reciprocal(aux.weight)
-        begun = [(names, _begin_bucket(grads, names, share, compress)) for names in _bucketed(grads, bucket_cap_mb)]
+        buffers, buckets = dist.begin_from_first(aux.buffers), _bucketed(grads, bucket_cap_mb)
+        flat = [torch.cat([grads[n].reshape(-1) for n in names]) for names in buckets]
+        wide = [i for i, part in enumerate(flat) if part.dtype in (torch.float32, torch.float64) and compress is None]
+        told = message(aux, parts[-1], flat[wide[0]].dtype if wide else torch.float64)
+        if wide:
+            flat[wide[0]] = torch.cat([flat[wide[0]], told])
+        begun = [dist.begin_sum(part if compress is None else part.to(compress), fresh=True) for part in flat]
+        apart = None if wide else dist.begin_sum(told, fresh=True)
+        sums = [result() for result in begun]
+        aux = heard(aux, parts[-1], apart() if apart else sums[wide[0]][-told.numel() :], buffers())
         summed: Params = {}
-        for names, result in begun:
-            parts_of = result().to(grads[names[0]].dtype).split([grads[n].numel() for n in names])
-            summed.update({n: p.view_as(grads[n]) for n, p in zip(names, parts_of, strict=True)})
-        return {n: summed[n] for n in grads}, aux, outputs
+        for names, total in zip(buckets, sums, strict=True):
+            sizes = [grads[n].numel() for n in names]
+            values = total.to(grads[names[0]].dtype)[: sum(sizes)].split(sizes)
+            summed.update({n: p.view_as(grads[n]) for n, p in zip(names, values, strict=True)})
+        return _weighted({n: summed[n] for n in grads}, nominal * reciprocal(aux.weight)), aux, outputs
 
     return Core(many)
-
-
-def _begin_bucket(grads: Params, names: list[str], share: Tensor, compress: torch.dtype | None) -> Callable[[], Tensor]:
-    flat = torch.cat([grads[n].reshape(-1) for n in names]) * share.to(grads[names[0]].dtype)
-    return dist.begin_sum(flat if compress is None else flat.to(compress), fresh=True)
 
 
 def _bucketed(grads: Params, cap_mb: float) -> list[list[str]]:

@@ -7,7 +7,6 @@ handshake: 0.2 ms of CPU for a picture of 224 pixels, a third of what it takes t
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,10 +102,6 @@ class Inbox:
     def __init__(self, pin: bool):
         self.pin = pin
         self._memories: dict[tuple[int, int], Tensor] = {}
-
-    def keep(self, processes: Collection[int]) -> None:
-        """Forget the memories of all other processes."""
-        self._memories = {key: memory for key, memory in self._memories.items() if key[0] in processes}
 
     def open(self, parcel: Parcel) -> Batch:
         """The batch in memory of its own."""

@@ -63,7 +63,6 @@ class Workers:
         self.order, self.name, self.report, self.timeout = order, name, report, timeout
         self._keys = _Keys(order)
         self._processes, self._pin = num_workers, pin_memory
-        self._inbox = Inbox(pin_memory)
         self._make = partial(
             DataLoader[Loaded],
             _Sender(fetcher) if num_workers else fetcher,
@@ -77,7 +76,7 @@ class Workers:
             timeout=min(_LOOK_S, timeout or _LOOK_S) if num_workers else 0,
             **settings,
         )
-        self._loader = self._make()
+        self._loader, self._inbox = self._make(), Inbox(pin_memory)
 
     def batches(self, epoch: int, start: int) -> Iterator[Loaded]:
         """From step `start` on.
@@ -87,11 +86,11 @@ class Workers:
         """
         lost: list[str] = []
         while True:
-            source = self._begin(epoch, start)
+            source, inbox = self._begin(epoch, start)
             while (loaded := self._next(source)) is not None:
                 if isinstance(loaded, str):
                     break
-                yield self._received(loaded)
+                yield self._received(loaded, inbox)
                 start += 1
             else:
                 return
@@ -107,20 +106,19 @@ class Workers:
                 )
             self.report(f"{place}; the workers are replaced.")
 
-    def _received(self, loaded: Loaded) -> Loaded:
+    def _received(self, loaded: Loaded, inbox: Inbox) -> Loaded:
         """With its batch in memory of this process, pinned if asked for."""
         if isinstance(loaded.batch, Parcel):
-            return loaded._replace(batch=self._inbox.open(loaded.batch))
+            return loaded._replace(batch=inbox.open(loaded.batch))
         return loaded._replace(batch=tree.map(torch.Tensor.pin_memory, loaded.batch)) if self._pin else loaded
 
-    def _begin(self, epoch: int, start: int) -> Iterator[Loaded]:
+    def _begin(self, epoch: int, start: int) -> tuple[Iterator[Loaded], Inbox]:
         self._keys.epoch, self._keys.start = epoch, start
         with signals_held(), _without_alarm():
             source = iter(self._loader)
         if workers := getattr(source, "_workers", ()):
-            self._inbox.keep([w.pid for w in workers])
             Finalize(source, reap, (workers,), exitpriority=100)  # before multiprocessing joins what is left
-        return source
+        return source, self._inbox if self._loader.persistent_workers else Inbox(self._pin)  # it holds on to shared memory
 
     def _next(self, source: Iterator[Loaded]) -> Loaded | str | None:
         """The next batch, None at the end, or what happened to the workers."""
@@ -151,7 +149,7 @@ class Workers:
     def _end(self, source: Iterator[Loaded]) -> None:
         """Kill what is left of the workers; others will start in their place."""
         reap(getattr(source, "_workers", ()))
-        self._loader = self._make()
+        self._loader, self._inbox = self._make(), Inbox(self._pin)
 
 
 class _Keys:
