@@ -22,6 +22,7 @@ _ATTEMPT_S = 2.0
 _PROBE_S = 1.0  # a broken connection answers at once; a peer that is alive and elsewhere does not answer within this
 _store: Any = None  # the launcher's
 _board: Board | None = None
+_lost: RuntimeError | None = None  # what broke the sum of a bucket
 _probe: Any = None  # a gloo group on which nothing is ever sent but the probe for a peer that is gone
 
 
@@ -156,8 +157,8 @@ def _backend(asked: str | None, device: torch.device) -> tuple[str, str | None]:
 
 def stop() -> None:
     """Leave the process group, if there is one."""
-    global _probe
-    _probe = None
+    global _probe, _lost
+    _probe = _lost = None
     if active():
         td.destroy_process_group()
 
@@ -214,7 +215,12 @@ def begin_sum_of_bucket(bucket: Tensor, dtype: torch.dtype | None) -> Any:
     future: Any = cast(Any, td.all_reduce(sent, async_op=True)).get_future()
 
     def arrived(done: Any) -> Tensor:
-        summed = done.value()[0]  # raises what broke the sum; a future that is not asked keeps it to itself
+        global _lost
+        try:
+            summed = done.value()[0]  # raises what broke the sum; a future that is not asked keeps it to itself
+        except RuntimeError as e:
+            _lost = e  # what `backward` raises of it says only that a callback failed
+            raise
         return bucket if dtype is None else bucket.copy_(summed)
 
     return future.then(arrived)
@@ -309,9 +315,9 @@ def blamed(what: Callable[[], str]) -> Generator[None]:
     except (AilabError, torch.OutOfMemoryError):
         raise
     except RuntimeError as e:
-        if world_size() == 1 or not (isinstance(e, td.DistError) or _broken()):
+        if world_size() == 1 or not (_lost or isinstance(e, td.DistError) or _broken()):
             raise
-        raise PeerError(f"{what()}: {_peer_error('the exchange of gradients', e)}") from e
+        raise PeerError(f"{what()}: {_peer_error('the exchange of gradients', _lost or e)}") from e
 
 
 def _peer_error(what: str, e: RuntimeError) -> PeerError:
