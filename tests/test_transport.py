@@ -109,9 +109,9 @@ class Wide(Dataset[Any]):
 
 
 def test_batches_cost_the_host_no_new_shared_memory() -> None:
-    """After the first ones the host maps nothing more, and holds on to no batch."""
+    """It maps as many memories as there can be batches under way, two ahead and the one at hand, not as many as come."""
     seen = [_shared_bytes() for _ in stream(Wide(), num_workers=1).epoch(0)]
-    assert len(seen) == 16 and seen[4] == seen[-1] < 6 * 4 * 9 / 8 * (1 << 20)  # of 4 MiB and an eighth more
+    assert len(seen) == 16 and max(seen) <= 3 * 4 * 9 / 8 * (1 << 20) + (1 << 20)  # of 4 MiB and an eighth more
 
 
 def test_a_batch_keeps_its_values_while_later_ones_come() -> None:
