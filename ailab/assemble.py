@@ -227,8 +227,8 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     bare, cut = loss, plan.enabled and plan.cut == "loss"
     loss = lift(bare, "loss") if cut else bare
     around, nominal = at(hooks, "grad"), float(info.cfg["data"]["train_dataloader"]["batch_size"])
-    numbers = 2 * len(info.log_names["train"]) + 2  # the weight, two for each log, and the wish to stop
     if plan.sync == "ddp":
+        numbers = 2 * len(info.log_names["train"]) + 2  # the weight, two for each log, and the wish to stop
         settings: dict[str, Any] = {"nominal": nominal, "numbers": numbers, **core_settings(hooks, "ddp")}
         if settings.pop("split_compiled", False) and cut:
             settings["through"] = lift(bare, "loss_in_parts", split=True)

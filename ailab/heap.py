@@ -11,7 +11,7 @@ import ctypes
 import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_LARGEST = 32 << 20  # bytes: of a piece on the heap; glibc takes no larger value
+_LARGEST = 32 << 20  # bytes: of a piece on the heap; older glibc takes no larger value
 _OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")  # variables by which a user has chosen
 
 

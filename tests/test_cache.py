@@ -83,14 +83,17 @@ def test_a_source_that_changes_is_read_again(cache: Cache, tmp_path: Path) -> No
 
 
 def test_a_damaged_entry_is_never_used(cache: Cache, tmp_path: Path) -> None:
-    """Cut anywhere, or on a disk flipped anywhere, an entry is made again."""
+    """Cut anywhere, or on a disk flipped anywhere or with two blocks changed about, an entry is made again."""
     path = picture(tmp_path / "x")
     whole = read(cache, path)[0]
     (entry,) = (p for p in cache.folder.rglob("*") if p.is_file())
     content = entry.read_bytes()
-    for at in range(0, len(content), 97):
+    header, one, other = content[:64], content[64 : 64 + 4096], content[64 + 4096 : 64 + 8192]
+    changed_about = header + other + one + content[64 + 8192 :]
+    assert one != other and len(changed_about) == len(content)
+    for at in [*range(48), *range(97, len(content), 97)]:  # the last 16 bytes of the header say nothing
         flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
-        for damaged in (content[:at], flipped)[: 1 + cache.verify]:
+        for damaged in (content[:at], flipped, changed_about)[: 1 + 2 * cache.verify]:
             entry.write_bytes(damaged)
             found, made = read(cache, path)
             assert made

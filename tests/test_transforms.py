@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -247,8 +248,9 @@ def test_a_picture_alone_is_transformed_as_one_in_a_dict(spec: list[Any]) -> Non
     assert short is not None
     assert long is not None
     assert (short.alone, long.alone) == (True, False)
-    sample = {"input": pixels(0, 20, 20), "target": torch.tensor([0.0, 1.0])}
-    for seed in range(5):
+    as_decoded = pixels(0, 75, 100).permute(1, 2, 0).contiguous().permute(2, 0, 1)  # pixel by pixel in memory
+    for seed, picture in product(range(5), (pixels(0, 20, 20), as_decoded)):
+        sample = {"input": picture, "target": torch.tensor([0.0, 1.0])}
         made = []
         for pipeline in (short, long):
             torch.manual_seed(seed)

@@ -30,6 +30,9 @@ NEST: dict[str, Any] = {
 }
 
 
+counts_mapped_memory = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux alone tells what is mapped")
+
+
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.layout is not torch.strided:
@@ -86,7 +89,7 @@ def _shared_bytes() -> int:
     )
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts mapped memory where Linux tells it")
+@counts_mapped_memory
 def test_epochs_that_are_broken_off_leave_no_memory_behind() -> None:
     """With workers that stay: as many memories as there are batches under way, not as many as were given up in thirty epochs."""
     data = stream(Noisy(40), num_workers=2, persistent_workers=True)
@@ -108,6 +111,7 @@ class Wide(Dataset[Any]):
         return {"x": torch.full((1 << 18,), float(index))}
 
 
+@counts_mapped_memory
 def test_batches_cost_the_host_no_new_shared_memory() -> None:
     """It maps as many memories as there can be batches under way, two ahead and the one at hand, not as many as come."""
     seen = [_shared_bytes() for _ in stream(Wide(), num_workers=1).epoch(0)]
@@ -129,6 +133,7 @@ def test_a_parcel_says_where_it_comes_from() -> None:
     assert inbox.open(other)["x"].sum() == 0 and inbox.open(mine)["x"].sum() == 3
 
 
+@counts_mapped_memory
 def test_shared_memory_goes_with_the_workers() -> None:
     """When an epoch is over, or given up, whose workers end with it."""
     before, data = _shared_bytes(), stream(Wide(), num_workers=2)

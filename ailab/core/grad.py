@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ailab import dist
 from ailab.core.reduce import heard, message
+from ailab.errors import ConfigError
 from ailab.types import LOSS_SCALE, Aux, Batch, Buffers, Grad, Loss, Params, TrainState
 
 # torch.autograd.grad traced by Dynamo is right for custom autograd.Functions and custom operators on every supported version;
@@ -173,22 +174,36 @@ class _Owner(nn.Module):
         self.loss = loss
         self.keys = list(params)
         self.own = nn.ParameterList([nn.Parameter(p.detach().clone()) for p in params.values()])
-        device, dtypes = next(iter(params.values())).device, {p.dtype for p in params.values()}
-        fit = [d for d in (torch.float64, torch.float32) if (d in dtypes) == (compress is None)]
-        room = -(-numbers // _ROOM) * _ROOM
-        self.message = nn.Parameter(torch.zeros(room, dtype=(*fit, torch.float64)[0], device=device))
+        device, dtype = self.own[0].device, _message_dtype({p.dtype for p in self.own}, compress)
+        self.message = nn.Parameter(torch.zeros(-(-numbers // _ROOM) * _ROOM, dtype=dtype, device=device))
 
     def forward(self, fixed: Params, buffers: Buffers, batch: Batch, before: Aux | None) -> tuple[Tensor, Aux, Tensor]:
         total, aux = self.loss({**fixed, **dict(zip(self.keys, self.own, strict=True))}, buffers, batch)
         aux = aux if before is None else added(before, aux)
         told = message(aux, batch, self.message.dtype)
         spare = self.message.numel() - told.numel()
-        assert spare >= 0, "more numbers than ddp_grad was told of"
-        return (
-            total,
-            aux,
-            self.message.dot(nn.functional.pad(told, (0, spare)) if spare else told),
-        )  # its gradient is what is told
+        if spare < 0:
+            raise ConfigError(
+                f"ddp_grad: the loss has {len(aux.logs)} logs; give it numbers={told.numel()}, room for all of them."
+            )
+        return total, aux, self.message.dot(nn.functional.pad(told, (0, spare)))  # whose gradient is what is told
+
+    def expect(self, grads: Params) -> None:
+        """Before a backward: what it shall add to; gradients handed out earlier stay as they were."""
+        for n, p in zip(self.keys, self.own, strict=True):
+            p.grad = grads.get(n)
+        self.message.grad = None
+
+    def found(self) -> tuple[Params, Tensor]:
+        """After it: the gradients of the parameters that took part, and the sum of all messages."""
+        assert self.message.grad is not None
+        return {n: p.grad for n, p in zip(self.keys, self.own, strict=True) if p.grad is not None}, self.message.grad
+
+
+def _message_dtype(dtypes: Collection[torch.dtype], compress: torch.dtype | None) -> torch.dtype:
+    """Of gradients that it can travel with; where they are compressed, or narrower than float32, one of its own."""
+    fit = [d for d in (torch.float64, torch.float32) if (d in dtypes) == (compress is None)]
+    return fit[0] if fit else torch.float64
 
 
 def ddp_grad(
@@ -247,15 +262,12 @@ def ddp_grad(
         with torch.enable_grad():
             total, aux, told = wrapped(fixed, state.buffers if before is None else before.buffers, last, before)
             buffers = dist.begin_from_first(aux.buffers)
-            for n, p in zip(owner.keys, own, strict=True):
-                p.grad = grads.get(n)  # a fresh one, or none: gradients handed out earlier stay as they were
-            owner.message.grad = None
+            owner.expect(grads)
             torch.autograd.backward((total, told), (_cotangent(total, aux, last, nominal), torch.ones_like(told)))
-        assert owner.message.grad is not None
-        aux = heard(aux, last, owner.message.grad, buffers())
-        found = {n: p.grad for n, p in zip(owner.keys, own, strict=True) if p.grad is not None}
-        torch._foreach_mul_(list(found.values()), nominal * reciprocal(aux.weight))
-        return _unscaled(found, last), aux, [*outputs, aux.outputs]
+        found, sums = owner.found()
+        aux = heard(aux, last, sums, buffers())
+        torch._foreach_mul_(list(found.values()), nominal * reciprocal(aux.weight) / last.get(LOSS_SCALE, 1.0))
+        return found, aux, [*outputs, aux.outputs]
 
     if sample is not None:
         owner.loss, batch = sample
@@ -284,16 +296,16 @@ def graph_grad(
         grads, aux, outputs = accumulated(local, state, parts, divided=False)
         buffers, buckets = dist.begin_from_first(aux.buffers), _bucketed(grads, bucket_cap_mb)
         flat = [torch.cat([grads[n].reshape(-1) for n in names]) for names in buckets]
-        wide = [i for i, part in enumerate(flat) if part.dtype in (torch.float32, torch.float64) and compress is None]
-        told = message(aux, parts[-1], flat[wide[0]].dtype if wide else torch.float64)
-        if wide:
-            flat[wide[0]] = torch.cat([flat[wide[0]], told])
-        begun = [dist.begin_sum(part if compress is None else part.to(compress), fresh=True) for part in flat]
-        apart = None if wide else dist.begin_sum(told, fresh=True)
+        told = message(aux, parts[-1], _message_dtype([part.dtype for part in flat], compress))
+        if compress is not None:
+            flat = [part.to(compress) for part in flat]
+        carrier = next((i for i, part in enumerate(flat) if part.dtype == told.dtype), len(flat))
+        flat[carrier : carrier + 1] = [torch.cat([*flat[carrier : carrier + 1], told])]  # behind a bucket, or one of its own
+        begun = [dist.begin_sum(part, fresh=True) for part in flat]
         sums = [result() for result in begun]
-        aux = heard(aux, parts[-1], apart() if apart else sums[wide[0]][-told.numel() :], buffers())
+        aux = heard(aux, parts[-1], sums[carrier][-told.numel() :], buffers())
         summed: Params = {}
-        for names, total in zip(buckets, sums, strict=True):
+        for names, total in zip(buckets, sums, strict=False):  # a message of its own is the last of the sums
             sizes = [grads[n].numel() for n in names]
             values = total.to(grads[names[0]].dtype)[: sum(sizes)].split(sizes)
             summed.update({n: p.view_as(grads[n]) for n, p in zip(names, values, strict=True)})

@@ -13,7 +13,7 @@ import shutil
 import struct
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,8 @@ class Cache:
             return
         planes = picture.is_contiguous()  # else pixels, the order in which decoders give them
         rows = (picture if planes else picture.permute(1, 2, 0).contiguous()).numpy().tobytes()
-        head = _HEAD.pack(
-            _MAGIC, about.st_size, about.st_mtime_ns, *picture.shape, planes, _checksum(np.frombuffer(rows, np.uint8))
-        )
+        about_it = (_MAGIC, about.st_size, about.st_mtime_ns, *picture.shape, planes)
+        head = _HEAD.pack(*about_it, _checksum(about_it, np.frombuffer(rows, np.uint8)))
         partial = place.with_name(f"{place.name}.{os.getpid()}-{threading.get_ident()}")
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -97,21 +96,22 @@ def _read(place: Path, source: os.stat_result, verify: bool) -> Tensor | None:
                 return None
     except OSError:
         return None
-    magic, length, changed, c, h, w, planes, checksum = _HEAD.unpack_from(held)
+    *about_it, checksum = _HEAD.unpack_from(held)
+    magic, length, changed, c, h, w, planes = about_it
     if (magic, length, changed) != (_MAGIC, source.st_size, source.st_mtime_ns) or size != _HEAD.size + c * h * w:
         return None
-    if verify and _checksum(held[_HEAD.size :]) != checksum:
+    if verify and _checksum(about_it, held[_HEAD.size :]) != checksum:
         return None
     values = content[_HEAD.size :]
     return values.view(c, h, w) if planes else values.view(h, w, c).permute(2, 0, 1)
 
 
-def _checksum(content: Any) -> int:
-    """Of bytes, (N,) uint8: changes with any one word and where blocks of 4 KiB lie; five times as fast as a CRC."""
+def _checksum(about_it: Iterable[Any], content: Any) -> int:
+    """Of a header and bytes, (N,) uint8: changes with any one word and where blocks of 4 KiB lie; five times as fast as a CRC."""
     whole = len(content) // 4096 * 4096
     blocks = content[:whole].view(np.uint64).reshape(-1, 512).sum(1)
     places = 2 * np.arange(len(blocks), dtype=np.uint64) + np.uint64(1)  # odd: no change of a block is lost
-    return int((blocks * places).sum()) ^ zlib.crc32(content[whole:])
+    return int((blocks * places).sum()) ^ zlib.crc32(content[whole:], zlib.crc32(_HEAD.pack(*about_it, 0)))
 
 
 def run_cache(kind: str | None, work_dir: Path) -> Cache | None:

@@ -163,9 +163,8 @@ class _Keys:
     def __iter__(self) -> Iterator[Key]:
         self.lap += 1
         batches = self.order.batches(self.epoch, self.start)
-        return (
-            Key(epoch, mine.tolist(), int(ids[0]), lap) for epoch, lap in ((self.epoch, self.lap),) for ids, mine in batches
-        )
+        epoch, lap = self.epoch, self.lap  # of this pass: another may begin before it ends
+        return (Key(epoch, mine.tolist(), int(ids[0]), lap) for ids, mine in batches)
 
 
 class _Sender(torch.utils.data.Dataset[Loaded]):

@@ -55,22 +55,13 @@ def CheckpointHook(
         return []  # nothing new comes out of an evaluation
     directory, kept = _directory(save_dir, run), Keep(**dict(keep or {}))
     save = _saver(directory, kept, run)
-    ended: Mapping[str, float] | None = None  # the results of an epoch that is not saved yet
-
-    def settle(state: TrainState, *, last: bool) -> None:
-        """Save the epoch that has ended, if it is one to be saved; `state` has come out of every hook around it."""
-        nonlocal ended
-        due = last or epochs_done(state) % interval == 0 or (every_steps and state.at % every_steps == 0)
-        if ended is not None and due:
-            save(state, ended)
-        ended = None
+    ending = _Ending(save, interval, every_steps)
 
     def wrap_epoch(epoch: Epoch) -> Epoch:
         def saved(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
-            nonlocal ended
-            settle(state, last=False)
+            ending.settle(state, last=False)
             state, logs = epoch(state, batches)
-            ended = logs.values_as_floats()
+            ending.results = logs.values_as_floats()
             return state, logs
 
         return saved
@@ -86,7 +77,7 @@ def CheckpointHook(
             except Interrupted as stop:
                 save(stop.state, {})
                 raise Preempted(f"stopped by a signal at step {stop.state.at}; the state is saved in {directory}.") from None
-            settle(state, last=True)
+            ending.settle(state, last=True)
             return state
 
         return preemptible
@@ -94,6 +85,21 @@ def CheckpointHook(
     reads = {f"cfg.hooks.{name}.keep.metric": kept.metric} if kept.metric else {}
     hooks: list[Middleware[Any]] = [Middleware(name, wrap_epoch, "epoch", reads=reads), Middleware(name, wrap_run, "run")]
     return [Middleware(name, _mid_epoch(every_steps, save, run), "host"), *hooks] if every_steps else hooks
+
+
+class _Ending:
+    """An epoch that has ended and is not saved yet: its checkpoint waits for the hooks around it."""
+
+    def __init__(self, save: Save, interval: int, every_steps: int | None):
+        self.save, self.interval, self.every_steps = save, interval, every_steps
+        self.results: Mapping[str, float] | None = None
+
+    def settle(self, state: TrainState, *, last: bool) -> None:
+        """Save it, if it is one to be saved; `state` has come out of every hook around it."""
+        due = last or epochs_done(state) % self.interval == 0 or (self.every_steps and state.at % self.every_steps == 0)
+        if self.results is not None and due:
+            self.save(state, self.results)
+        self.results = None
 
 
 def _mid_epoch(every: int, save: Save, run: RunInfo) -> Callable[[Step], Step]:

@@ -84,23 +84,14 @@ def observe(
     phases = [p["phase"] for p in run.cfg["workflow"] if p.get(name, {}).get("enable", True)]
     strikes = strikes or Strikes()
     emit, begin = guarded(emit, name, run, strikes), guarded(begin, name, run, strikes) if begin else None
-    waiting: deque[tuple[int, Mapping[str, float], Tensor, torch.cuda.Event | None]] = deque()
-
-    def drain(wait: bool) -> None:
-        while waiting and (wait or waiting[0][3] is None or waiting[0][3].query()):
-            step, wall, values, event = waiting.popleft()
-            if event is not None:
-                event.synchronize()
-            emit(_running(step, values, run, wall))
+    arriving = _Arriving(emit, run)
 
     def wrap(step: Step) -> Step:
         def observed(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
             state, logs = step(state, batch)
-            if waiting:
-                drain(wait=False)
             if state.at % every == 0:
-                waiting.append((state.at, logs.wall if isinstance(logs, Logs) else {}, *_fetch(state)))
-                drain(wait=False)
+                arriving.expect(state, logs)
+            arriving.emit_those_here()
             return state, logs
 
         return observed
@@ -112,7 +103,7 @@ def observe(
                 begin(state)
                 begin = None
             state, logs = epoch(state, batches)
-            drain(wait=True)
+            arriving.emit_those_here(wait=True)
             for report in results(state, logs, run):
                 if report.phase in phases:
                     emit(report)
@@ -121,6 +112,26 @@ def observe(
         return reported
 
     return [Middleware(name, wrap, "host"), Middleware(name, wrap_epoch, "epoch")]
+
+
+class _Arriving:
+    """Running means on their way from the device to the host, and who is told of them."""
+
+    def __init__(self, emit: Emit, run: RunInfo):
+        self.emit, self.run = emit, run
+        self.waiting: deque[tuple[int, Mapping[str, float], Tensor, torch.cuda.Event | None]] = deque()
+
+    def expect(self, state: TrainState, logs: Mapping[str, Mean]) -> None:
+        """Begin to fetch those of this state."""
+        self.waiting.append((state.at, logs.wall if isinstance(logs, Logs) else {}, *_fetch(state)))
+
+    def emit_those_here(self, *, wait: bool = False) -> None:
+        """Tell of all that have arrived, in order; of all, if told to wait."""
+        while self.waiting and (wait or self.waiting[0][3] is None or self.waiting[0][3].query()):
+            step, wall, values, event = self.waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            self.emit(_running(step, values, self.run, wall))
 
 
 def _fetch(state: TrainState) -> tuple[Tensor, torch.cuda.Event | None]:
