@@ -3,9 +3,10 @@
     python benchmarks/ranks.py [--world 2] [--rounds 60] [--out benchmarks/results/ranks.json]
 
 Each rank computes the gradient of an MLP through the ddp core, some 10 ms a step. "none": gradients only, as if every rank knew
-the weight of the global batch. "in a bucket": as ailab does it, weight, logs and the wish to stop as the gradient of one parameter
-more. "apart": the same in a message of its own, under the backward too; so it is where gradients travel in another dtype. Rounds of
-10 steps of each in turn; the ratios are of medians over rounds, of the slowest rank.
+the weight of the global batch. "none again": the same, with memory of its own; it says what the noise is. "in a bucket": as ailab
+does it, weight, logs and the wish to stop as the gradient of one parameter more. "apart": the same in a message of its own, under
+the backward too; so it is where gradients travel in another dtype. Rounds of 10 steps of each in turn; the ratios are of medians
+over rounds, of the slowest rank.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def known(aux: Aux, *_: Any) -> Aux:
 OWNER, HEARD = core._Owner, core.heard
 MODES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "none": (Mute, known, {}),
+    "none again": (Mute, known, {}),
     "in a bucket": (OWNER, HEARD, {"numbers": 6}),
     "apart": (OWNER, HEARD, {"numbers": 6, "compress": torch.float32}),
 }
