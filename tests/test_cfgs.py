@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from ailab import config
 from ailab.datasets import fashion_mnist
 from ailab.errors import DataError
-from ailab.fit import dry_run
+from ailab.fit import dry_run, fit
 
 CFGS = sorted((Path(__file__).parents[1] / "cfgs").glob("**/*.py"))
 
@@ -51,6 +52,24 @@ def test_it_runs_one_shrunk_step_of_each_phase(file: Path, monkeypatch: pytest.M
         found = re.search(rf"^{phase} +first step .* loss ([\d.]+)", text, re.MULTILINE)
         assert found is not None, text
     assert {p.name for p in tmp_path.iterdir() if not p.name.endswith(".gz")} == before
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch 2.11 importing its own inductor
+def test_the_main_cfg_compiled_is_the_eager_one(tmp_path: Path) -> None:
+    """Two epochs from the first step, at lr 0, on: the losses of the compiled run are those of the eager one.
+
+    Without the augmentation: the compiler has random numbers of its own.
+    """
+    losses: dict[bool, list[float]] = {}
+    for compiled in (False, True):
+        work_dir = tmp_path / str(compiled)
+        over = [f"work_dir={work_dir}", "total_epochs=2", f"compile={compiled}", "workflow=[{'phase':'train'}]"]
+        off = [f"hooks.{name}.enable=False" for name in ("checkpoint", "resume", "augment")]
+        fit(config.load(CFGS[0].parent / "exp.py", [*over, *off]))
+        rows = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+        losses[compiled] = [row["loss"] for row in rows if row["final"]]
+    assert len(losses[True]) == 2
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
 
 
 def test_there_are_cfgs() -> None:

@@ -170,6 +170,32 @@ def test_traces_as_one_graph(name: str, hyper: dict[str, Any]) -> None:
         compiled_against_eager(name, {k: v for k, v in hyper.items() if k not in ("foreach", "fused")}, "aot_eager")
 
 
+@pytest.mark.parametrize(("name", "hyper"), SETTINGS, ids=IDS)
+def test_a_rate_of_zero_moves_nothing(name: str, hyper: dict[str, Any]) -> None:
+    """At lr 0, where a warm-up begins and a cosine ends, parameters stay bit for bit, eager and traced.
+
+    Also those whose gradient has always been 0. What comes after is what eager gives.
+    """
+    torch._dynamo.reset()
+    params = make(name)
+    opt = build_optimizer(name, params, **hyper)
+
+    def update(grads: Any, state: Any, params: Any) -> Any:
+        with torch.no_grad():
+            return opt.update(grads, state, params)
+
+    grads = {n: g * (g > 0) for n, g in make(name, seed=1).items()}
+    none = [torch.tensor(0.0, dtype=torch.float64)]
+    ends = []
+    for run in (update, torch.compile(update, backend="aot_eager", fullgraph=True)):
+        still, state = run(grads, with_lrs(opt.init(params), none), params)
+        if name != "Rprop":  # lr is only where its own rates begin, and they have a least value
+            assert all(torch.equal(still[n], params[n]) for n in params)
+        ends.append(run(grads, with_lrs(state, rates(0)), still))
+    for a, b in zip(tree.leaves(ends[0]), tree.leaves(ends[1]), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
 def test_dampened_momentum_traces() -> None:
     """SGD's undamped first momentum is selected inside the graph."""
     compiled_against_eager("SGD", {"momentum": 0.9, "dampening": 0.5, "nesterov": False}, "aot_eager")

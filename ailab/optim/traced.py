@@ -70,7 +70,8 @@ def _plan(name: str, group: Group, params: Params) -> _Plan:
     damped = name == "SGD" and bool(held) and group.hyper["dampening"] != 0
     on_cpu = tensors[0].device.type == "cpu"
     call = _first_undamped(fn) if damped else fn
-    traced_call = adafactor if name == "Adafactor" else call
+    divides = name in ("Adam", "AdamW") and not traced["foreach"]
+    traced_call = adafactor if name == "Adafactor" else _still_at_zero(call) if divides else call
     kernel = cpu_kernel(name, group.hyper) if eager.get("fused") and len({p.dtype for p in tensors}) == 1 else None
     wide = on_cpu or tensors[0].dtype == torch.float64
     return _Plan(
@@ -108,6 +109,20 @@ def _first_undamped(sgd: Callable[..., None]) -> Callable[..., None]:
         sgd(params, grads, buffers, **how)
         params[:] = [torch.where(first, a, b) for a, b in zip(fresh_params, params, strict=True)]
         buffers[:] = [torch.where(first, a, b) for a, b in zip(fresh, buffers, strict=True)]
+
+    return stepped
+
+
+def _still_at_zero(adam: Callable[..., None]) -> Callable[..., None]:
+    """Adam that leaves parameters as they are at lr 0.
+
+    In a graph torch's form for one tensor divides by lr before it adds eps, so a warm-up began with NaN wherever a gradient was 0.
+    """
+
+    def stepped(params: list[Tensor], *lists: list[Tensor], lr: Tensor, **how: Any) -> None:
+        still, before = lr == 0, [p.clone() for p in params]
+        adam(params, *lists, lr=torch.where(still, 1.0, lr), **how)
+        params[:] = [torch.where(still, b, p) for b, p in zip(before, params, strict=True)]
 
     return stepped
 
