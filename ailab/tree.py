@@ -56,13 +56,13 @@ def items(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def unflatten(like: Any, new: Sequence[Any]) -> Any:
     """The tree `like` with its leaves replaced, in order, by `new` (as many as `like` has)."""
-    rest = iter(new)
+    return _filled(like, iter(new))
 
-    def build(node: Any) -> Any:
-        nodes = _children(node)
-        return next(rest) if nodes is None else _rebuild(node, [build(child) for _, child in nodes])
 
-    return build(like)
+def _filled(node: Any, rest: Iterator[Any]) -> Any:
+    # No closure that calls itself: such a cycle would keep the leaves until the garbage collector comes by.
+    nodes = _children(node)
+    return next(rest) if nodes is None else _rebuild(node, [_filled(child, rest) for _, child in nodes])
 
 
 def map(fn: Callable[..., Any], tree: T, *others: Any) -> T:
