@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -15,7 +16,7 @@ from pictures import encoded, photo
 from test_loading import Files
 from test_stream import equal, stream
 
-from ailab.datasets import image, read_image
+from ailab.datasets import ClassificationImageDataset, image, read_image
 from ailab.datasets.bad import BadFile
 from ailab.datasets.cache import SHARED, Cache, run_cache
 from ailab.datasets.image import Reading, reading
@@ -130,6 +131,73 @@ def test_a_full_or_unusable_place_costs_only_time(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     assert read(free, path)[1]
     assert not any(p.is_file() for p in free.folder.rglob("*"))
+
+
+def borrowed(cache: Cache, path: Path) -> torch.Tensor:
+    with reading(Reading(cached=cache)):
+        return read_image(path, borrow=True)
+
+
+def test_what_is_borrowed_from_memory_is_read_where_it_lies(tmp_path: Path) -> None:
+    """The same bits without a copy, from an entry of this source only; a picture that is not borrowed is a copy."""
+    cache = run_cache("ram", tmp_path)
+    assert cache is not None
+    path = picture(tmp_path / "x")
+    plain = read_image(path)
+    try:
+        borrowed(cache, path).zero_()  # decoded now, and so its own
+        one, other = borrowed(cache, path), borrowed(cache, path)
+        assert one.data_ptr() == other.data_ptr()
+        assert torch.equal(one, plain)
+        with reading(Reading(cached=cache)):
+            read_image(path).zero_()
+        assert torch.equal(borrowed(cache, path), plain)
+        assert pickle.loads(pickle.dumps(cache))._maps == {}
+        path.write_bytes(encoded(photo(9), "PNG"))
+        for _ in range(2):
+            assert torch.equal(borrowed(cache, path), read_image(path))
+        assert torch.equal(one, plain)  # still there for who holds it
+    finally:
+        cache.clear()
+
+
+def test_only_memory_is_lent_and_only_so_much_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures on a disk are copied and checked each time; so are those past the number that a process may map."""
+    disk, ram = run_cache("disk", tmp_path), run_cache("ram", tmp_path)
+    assert disk is not None
+    assert ram is not None
+    paths = [picture(tmp_path / str(i), i) for i in range(3)]
+    monkeypatch.setattr("ailab.datasets.cache._MAPPED", 2)
+    try:
+        for _ in range(3):
+            assert all(torch.equal(borrowed(c, p), read_image(p)) for c in (disk, ram) for p in paths)
+        assert (len(disk._maps), len(ram._maps)) == (0, 2)
+    finally:
+        ram.clear()
+
+
+@pytest.mark.parametrize("crop", [{}, {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}])
+@pytest.mark.parametrize("then", [[], [{"type": "ToDtype", "dtype": torch.float32}, {"type": "Normalize", "inplace": True}]])
+def test_epochs_out_of_lent_pictures_are_those_of_files(crop: dict[str, Any], then: list[Any], tmp_path: Path) -> None:
+    """Nothing that follows the crop, in place or not, writes to the cache: each epoch is bit for bit the one without."""
+    folder = tmp_path / "class"
+    folder.mkdir()
+    for i in range(4):  # as large as the crop: the whole of it may be taken as it is
+        (folder / f"{i}.png").write_bytes(encoded(photo(i, (64, 64)), "PNG"))
+    then = [{**t, "mean": [9.0] * 3, "std": [2.0] * 3} if t["type"] == "Normalize" else t for t in then]
+    steps = [{"type": "RandomResizedCrop", "size": 64, **crop}, {"type": "RandomHorizontalFlip"}, *then]
+    data = ClassificationImageDataset(tmp_path, transform=steps)
+    assert data._borrow
+    assert not type("Mine", (ClassificationImageDataset,), {})(tmp_path, transform=steps)._borrow  # it may write to them
+    cache = run_cache("ram", tmp_path)
+    assert cache is not None
+    try:
+        plain, cached = (stream(data, 2, cache=c) for c in (None, cache))
+        for epoch in range(4):
+            assert all(equal(a, b) for a, b in zip(plain.epoch(epoch), cached.epoch(epoch), strict=True))
+        assert len(cache._maps) == 4
+    finally:
+        cache.clear()
 
 
 def _race(job: tuple[Path, Path]) -> list[float]:

@@ -14,7 +14,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,18 @@ from torch import Tensor
 _HEAD = struct.Struct("<8sQQIIIIQ16x")
 _MAGIC = b"ailab 2\n"
 _SPARE = 0.1  # of the file system that is left free
+_MAPPED = 1 << 15  # entries that a process keeps mapped; Linux allows it 65,530 maps in all
 SHARED = Path("/dev/shm")  # memory that looks like files
+
+
+class _Maps(dict[tuple[str, str], tuple[int, int, Tensor]]):
+    """By path and form: size and time of change of the source, and its picture, mapped as long as this process lives.
+
+    Another process begins with none.
+    """
+
+    def __reduce__(self) -> tuple[type[_Maps], tuple[()]]:
+        return _Maps, ()
 
 
 @dataclass(frozen=True)
@@ -40,20 +51,34 @@ class Cache:
 
     folder: Path
     verify: bool = True
+    _maps: _Maps = field(default_factory=_Maps, init=False, repr=False, compare=False)
 
-    def __call__(self, path: str, form: str, make: Callable[[], tuple[Tensor, bool]]) -> Tensor:
-        """The picture of a file in one form, (C, H, W) uint8: kept, or made and kept now."""
+    def __call__(self, path: str, form: str, make: Callable[[], tuple[Tensor, bool]], borrow: bool = False) -> Tensor:
+        """The picture of a file in one form, (C, H, W) uint8: kept, or made and kept now.
+
+        Args:
+            path: of the file.
+            form: what else the picture depends on.
+            make: decodes it; the picture, and whether it may be kept.
+            borrow: the picture may be memory of the cache, which must not be written to.
+        """
         try:
             about = os.stat(path)
         except (OSError, ValueError):
             return make()[0]  # which says what is wrong with it
+        if borrow and (mapped := self._maps.get((path, form))) is not None and mapped[:2] == (about.st_size, about.st_mtime_ns):
+            return mapped[2]
         name = hashlib.blake2b(f"{os.path.abspath(path)}\n{form}".encode(errors="surrogateescape"), digest_size=16).hexdigest()
-        place = self.folder / name[:2] / name
+        place = os.path.join(self.folder, name[:2], name)
+        # Not from a disk: one that fails would end the process, where a read only costs the time to decode again.
+        if borrow and not self.verify and len(self._maps) < _MAPPED and (found := _mapped(place, about)) is not None:
+            self._maps[path, form] = (about.st_size, about.st_mtime_ns, found)
+            return found
         found = _read(place, about, self.verify)
         if found is None:
             found, keep = make()
             if keep:  # what was damaged is told each time
-                self._write(place, about, found)
+                self._write(Path(place), about, found)
         return found
 
     def clear(self) -> None:
@@ -84,18 +109,37 @@ class Cache:
                 partial.unlink()
 
 
-def _read(place: Path, source: os.stat_result, verify: bool) -> Tensor | None:
-    """The picture kept at `place`, if it is whole and of this source."""
+def _read(place: str, source: os.stat_result, verify: bool) -> Tensor | None:
+    """The picture kept at `place`, if it is whole and of this source, in memory of its own."""
     try:
         with open(place, "rb", buffering=0) as file:
             about = os.fstat(file.fileno())
-            size = about.st_size
-            content = torch.empty(size, dtype=torch.uint8)  # not zeroed first, as a bytearray is
+            content = torch.empty(about.st_size, dtype=torch.uint8)  # not zeroed first, as a bytearray is
             held: Any = content.numpy()
-            if about.st_uid != os.getuid() or file.readinto(held) != size or size < _HEAD.size:
+            if about.st_uid != os.getuid() or file.readinto(held) != about.st_size:
                 return None
     except OSError:
         return None
+    return _picture(content, source, verify)
+
+
+def _mapped(place: str, source: os.stat_result) -> Tensor | None:
+    """The picture kept at `place`, if it is of this source, in the memory that the file is."""
+    try:
+        about = os.stat(place)
+        if about.st_uid != os.getuid():
+            return None
+        return _picture(torch.from_file(place, shared=False, size=about.st_size, dtype=torch.uint8), source, verify=False)
+    except (OSError, RuntimeError):  # it is not there, or was replaced meanwhile
+        return None
+
+
+def _picture(content: Tensor, source: os.stat_result, verify: bool) -> Tensor | None:
+    """The picture in the bytes of an entry, a view, if they are whole and of this source."""
+    size = content.numel()
+    if size < _HEAD.size:
+        return None
+    held: Any = content.numpy()
     *about_it, checksum = _HEAD.unpack_from(held)
     magic, length, changed, c, h, w, planes = about_it
     if (magic, length, changed) != (_MAGIC, source.st_size, source.st_mtime_ns) or size != _HEAD.size + c * h * w:

@@ -8,8 +8,8 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
@@ -154,26 +154,30 @@ class Fetcher(torch.utils.data.Dataset[Loaded]):
         samples: list[Any] = []
         bad: list[Bad] = []
         kept: list[Bad] = []
-        for index in ids:
-            files = replace(self.reader.files, notes=[])
-            try:
-                samples.append(self._checked(self._sample(epoch, index, files)))
-                kept += [Bad(index, "truncated", _printable(f"{p}: {text}"), _printable(p)) for p, text in files.notes]
-            except _Misfit as error:
-                samples.append(None)
-                bad.append(_described(index, error, error.kind))
-            except Exception as error:  # user data: any class can come
-                samples.append(None)
-                bad.append(_described(index, error))
+        with self._reading() as files:
+            for index in ids:
+                try:
+                    sample, notes = self._sample(epoch, index, files), [*files.notes]
+                    samples.append(self._checked(sample))
+                    kept += [Bad(index, "truncated", _printable(f"{p}: {text}"), _printable(p)) for p, text in notes]
+                except _Misfit as error:
+                    samples.append(None)
+                    bad.append(_described(index, error, error.kind))
+                except Exception as error:  # user data: any class can come
+                    samples.append(None)
+                    bad.append(_described(index, error))
         return samples, bad, kept
 
+    def _reading(self) -> AbstractContextManager[Reading]:
+        return reading(replace(self.reader.files, notes=[]))
+
     def _sample(self, epoch: int, index: int, files: Reading) -> Any:
+        """One sample; `files`, by which it is read, then has the notes about it."""
         for left in range(_RETRIES, -1, -1):
             files.notes.clear()
             try:
                 _seed_generators(mix(self.reader.seed, epoch, index))
-                with reading(files):
-                    return self.dataset[index]
+                return self.dataset[index]
             except Exception as error:  # user data: any class can come
                 if not left or not _may_pass(error):
                     raise
@@ -191,10 +195,11 @@ class Fetcher(torch.utils.data.Dataset[Loaded]):
                 sample = wrap_sample(sample)
             except DataError as error:
                 raise _Misfit("wrong_type", str(error).splitlines()[0]) from error
-        if self.reader.nan_is_bad and (hole := next((p for p, v in tree.items(sample) if _has_nan(v)), None)) is not None:
+        values = list(tree.items(sample))
+        if self.reader.nan_is_bad and (hole := next((p for p, v in values if _has_nan(v)), None)) is not None:
             raise _Misfit("not_a_number", f"there is a NaN in {hole or 'it'!r}")
         if self.reader.collate_fn is None:
-            self._compare(_look(sample, self.same_shapes))
+            self._compare(_look(values, self.same_shapes))
         return sample
 
     def _compare(self, look: dict[str, Any]) -> None:
@@ -213,7 +218,9 @@ class Fetcher(torch.utils.data.Dataset[Loaded]):
         """How the first good sample of the dataset looks; the same in each worker."""
         for index in range(min(_TRIES, len(self.dataset))):
             try:
-                self._like = _look(wrap_sample(self._sample(0, index, replace(self.reader.files, notes=[]))), self.same_shapes)
+                with self._reading() as files:
+                    sample = wrap_sample(self._sample(0, index, files))
+                self._like = _look(tree.items(sample), self.same_shapes)
             except Exception:  # it is reported when its turn comes
                 continue
             return self._like
@@ -252,9 +259,9 @@ def _has_nan(value: Any) -> bool:
     return bool(value.sum().isnan()) and bool(value.isnan().any())
 
 
-def _look(sample: Any, shapes: bool) -> dict[str, Any]:
+def _look(values: Iterable[tuple[str, Any]], shapes: bool) -> dict[str, Any]:
     """What collation sees of each field, by dotted name: its kind, and its shape."""
-    return {path: _kind(value, shapes) for path, value in tree.items(sample)}
+    return {path: _kind(value, shapes) for path, value in values}
 
 
 def _kind(value: Any, shapes: bool) -> Any:

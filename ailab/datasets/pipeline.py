@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor
 
-from ailab.datasets.image import resized
+from ailab.datasets.lone import Step, crops_bytes, lone_steps
 from ailab.errors import ConfigError
 from ailab.registry import TRANSFORMS
 from ailab.signature import CheckedBy
@@ -38,11 +39,15 @@ class Pipeline:
                 raise TypeError(f"the transform {type(step).__name__} gave {type(sample).__name__} for a dict of fields")
         return sample
 
+    @cached_property
+    def alone(self) -> tuple[Step, ...] | None:
+        """The steps for a picture that comes alone; None where they need the dict that it is in."""
+        return lone_steps(self.steps)
+
     @property
-    def alone(self) -> bool:
-        """Whether the steps do the same to a picture alone as to the dict that it is in: torchvision's, which take any form."""
-        kinds = [type(step) for step in self.steps]
-        return all(k.__module__.startswith("torchvision.transforms.v2.") and k.__name__ != "Lambda" for k in kinds)
+    def copies(self) -> bool:
+        """Whether a picture alone, uint8 RGB, is only read, and what follows the first step gets new memory."""
+        return self.alone is not None and crops_bytes(self.steps[0])
 
 
 def build_transform(spec: Any, path: str = "transform") -> Pipeline | None:
@@ -108,11 +113,10 @@ def transformed(pipeline: Pipeline, sample: Sample, kinds: Mapping[str, str], an
             fields stay as they are.
         another: gives one more sample, as `sample` is.
     """
-    name = _lone_picture(sample, kinds) if pipeline.alone else None
-    if name is not None:
+    if pipeline.alone is not None and (name := _lone_picture(sample, kinds)) is not None:
         value = sample[name]
-        for step in pipeline.steps:
-            value = _one(step, value)
+        for step in pipeline.alone:
+            value = step(value)
         return {**sample, name: _plain(value)}
     wrapped = pipeline(_wrapped(sample, kinds), another and (lambda: _wrapped(another(), kinds)))
     return {name: _plain(value) for name, value in wrapped.items()}
@@ -122,24 +126,6 @@ def _lone_picture(sample: Sample, kinds: Mapping[str, str]) -> str | None:
     """The name of the one picture, where there is nothing else that a transform would move: a third of the time is saved."""
     found = [n for n, v in sample.items() if isinstance(v, Tensor) and (n in kinds or v.dim() > 1)]
     return found[0] if len(found) == 1 and kinds.get(found[0]) == "image" and sample[found[0]].dim() == 3 else None
-
-
-def _one(step: Any, picture: Any) -> Any:
-    """`step(picture)`; two of torchvision's without what it does around them, a fifth of the time: same draws, same bits."""
-    from torchvision.transforms import v2
-
-    if type(step) is v2.RandomHorizontalFlip and type(picture) is Tensor:
-        return picture.flip(-1) if torch.rand(1) < step.p else picture
-    if type(step) is not v2.RandomResizedCrop or picture.dtype != torch.uint8 or picture.shape[0] != 3:
-        return step(picture)
-    bilinear = step.interpolation in (v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BILINEAR.value)
-    # Where torch has no fast kernel for bytes torchvision goes by floats, and rounds otherwise.
-    if not bilinear or step.antialias is not True or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return step(picture)
-    at: dict[str, int] = step.make_params([picture])
-    rows, columns = (slice(at[first], at[first] + at[size]) for first, size in (("top", "height"), ("left", "width")))
-    to: Any = step.size
-    return resized(picture[:, rows, columns], (to[0], to[1]))
 
 
 def _wrapped(sample: Sample, kinds: Mapping[str, str]) -> Sample:

@@ -80,12 +80,14 @@ class ClassificationImageDataset(ListDataset, ClassificationTask):
                 separator=separator if multi_label else None,
                 allow_outside_root=allow_outside_root,
             )
+        # A subclass may write to what it is given.
+        self._borrow = type(self) is ClassificationImageDataset and self.transform is not None and self.transform.copies
         super().__init__(Packed(items))
         self.targets = None if multi_label else torch.tensor([label for _, label in items])  # of all samples: (N,) int64
 
     def load_input(self, raw: Any) -> Tensor:
         """The picture."""
-        return read_image(raw[0], size_hint=self.size_hint, resize=self.resize)
+        return read_image(raw[0], size_hint=self.size_hint, resize=self.resize, borrow=self._borrow)
 
     def load_label(self, raw: Any) -> Any:
         """The index of the class, or several."""
