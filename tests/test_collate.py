@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ailab.check import check
 from ailab.datasets import ListDataset, MultiScaleCollate, PadCollate, SegmentationCollate, Stream
+from ailab.datasets.collate import column
 from ailab.errors import ConfigError
 from ailab.fit import fit
 
@@ -43,6 +44,23 @@ def test_ragged_fields_are_as_long_as_the_longest(lengths: list[int], multiple: 
     assert longest % multiple == 0
     assert max(lengths) <= longest < max(max(lengths), 1) + multiple
     assert batch["t"].sum(1).tolist() == batch["t_mask"].sum(1).tolist() == lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_batch_is_contiguous_however_its_samples_lie(dtype: torch.dtype) -> None:
+    """Pictures as decoders leave them, pixel by pixel, and cut-outs of them: the strides of a batch say nothing of its samples."""
+    whole = [torch.randint(0, 256, (7, 9, 3), dtype=torch.uint8).to(dtype).permute(2, 0, 1) for _ in range(4)]
+    for samples in (
+        whole,
+        [x[:, 1:6, 2:8] for x in whole],
+        [x.contiguous() for x in whole],
+        [whole[0], *map(torch.clone, whole)],
+    ):
+        joined = column(samples)
+        assert joined.is_contiguous()
+        assert all(torch.equal(a, b) for a, b in zip(joined, samples, strict=True))
+    with pytest.raises(RuntimeError, match="equal size"):
+        column([whole[0], whole[1][:, 1:]])
 
 
 def test_pictures_and_sounds_are_padded_at_their_end() -> None:

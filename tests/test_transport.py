@@ -41,23 +41,43 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
+def sent(outbox: Outbox, batch: dict[str, Any], lap: int) -> Parcel:
+    outbox.begin(lap)
+    return outbox.pack(batch)
+
+
 def test_a_batch_arrives_as_it_was() -> None:
     """Values, dtypes, shapes and strides of every leaf, whether it lies in the memory or not."""
-    parcel = Outbox().pack(NEST, 1)
+    parcel = sent(Outbox(), NEST, 1)
     moved = [list(tree.items(NEST))[i][0] for i in parcel.layouts]
     assert moved == ["plain", "odd", "nested.flag", "nested.list.0", "nested.half", "pixels", "complex", "tracked"]
     arrived = Inbox(pin=False).open(parcel)
-    for (path, sent), (name, got) in zip(tree.items(NEST), tree.items(arrived), strict=True):
-        assert path == name and same(sent, got), path
+    for (path, left), (name, got) in zip(tree.items(NEST), tree.items(arrived), strict=True):
+        assert path == name and same(left, got), path
+
+
+def test_what_was_written_to_lent_memory_is_not_moved() -> None:
+    """A batch as large as the last one is made where it is sent from; a larger one, and what was not lent, arrives as well."""
+    outbox, inbox = Outbox(), Inbox(pin=False)
+    for rows, lent in ((5000, False), (5000, True), (50, True), (5000, True), (40_000, False), (40_000, True)):
+        outbox.begin(1)
+        first, second = (outbox.room((rows, 3), d) for d in (torch.uint8, torch.float64))
+        batch = {"a": first.fill_(rows % 255), "own": torch.full((rows,), 2.0), "b": second.fill_(rows)}
+        wanted = tree.clone(batch)
+        parcel = outbox.pack(batch)
+        memory = outbox._memories[parcel.number]
+        assert [parcel.layouts[i].of(memory).data_ptr() == t.data_ptr() for i, t in ((0, first), (2, second))] == [lent, lent]
+        arrived = inbox.open(parcel)
+        assert all(same(arrived[n], wanted[n]) for n in wanted)
 
 
 def test_memory_is_used_again_once_it_is_copied_out() -> None:
     """Not before: what is under way keeps its values."""
     outbox, inbox = Outbox(), Inbox(pin=False)
-    first, second = (outbox.pack({"x": torch.full((4,), n)}, 1) for n in (1.0, 2.0))
+    first, second = (sent(outbox, {"x": torch.full((4,), n)}, 1) for n in (1.0, 2.0))
     assert first.number != second.number
     one = inbox.open(first)
-    third = outbox.pack({"x": torch.full((4,), 3.0)}, 1)
+    third = sent(outbox, {"x": torch.full((4,), 3.0)}, 1)
     assert third.number == first.number and third.memory is None, "the host has it, so it is not sent again"
     assert [v["x"][0].item() for v in (one, inbox.open(second), inbox.open(third))] == [1, 2, 3]
 
@@ -66,7 +86,7 @@ def test_larger_batches_take_the_place_of_smaller_ones() -> None:
     """Ragged batches do not pile up memories."""
     outbox, inbox = Outbox(), Inbox(pin=False)
     for rows in (10, 100_000, 20, 200_000, 3):
-        parcel = outbox.pack({"x": torch.full((rows,), float(rows))}, 1)
+        parcel = sent(outbox, {"x": torch.full((rows,), float(rows))}, 1)
         assert parcel.number == 0 and (inbox.open(parcel)["x"] == rows).all()
 
 
@@ -74,8 +94,8 @@ def test_what_was_given_up_is_free_in_the_next_lap() -> None:
     """Parcels that the host never opened cost no memory, and their memory is sent again."""
     outbox, inbox = Outbox(), Inbox(pin=False)
     for _ in range(3):
-        outbox.pack({"x": torch.zeros(4)}, 1)
-    numbers = [outbox.pack({"x": torch.full((4,), float(n))}, 2) for n in range(3)]
+        sent(outbox, {"x": torch.zeros(4)}, 1)
+    numbers = [sent(outbox, {"x": torch.full((4,), float(n))}, 2) for n in range(3)]
     assert sorted(p.number for p in numbers) == [0, 1, 2]
     assert [inbox.open(p)["x"][0].item() for p in numbers] == [0, 1, 2]
 
@@ -128,7 +148,7 @@ def test_a_batch_keeps_its_values_while_later_ones_come() -> None:
 def test_a_parcel_says_where_it_comes_from() -> None:
     """Two processes number their memories alike."""
     inbox = Inbox(pin=False)
-    mine = Outbox().pack({"x": torch.ones(3)}, 1)
+    mine = sent(Outbox(), {"x": torch.ones(3)}, 1)
     other = Parcel(mine.process + 1, mine.number, torch.zeros_like(mine.memory), mine.batch, mine.layouts)  # pyright: ignore
     assert inbox.open(other)["x"].sum() == 0 and inbox.open(mine)["x"].sum() == 3
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,6 +18,7 @@ from ailab.registry import COLLATES
 from ailab.signature import CheckedBy, check_choice
 
 Size = int | Sequence[int]
+Room = Callable[[tuple[int, ...], torch.dtype], Tensor]  # (shape, dtype) -> contiguous memory
 _Overflow = Literal["error", "cut"]
 MASK = "_mask"  # ending of the field that says what of another counts
 
@@ -120,9 +122,33 @@ def _stacked(path: str, values: list[Any]) -> Any:
     return column(values)
 
 
-def column(values: list[Any]) -> Any:
-    """One field of all samples, as `default_collate` joins it, which in a worker would take new shared memory for tensors."""
-    return torch.stack(values) if all(type(v) is Tensor for v in values) else default_collate(values)
+def _joins(value: Tensor, first: Tensor) -> bool:
+    """Whether a tensor can be written beside the first one."""
+    plain = value.layout is torch.strided and value.device.type == "cpu" and not value.requires_grad
+    return plain and value.shape == first.shape and value.dtype == first.dtype
+
+
+def new_room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that is not written to yet."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def column(values: list[Any], room: Room = new_room) -> Any:
+    """One field of all samples, as `default_collate` joins it, which in a worker would take new shared memory for tensors.
+
+    Tensors are joined contiguous, whatever the order of the memory of each.
+    """
+    if not all(type(v) is Tensor for v in values):
+        return default_collate(values)
+    first = values[0]
+    if first.is_quantized or not all(_joins(v, first) for v in values):
+        return torch.stack(values)
+    joined = room((len(values), *first.shape), first.dtype)
+    if first.dim() != 3 or first.dtype != torch.uint8 or first.is_contiguous():
+        return torch.stack(values, out=joined)
+    for value, place in zip(values, joined.numpy(), strict=True):
+        np.copyto(place, value.numpy())  # pixels to planes: half the time of torch's
+    return joined
 
 
 @COLLATES.register_module()

@@ -21,7 +21,7 @@ from torch import Tensor
 from ailab import tree
 from ailab.binding import wrap_sample
 from ailab.datasets.bad import Bad, BadFile
-from ailab.datasets.collate import column
+from ailab.datasets.collate import Room, column, new_room
 from ailab.datasets.image import Reading, reading
 from ailab.errors import DataError
 from ailab.rng import mix
@@ -130,6 +130,7 @@ class Fetcher(torch.utils.data.Dataset[Loaded]):
         self.reader = reader
         self.size = size
         self.same_shapes = batch_size > 1
+        self.room: Room = new_room  # for what is joined
         self._like: dict[str, Any] | None = None  # what the fields of a good sample are
 
     def __getitem__(self, index: Any) -> Loaded:
@@ -240,7 +241,7 @@ class Fetcher(torch.utils.data.Dataset[Loaded]):
         turns = cycle(good)
         filled = [next(turns) if s is None else s for s in [*samples, *[None] * (slots - len(samples))]]
         collate = self.reader.collate_fn
-        joined = wrap_sample(collate(filled)) if collate else {n: column([s[n] for s in filled]) for n in filled[0]}
+        joined = wrap_sample(collate(filled)) if collate else {n: column([s[n] for s in filled], self.room) for n in filled[0]}
         batch: Batch = tree.map(narrow, joined)
         if self.size is not None or not samples:
             real = [float(s is not None) for s in samples]

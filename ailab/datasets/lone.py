@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ailab.datasets.image import resized
+from ailab.datasets.image import pixels_resized
 
 Step = Callable[[Tensor], Tensor]
 
@@ -61,7 +61,7 @@ class _Crop:
         if picture.dtype != torch.uint8 or picture.shape[0] != 3:
             return self.step(picture)
         top, left, h, w = self.drawn(picture.shape[-2], picture.shape[-1])
-        return resized(picture[:, top : top + h, left : left + w], self.size)
+        return pixels_resized(picture[:, top : top + h, left : left + w], self.size)
 
     def drawn(self, height: int, width: int) -> tuple[int, int, int, int]:
         """(top, left, height, width) of a crop."""

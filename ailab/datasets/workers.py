@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -171,11 +172,13 @@ class _Sender(torch.utils.data.Dataset[Loaded]):
     """A fetcher whose batches go to another process."""
 
     def __init__(self, fetcher: Fetcher):
-        self.fetcher, self.outbox = fetcher, Outbox()
+        self.fetcher, self.outbox = copy(fetcher), Outbox()
+        self.fetcher.room = self.outbox.room
 
     def __getitem__(self, index: Any) -> Any:
+        self.outbox.begin(Key(*index).lap)
         loaded = self.fetcher[index]
-        return loaded if loaded.batch is None else loaded._replace(batch=self.outbox.pack(loaded.batch, Key(*index).lap))
+        return loaded if loaded.batch is None else loaded._replace(batch=self.outbox.pack(loaded.batch))
 
 
 def _same(loaded: Any) -> Any:
