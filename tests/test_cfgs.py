@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from ailab import config
+from ailab import check, config
+from ailab.assemble import assemble
 from ailab.datasets import fashion_mnist
 from ailab.errors import DataError
 from ailab.fit import dry_run, fit
+from ailab.stack import Middleware
 
 CFGS = sorted((Path(__file__).parents[1] / "cfgs").glob("**/*.py"))
 
@@ -70,6 +75,38 @@ def test_the_main_cfg_compiled_is_the_eager_one(tmp_path: Path) -> None:
         losses[compiled] = [row["loss"] for row in rows if row["final"]]
     assert len(losses[True]) == 2
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+
+
+def test_an_epoch_leaves_no_tensor_to_the_garbage_collector(tmp_path: Path) -> None:
+    """All that a step of the main cfg made goes with its last reference: memory does not wait for a cycle to be found."""
+    left: list[int] = []
+
+    def wrap(epoch: Any) -> Any:
+        def counted(state: Any, batches: Any) -> Any:
+            gc.collect()
+            gc.disable()
+            try:
+                result = epoch(state, batches)
+                gc.set_debug(gc.DEBUG_SAVEALL)
+                gc.collect()
+                left.append(sum(issubclass(type(found), Tensor) for found in gc.garbage))
+                return result
+            finally:
+                gc.set_debug(0)
+                gc.garbage.clear()
+                gc.enable()
+
+        return counted
+
+    cfg = config.load(CFGS[0].parent / "exp.py", [f"work_dir={tmp_path}", "total_epochs=2", "compile=False"])
+    check.check(cfg)
+    job = assemble(
+        check.complete(cfg),
+        torch.device("cpu"),
+        extra=lambda _: [Middleware("counted", wrap, "epoch", phases=("train", "val"))],
+    )
+    job.run(job.state)
+    assert left == [0, 0, 0, 0]  # train and val, twice
 
 
 def test_there_are_cfgs() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,21 @@ def equal(a: Any, b: Any) -> bool:
 @pytest.fixture(scope="module")
 def reference() -> list[list[Batch]]:
     return [list(stream(Noisy(11)).epoch(epoch)) for epoch in range(3)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_is_freed_when_it_is_done_with(workers: int) -> None:
+    """Not when the garbage collector comes by: the next batch takes its memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        seen: list[weakref.ref[Tensor]] = []
+        for batch in stream(Noisy(11), num_workers=workers).epoch(0):
+            seen.append(weakref.ref(next(v for v in batch.values() if isinstance(v, Tensor))))
+            del batch
+            assert not [i for i, ref in enumerate(seen[:-1]) if ref() is not None], "the stream may hold the one at hand"
+    finally:
+        gc.enable()
 
 
 LOADERS = [

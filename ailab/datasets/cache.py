@@ -112,12 +112,15 @@ class Cache:
 def _read(place: str, source: os.stat_result, verify: bool) -> Tensor | None:
     """The picture kept at `place`, if it is whole and of this source, in memory of its own."""
     try:
-        with open(place, "rb", buffering=0) as file:
-            about = os.fstat(file.fileno())
+        file = os.open(place, os.O_RDONLY | os.O_CLOEXEC)  # a file object would take a tenth of the time of a read
+        try:
+            about = os.fstat(file)
             content = torch.empty(about.st_size, dtype=torch.uint8)  # not zeroed first, as a bytearray is
             held: Any = content.numpy()
-            if about.st_uid != os.getuid() or file.readinto(held) != about.st_size:
+            if about.st_uid != os.getuid() or os.readv(file, [held]) != about.st_size:
                 return None
+        finally:
+            os.close(file)
     except OSError:
         return None
     return _picture(content, source, verify)
