@@ -2,7 +2,8 @@
 
 Pillow decodes, without its formats that run other programs. Ordinary JPEGs go through torchvision's operator where there is one:
 the same libjpeg-turbo and the same pixels in three quarters of the time. Not its PNG decoder, which ends the process on a bad
-checksum (0.29); nor its functions, which are deprecated.
+checksum (0.29); nor its functions, which are deprecated; nor nvJPEG through it: it writes into memory that kernels on the caller's
+stream still read (pytorch/vision#9606, closed as it was), gives nothing of a batch in which one file is damaged, and other pixels.
 """
 
 from __future__ import annotations
