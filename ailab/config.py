@@ -96,7 +96,8 @@ def copied(value: Any) -> Any:
 def override(cfg: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of `cfg` after `"optimizer.lr=3e-4"`, `"workflow.0.iters=5"`, ... in their order.
 
-    A value is a Python literal, or else a string. Only the last key may be new, and a new hook has to be a dict with a `type`.
+    A value is a Python literal, or else a string. Only the last key may be new, below the cfg's own sections, which need not be
+    there (`dist.sync=graph`); and a new hook has to be a dict with a `type`.
 
     Raises:
         ConfigError: when one is malformed or leads nowhere.
@@ -121,6 +122,10 @@ def _literal(text: str) -> Any:
         return text
 
 
+# What a cfg may leave out; an override of what is in them makes them.
+_SECTIONS = {"cfg.dist", "cfg.compile", "cfg.hooks", *(f"cfg.data.{p}_dataloader" for p in ("train", "val", "test"))}
+
+
 def _replaced(node: Any, keys: Sequence[str], value: Any, path: str) -> Any:
     """`node` with another value at the end of `keys`."""
     if not keys:
@@ -129,6 +134,8 @@ def _replaced(node: Any, keys: Sequence[str], value: Any, path: str) -> Any:
     if isinstance(node, dict):
         known = cast("dict[str, Any]", node)
         is_hook = isinstance(value, dict) and "type" in value
+        if key not in known and rest and f"{path}.{key}" in _SECTIONS:
+            known = {**known, key: {}}
         if key not in known and (rest or (path == "cfg.hooks" and not is_hook)):
             hint = "\n  A new hook is a dict: hooks.NAME={'type': 'EMAHook'}" if path == "cfg.hooks" and not rest else ""
             raise ConfigError(f"{path} has no '{key}'.{nearest(key, known)} It has: {listed(known) or 'nothing'}.{hint}")

@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ailab.check import Cfg, Data
 from ailab.config import is_secret, load, override, snapshot
 from ailab.errors import ConfigError
 
@@ -195,6 +197,20 @@ def test_an_override_that_leads_nowhere_is_refused(item, said):
     """Only the last key may be new; what is malformed or leads nowhere is an error."""
     with pytest.raises(ConfigError, match=re.escape(said)):
         override(example(), [item])
+
+
+def test_an_override_makes_the_section_that_it_belongs_to() -> None:
+    """Every section that a cfg may leave out, and none that is not one."""
+    may_lack = {f.name for f in fields(Cfg) if f.default is not MISSING or f.default_factory is not MISSING}
+    assert {"dist", "compile", "hooks"} <= may_lack
+    loaders = [f"data.{f.name}" for f in fields(Data) if f.name.endswith("_dataloader")]
+    made = {"dist": "sync", "compile": "cut", **dict.fromkeys(loaders, "batch_size")}
+    for section, key in made.items():
+        path = [*section.split("."), key]
+        assert at(override({"data": {}}, [f"{section}.{key}=3"]), path) == 3
+    assert override({}, ["hooks.ema={'type': 'EMAHook'}"]) == {"hooks": {"ema": {"type": "EMAHook"}}}
+    with pytest.raises(ConfigError, match=re.escape("cfg has no 'dits'. Did you mean 'dist'?")):
+        override({"dist": {}}, ["dits.sync=graph"])
 
 
 # ---- the snapshot
