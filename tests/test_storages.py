@@ -586,6 +586,22 @@ def test_a_stream_of_an_iterable_dataset_counts_itself() -> None:
     assert raws(Numbers(Squares())) == [0, 1, 4, 9]
 
 
+class Divided(torch.utils.data.IterableDataset[int]):
+    """Gives each worker its part, as torch's documentation shows."""
+
+    def __iter__(self) -> Iterator[int]:
+        info = torch.utils.data.get_worker_info()
+        first, step = (info.id, info.num_workers) if info else (0, 1)
+        yield from range(first, 40, step)
+
+
+def test_a_source_that_divides_itself_is_read_whole_by_each_worker() -> None:
+    """The keys say who makes which batch; a part of the source would give other samples under their names."""
+    for workers in (0, 1, 2):
+        data = Stream(Numbers(Divided()), batch_size=4, shuffle=False, seed=0, pad=False, num_workers=workers)
+        assert [n for batch in data.epoch(0) for n in batch["input"].tolist()] == list(range(40))
+
+
 def test_what_is_no_stream_is_told() -> None:
     """An iterator, an empty source, one that ends early, and random order."""
     with pytest.raises(DataError, match="an iterator can be read once"):

@@ -116,7 +116,7 @@ def resized(picture: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 
 def pixels_resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """`resized`, memory in HWC order, as a picture is decoded."""
+    """`resized`, and its memory in the order of pixels, if the picture's is: no time is spent on planes."""
     if size == tuple(picture.shape[-2:]):
         return picture.clone()
     last = picture[None].contiguous(memory_format=torch.channels_last)  # three times as fast

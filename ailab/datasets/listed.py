@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ailab.datasets.base import LabBaseDataset
 from ailab.errors import DataError
 
 _BEHIND = 8  # restarts that are no sign of trouble
+
+
+@contextmanager
+def _no_worker() -> Generator[None]:
+    """Let `torch.utils.data.get_worker_info` say that this is no data worker; a private name of torch."""
+    from torch.utils.data._utils import worker
+
+    kept, worker._worker_info = worker._worker_info, None
+    try:
+        yield
+    finally:
+        worker._worker_info = kept
 
 
 class ListDataset(LabBaseDataset):
@@ -39,8 +52,9 @@ class ListDataset(LabBaseDataset):
 class StreamDataset(LabBaseDataset):
     """The storage: its raw record is the i-th item of an iterable that gives the same items each time.
 
-    It is read forward, so read it with `shuffle=False`; each worker reads the whole stream and keeps its share. A resumed run
-    skips to its place. Put what is shuffled in a file or a list.
+    It is read forward, so read it with `shuffle=False`; each worker reads the whole stream and keeps its share, and a source that
+    divides itself by torch's `get_worker_info` is told that there are no workers. A resumed run skips to its place. Put what is
+    shuffled in a file or a list.
 
     Args:
         source: gives a new iterator each time it is called, or is iterable more than once (a torch `IterableDataset`).
@@ -83,10 +97,11 @@ class StreamDataset(LabBaseDataset):
         return self._kept[index]
 
     def _advance(self) -> None:
-        if self._iterator is None:
-            self._iterator = iter(self._opened())
         try:
-            item = next(self._iterator)
+            with _no_worker():  # a generator may ask in its first item
+                if self._iterator is None:
+                    self._iterator = iter(self._opened())
+                item = next(self._iterator)
         except StopIteration:
             self._rewind()
             raise DataError(f"StreamDataset: the source ended before its item {self.size}; say size=... as it is.") from None

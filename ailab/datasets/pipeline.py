@@ -47,7 +47,7 @@ class Pipeline:
     @property
     def copies(self) -> bool:
         """Whether a picture alone, uint8 RGB, is only read, and what follows the first step gets new memory."""
-        return self.alone is not None and crops_bytes(self.steps[0])
+        return bool(self.alone) and crops_bytes(self.steps[0])
 
 
 def build_transform(spec: Any, path: str = "transform") -> Pipeline | None:

@@ -76,7 +76,7 @@ class Outbox:
         if self._end + nbytes > self._memory.numel():
             return torch.empty(shape, dtype=dtype)
         flat = self._memory[self._end : self._end + nbytes]
-        self._end += _room(nbytes)
+        self._end += _aligned(nbytes)
         return flat.view(dtype).view(shape)
 
     def pack(self, batch: Batch) -> Parcel:
@@ -89,11 +89,10 @@ class Outbox:
         layouts: dict[int, Layout] = {}
         for i, leaf in enumerate(leaves):
             if _is_plain(leaf):
-                here = 0 <= leaf.data_ptr() - first < self._end
-                layouts[i] = Layout(
-                    leaf.data_ptr() - first if here else end, leaf.nbytes, leaf.dtype, tuple(leaf.shape), leaf.stride()
-                )
-                end += 0 if here else _room(leaf.nbytes)
+                start = leaf.data_ptr() - first
+                if not 0 <= start < self._end:  # it was not lent
+                    start, end = end, end + _aligned(leaf.nbytes)
+                layouts[i] = Layout(start, leaf.nbytes, leaf.dtype, tuple(leaf.shape), leaf.stride())
         self._size = end
         number, memory = (self._number, self._memory) if end <= self._memory.numel() else self._free(end)
         for i, layout in layouts.items():
@@ -146,7 +145,7 @@ class Inbox:
         return tree.unflatten(parcel.batch, leaves)
 
 
-def _room(nbytes: int) -> int:
+def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNED) * _ALIGNED
 
 
