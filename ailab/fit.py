@@ -22,7 +22,7 @@ from ailab import check, config, dist, facts, launcher, tree
 from ailab.assemble import Job, assemble
 from ailab.bad_samples import BAD_SAMPLES, BadSampleLog
 from ailab.core.epoch import Interrupted
-from ailab.datasets.cache import run_cache
+from ailab.datasets.cache import little_memory, run_cache
 from ailab.errors import AilabError, ConfigError, PeerError, Preempted
 from ailab.heap import keep_freed
 from ailab.hooks.log import METRICS, LoggerHook, ProgressHook, RecordHook, is_reserved
@@ -105,9 +105,9 @@ def _started(load: Callable[[], Mapping[str, Any]]) -> Generator[tuple[dict[str,
         dist.meet(settings.get("init_method", "env://"), float(settings.get("timeout_s", 600)))
         dist.compare(facts.of_cfg(full) if full and dist.launched() else {}, problem)
         assert full is not None
-        warning = dist.start(full["dist"], device)
+        warnings = [dist.start(full["dist"], device), little_memory(full["data"]["cache"])]
     try:
-        yield _resuming(full), device, [warning] if warning else []
+        yield _resuming(full), device, [w for w in warnings if w]
     except BaseException as e:
         if (board := dist.board()) is not None and not isinstance(e, (PeerError, Preempted)):
             board.fail(e)

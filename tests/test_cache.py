@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from test_stream import equal, stream
 
 from ailab.datasets import ClassificationImageDataset, image, read_image
 from ailab.datasets.bad import BadFile
-from ailab.datasets.cache import SHARED, Cache, run_cache
+from ailab.datasets.cache import SHARED, Cache, little_memory, run_cache
 from ailab.datasets.image import Reading, reading
 
 
@@ -131,6 +132,23 @@ def test_a_full_or_unusable_place_costs_only_time(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     assert read(free, path)[1]
     assert not any(p.is_file() for p in free.folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("mib", "said"), [(64, "holds 64 MiB: few"), (1024, None), (0, "holds 0 MiB"), (None, "there is none here")]
+)
+def test_too_little_memory_is_told(mib: int | None, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a run that asks for it, and for no other."""
+
+    def statvfs(_: Path) -> Any:
+        if mib is None:
+            raise FileNotFoundError
+        return SimpleNamespace(f_blocks=mib << 8, f_frsize=4096)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    told = little_memory("ram")
+    assert told is None if said is None else said in str(told)
+    assert little_memory("disk") is None and little_memory(None) is None
 
 
 def borrowed(cache: Cache, path: Path) -> torch.Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch.utils.data import Dataset, TensorDataset
 from ailab.bad_samples import BadSampleLog
 from ailab.datasets import read_image
 from ailab.datasets.bad import Bad
+from ailab.datasets.transport import Outbox
 from ailab.errors import DataError
 from ailab.types import WEIGHT
 
@@ -263,6 +266,31 @@ def test_workers_that_die_again_and_again_end_the_run(tmp_path: Path) -> None:
     assert "[20, 21, 22, 23]" in str(caught.value) or "[16, 17, 18, 19]" in str(caught.value)
     assert "memory" in str(caught.value)
     assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_new_workers_know_nothing_of_the_lost_ones(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No process complains, while it works or as it ends, of others that it inherited."""
+    tokens, pack = [tmp_path / str(i) for i in range(3)], Outbox.pack
+    _ = [token.touch() for token in tokens]
+
+    def failing(outbox: Outbox, batch: Any) -> Any:
+        sys.unraisablehook = sys.__unraisablehook__  # pytest's keeps to itself what a process could not raise
+        if left := [token for token in tokens if token.exists()]:
+            left[0].unlink(missing_ok=True)
+            raise RuntimeError("no room")
+        gc.collect()
+        return pack(outbox, batch)
+
+    monkeypatch.setattr(Outbox, "pack", failing)
+    ours = stream(Noisy(40), num_workers=2, persistent_workers=True, report=lambda _: None, multiprocessing_context="fork")
+    gc.disable()  # the exception of a lost worker holds its iterator in a cycle
+    try:
+        assert len(list(ours.epoch(0))) == 10
+    finally:
+        gc.enable()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_worker_that_dies_beside_a_step_does_not_disturb_it(tmp_path: Path) -> None:

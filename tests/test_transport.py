@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,31 @@ def test_a_batch_keeps_its_values_while_later_ones_come() -> None:
     batches = list(stream(Wide(), num_workers=2, shuffle=False).epoch(0))
     assert [b["x"][:, 0].tolist() for b in batches] == [[4.0 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3] for i in range(16)]
     assert all(b["x"].data_ptr() % 64 == 0 for b in batches)
+
+
+@pytest.fixture
+def full_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with 64 MB of /dev/shm that others have filled."""
+
+    def refuse(_: Tensor) -> Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(Tensor, "share_memory_", refuse)
+
+
+@pytest.mark.usefixtures("full_memory")
+def test_without_shared_memory_batches_go_through_the_pipe() -> None:
+    """They arrive as they were, and nothing is kept of them."""
+    plain = {n: v for n, v in NEST.items() if n not in ("turned", "conjugate", "empty", "sparse")}
+    outbox, inbox = Outbox(), Inbox(pin=False)
+    for _ in range(2):
+        parcel = pickle.loads(pickle.dumps(sent(outbox, plain, 1)))
+        assert parcel.number == -1
+        arrived = inbox.open(parcel)
+        assert all(same(a, b) for a, b in zip(tree.leaves(plain), tree.leaves(arrived), strict=True))
+    assert not outbox._memories and not inbox._memories
+    whole = list(stream(Noisy(11)).epoch(0))
+    assert equal(list(stream(Noisy(11), num_workers=2, multiprocessing_context="fork").epoch(0)), whole)
 
 
 def test_a_parcel_says_where_it_comes_from() -> None:

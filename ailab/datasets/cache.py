@@ -25,7 +25,8 @@ from torch import Tensor
 # Magic, size and time of change of the source, channels, height, width, order of the memory, checksum; 64 bytes.
 _HEAD = struct.Struct("<8sQQIIIIQ16x")
 _MAGIC = b"ailab 2\n"
-_SPARE = 0.1  # of the file system that is left free
+_SPARE, _LEAST = 0.1, 256 << 20  # of the file system, and bytes, that are left free: batches of workers lie in memory too
+_SMALL = 1 << 30  # bytes of memory for files that are hardly worth a cache
 _MAPPED = 1 << 15  # entries that a process keeps mapped; Linux allows it 65,530 maps in all
 SHARED = Path("/dev/shm")  # memory that looks like files
 
@@ -99,7 +100,7 @@ class Cache:
             if os.stat(self.folder, follow_symlinks=False).st_uid != os.getuid():
                 return
             room = os.statvfs(self.folder)
-            if room.f_bavail * room.f_frsize - len(rows) < _SPARE * room.f_blocks * room.f_frsize:
+            if room.f_bavail * room.f_frsize - len(rows) < max(_SPARE * room.f_blocks * room.f_frsize, _LEAST):
                 return
             place.parent.mkdir(mode=0o700, exist_ok=True)
             partial.write_bytes(head + rows)
@@ -159,6 +160,21 @@ def _checksum(about_it: Iterable[Any], content: Any) -> int:
     blocks = content[:whole].view(np.uint64).reshape(-1, 512).sum(1)
     places = 2 * np.arange(len(blocks), dtype=np.uint64) + np.uint64(1)  # odd: no change of a block is lost
     return int((blocks * places).sum()) ^ zlib.crc32(content[whole:], zlib.crc32(_HEAD.pack(*about_it, 0)))
+
+
+def little_memory(kind: str | None) -> str | None:
+    """What to tell about a "ram" cache that has hardly a place, as in a container that nobody gave one; None if all is well."""
+    try:
+        about = os.statvfs(SHARED) if kind == "ram" else None
+    except OSError:
+        return f"data.cache='ram' keeps pictures in {SHARED}, and there is none here: nothing is kept. data.cache='disk' would."
+    if about is None or about.f_blocks * about.f_frsize >= _SMALL:
+        return None
+    held = about.f_blocks * about.f_frsize >> 20
+    return (
+        f"data.cache='ram' keeps pictures in {SHARED}, which holds {held} MiB: few or none will be kept.\n"
+        "  A container is given more by --shm-size=16g, say; or use data.cache='disk'."
+    )
 
 
 def run_cache(kind: str | None, work_dir: Path) -> Cache | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ class Parcel:
     """What goes through the queue for a batch."""
 
     process: int
-    number: int  # of the memory, among those of the process
-    memory: Tensor | None  # until the host has it
+    number: int  # of the memory, among those of the process; -1: it is not shared, and goes through the pipe itself
+    memory: Any  # Tensor until the host has it, then None; an array where it is not shared
     batch: Batch  # None at the leaves that are in the memory
     layouts: dict[int, Layout]  # by number of the leaf
 
@@ -100,15 +100,20 @@ class Outbox:
                 there.copy_(leaves[i].detach())
             leaves[i] = None
         memory[_FULL] = 1
-        return Parcel(os.getpid(), number, None if memory[_KNOWN] else memory, tree.unflatten(batch, leaves), layouts)
+        goes = memory.numpy() if number < 0 else None if memory[_KNOWN] else memory
+        return Parcel(os.getpid(), number, goes, tree.unflatten(batch, leaves), layouts)
 
     def _free(self, nbytes: int) -> tuple[int, Tensor]:
-        """A memory that is free and large enough, and its number."""
+        """A memory that is free and large enough, and its number; one of this process alone, -1, where none can be shared."""
         free = [i for i, memory in enumerate(self._memories) if not memory[_FULL]]
         for i in free:
             if self._memories[i].numel() >= nbytes:
                 return i, self._memories[i]
-        new = torch.zeros(-(-nbytes * 9 // (8 * _STEP)) * _STEP, dtype=torch.uint8).share_memory_()
+        new = torch.zeros(-(-nbytes * 9 // (8 * _STEP)) * _STEP, dtype=torch.uint8)
+        try:
+            new.share_memory_()
+        except RuntimeError:  # /dev/shm is full; a container may have as little as 64 MB of it
+            return -1, new
         if free:
             self._memories[free[0]] = new  # in the place of a smaller one
             return free[0], new
@@ -130,9 +135,9 @@ class Inbox:
     def open(self, parcel: Parcel) -> Batch:
         """The batch in memory of its own."""
         key = (parcel.process, parcel.number)
-        if parcel.memory is not None:
+        if parcel.number >= 0 and parcel.memory is not None:
             self._memories[key] = parcel.memory
-        memory = self._memories[key]
+        memory = self._memories[key] if parcel.number >= 0 else torch.from_numpy(parcel.memory)
         leaves = tree.leaves(parcel.batch)
         for i, leaf in enumerate(leaves):
             if i in parcel.layouts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
@@ -97,6 +98,8 @@ class Workers:
                 return
             lost.append(loaded)
             self._end(source)
+            del source, inbox
+            gc.collect()  # else new workers inherit the old iterator, find it, and complain of processes that are not theirs
             place = f"{self.name}: {loaded}, at or after step {start} of epoch {epoch}"
             if len(lost) > _REPLACED:
                 ids = self.order.indices(epoch, start).tolist()[:8]
