@@ -22,7 +22,7 @@ from ailab import check, config, dist, facts, launcher, tree
 from ailab.assemble import Job, assemble
 from ailab.bad_samples import BAD_SAMPLES, BadSampleLog
 from ailab.core.epoch import Interrupted
-from ailab.datasets.cache import little_memory, run_cache
+from ailab.datasets.cache import little_memory, memory_held
 from ailab.errors import AilabError, ConfigError, PeerError, Preempted
 from ailab.heap import keep_freed
 from ailab.hooks.log import METRICS, LoggerHook, ProgressHook, RecordHook, is_reserved
@@ -107,15 +107,14 @@ def _started(load: Callable[[], Mapping[str, Any]]) -> Generator[tuple[dict[str,
         assert full is not None
         warnings = [dist.start(full["dist"], device), little_memory(full["data"]["cache"])]
     try:
-        yield _resuming(full), device, [w for w in warnings if w]
+        with memory_held(full["data"]["cache"], Path(full["work_dir"])):
+            yield _resuming(full), device, [w for w in warnings if w]
     except BaseException as e:
         if (board := dist.board()) is not None and not isinstance(e, (PeerError, Preempted)):
             board.fail(e)
         raise
     finally:
         dist.stop()
-        if full["data"]["cache"] == "ram" and (cache := run_cache("ram", Path(full["work_dir"]))):
-            cache.clear()  # a process that is not done yet decodes again what it misses
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -19,7 +21,7 @@ from test_stream import equal, stream
 
 from ailab.datasets import ClassificationImageDataset, image, read_image
 from ailab.datasets.bad import BadFile
-from ailab.datasets.cache import SHARED, Cache, little_memory, run_cache
+from ailab.datasets.cache import SHARED, Cache, little_memory, memory_held, run_cache
 from ailab.datasets.image import Reading, reading
 
 
@@ -192,6 +194,27 @@ def test_only_memory_is_lent_and_only_so_much_of_it(tmp_path: Path, monkeypatch:
         assert (len(disk._maps), len(ram._maps)) == (0, 2)
     finally:
         ram.clear()
+
+
+def test_what_a_killed_run_left_in_memory_is_swept_by_the_next(tmp_path: Path) -> None:
+    """Not that of a run that lives, nor what is no cache of a run; a run's own goes with it."""
+    mine, other, killed = (run_cache("ram", tmp_path / name) for name in ("mine", "other", "killed"))
+    assert mine and other and killed
+    path = picture(tmp_path / "x")
+    code = f"from pathlib import Path; from ailab.datasets.cache import memory_held\n" \
+           f"with memory_held('ram', Path({str(tmp_path / 'killed')!r})): print('held', flush=True); input()"  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stdout.readline() == "held\n"
+        with memory_held("ram", tmp_path / "other"):
+            _ = [read(cache, path) for cache in (mine, other, killed)]
+            with memory_held("ram", tmp_path / "mine"):
+                assert all(not read(cache, path)[1] for cache in (mine, other, killed))
+            assert not mine.folder.exists()
+            run.kill()
+            run.wait()
+            with memory_held("ram", tmp_path / "mine"), memory_held("disk", tmp_path / "disk"):
+                assert (mine.folder.exists(), other.folder.exists(), killed.folder.exists()) == (True, True, False)
+    assert not mine.folder.exists() and not other.folder.exists()
 
 
 @pytest.mark.parametrize("crop", [{}, {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}])

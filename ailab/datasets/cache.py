@@ -7,13 +7,15 @@ had, and its own checksum fits. There is no index, and so nothing to lock, to lo
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from torch import Tensor
 _HEAD = struct.Struct("<8sQQIIIIQ16x")
 _MAGIC = b"ailab 2\n"
 _SPARE, _LEAST = 0.1, 256 << 20  # of the file system, and bytes, that are left free: batches of workers lie in memory too
+_LOCK = "lock"  # in the folder of a run
 _SMALL = 1 << 30  # bytes of memory for files that are hardly worth a cache
 _MAPPED = 1 << 15  # entries that a process keeps mapped; Linux allows it 65,530 maps in all
 SHARED = Path("/dev/shm")  # memory that looks like files
@@ -175,6 +178,50 @@ def little_memory(kind: str | None) -> str | None:
         f"data.cache='ram' keeps pictures in {SHARED}, which holds {held} MiB: few or none will be kept.\n"
         "  A container is given more by --shm-size=16g, say; or use data.cache='disk'."
     )
+
+
+@contextmanager
+def memory_held(kind: str | None, work_dir: Path) -> Generator[None]:
+    """For as long as a run is: its "ram" cache is its own, and is gone after it, as are those of runs that were killed.
+
+    A process that is not done yet decodes again what it misses.
+    """
+    cache = run_cache(kind, work_dir) if kind == "ram" else None
+    if cache is None or not SHARED.is_dir():
+        yield
+        return
+    for other in SHARED.glob(f"ailab-{os.getuid()}-*"):
+        if other != cache.folder and (lock := _locked(other, fcntl.LOCK_EX, make=False)) is not None:
+            shutil.rmtree(other, ignore_errors=True)
+            os.close(lock)
+    lock = _locked(cache.folder, fcntl.LOCK_SH, make=True)
+    try:
+        yield
+    finally:
+        cache.clear()
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(folder: Path, how: int, make: bool) -> int | None:
+    """The descriptor of a folder's lock, which a process and the workers that it forks hold until they are gone; None: no lock.
+
+    `flock` takes it from a killed process.
+    """
+    try:
+        if make:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.stat(folder, follow_symlinks=False).st_uid != os.getuid():
+            return None
+        file = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if make else 0), 0o600)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, how | (0 if make else fcntl.LOCK_NB))
+    except OSError:
+        os.close(file)
+        return None
+    return file
 
 
 def run_cache(kind: str | None, work_dir: Path) -> Cache | None:
