@@ -31,7 +31,7 @@ def _lone(step: Any) -> Step:
 
     if crops_bytes(step):
         return _Crop(step)
-    return partial(_mirrored, step.p) if type(step) is v2.RandomHorizontalFlip else step
+    return partial(_mirrored, step) if type(step) is v2.RandomHorizontalFlip else step
 
 
 def crops_bytes(step: Any) -> bool:
@@ -51,35 +51,33 @@ class _Crop:
     """
 
     def __init__(self, step: Any):
-        self.step = step
-        self.size: tuple[int, int] = (step.size[0], step.size[1])
-        self.scale, self.ratio = step.scale, step.ratio
-        low, high = torch.log(torch.tensor(step.ratio)).tolist()  # in float32, as torchvision does
+        self.step = step  # asked each time: a curriculum may change its scale
+        low, high = torch.log(torch.tensor(step.ratio)).tolist()  # once and in float32, as torchvision does
         self.logs: tuple[float, float] = (low, high)
 
     def __call__(self, picture: Tensor) -> Tensor:
         if picture.dtype != torch.uint8 or picture.shape[0] != 3:
             return self.step(picture)
         top, left, h, w = self.drawn(picture.shape[-2], picture.shape[-1])
-        return pixels_resized(picture[:, top : top + h, left : left + w], self.size)
+        return pixels_resized(picture[:, top : top + h, left : left + w], (self.step.size[0], self.step.size[1]))
 
     def drawn(self, height: int, width: int) -> tuple[int, int, int, int]:
         """(top, left, height, width) of a crop."""
         one = torch.empty(1)
         for _ in range(10):
-            area = height * width * one.uniform_(*self.scale).item()
+            area = height * width * one.uniform_(*self.step.scale).item()
             ratio = one.uniform_(*self.logs).exp_().item()
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 top, left = (int(torch.randint(most + 1, (1,)).item()) for most in (height - h, width - w))
                 return top, left, h, w
-        w, h = width, height
-        if width / height < min(self.ratio):
-            h = round(w / min(self.ratio))
-        elif width / height > max(self.ratio):
-            w = round(h * max(self.ratio))
+        w, h, low, high = width, height, min(self.step.ratio), max(self.step.ratio)
+        if width / height < low:
+            h = round(w / low)
+        elif width / height > high:
+            w = round(h * high)
         return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _mirrored(p: float, picture: Tensor) -> Tensor:
-    return picture.flip(-1) if torch.rand(1).item() < p else picture
+def _mirrored(step: Any, picture: Tensor) -> Tensor:
+    return picture.flip(-1) if torch.rand(1).item() < step.p else picture
