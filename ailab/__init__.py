@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ailab.checkpoint import get_target_module_state as get_target_module_state
-    from ailab.checkpoint import remove_module_prefix as remove_module_prefix
     from ailab.fit import ailab_train as ailab_train
     from ailab.stack import Middleware as Middleware
     from ailab.types import Mean as Mean
     from ailab.types import TrainState as TrainState
+    from ailab.workdir.checkpoint import get_target_module_state as get_target_module_state
+    from ailab.workdir.checkpoint import remove_module_prefix as remove_module_prefix
 
 # Looked up on first use, so that `import ailab` costs nothing.
 _HOMES = {
@@ -16,8 +16,8 @@ _HOMES = {
     "Middleware": "ailab.stack",
     "TrainState": "ailab.types",
     "ailab_train": "ailab.fit",
-    "get_target_module_state": "ailab.checkpoint",
-    "remove_module_prefix": "ailab.checkpoint",
+    "get_target_module_state": "ailab.workdir.checkpoint",
+    "remove_module_prefix": "ailab.workdir.checkpoint",
 }
 
 

@@ -14,17 +14,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ailab import check, config, tree
+from ailab import tree
 from ailab.binding import wrap_sample
-from ailab.build import build_dataset, reading_of
+from ailab.config import check
+from ailab.config.load import load as load_cfg
 from ailab.datasets import Stream
-from ailab.datasets.bad import Bad
-from ailab.datasets.order import Plan
+from ailab.datasets.stream.bad import Bad
+from ailab.datasets.stream.order import Plan
 from ailab.errors import AilabError, ConfigError
-from ailab.hooks.augment import AugmentHook
+from ailab.hooks.loss.augment import AugmentHook
+from ailab.job.build import build_dataset, reading_of
+from ailab.pictures.contact_sheet import Look, class_name, sheet
 from ailab.registry import TRANSFORMS
 from ailab.rng import mix
-from ailab.sheet import Look, class_name, sheet
 from ailab.types import WEIGHT
 
 _READ = 16  # samples at a time
@@ -230,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", type=int, default=24, help="samples on the sheet")
     args = parser.parse_intermixed_args(argv)
     try:
-        cfg = config.load(args.cfg, args.overrides)
+        cfg = load_cfg(args.cfg, args.overrides)
         print(run(cfg, args.split, args.out or Path(f"{args.split}.png"), args.samples, args.show))
     except AilabError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)

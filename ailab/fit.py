@@ -18,18 +18,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ailab import check, config, dist, facts, launcher, tree
-from ailab.assemble import Job, assemble
-from ailab.bad_samples import BAD_SAMPLES, BadSampleLog
+from ailab import dist, tree
+from ailab.config import check
+from ailab.config.load import load as load_cfg
 from ailab.core.epoch import Interrupted
-from ailab.datasets.cache import little_memory, memory_held
+from ailab.datasets.files.cache import little_memory, memory_held
+from ailab.dist import fingerprint, launcher
 from ailab.errors import AilabError, ConfigError, PeerError, Preempted
 from ailab.heap import keep_freed
-from ailab.hooks.log import METRICS, LoggerHook, ProgressHook, RecordHook, is_reserved
-from ailab.show import picture
+from ailab.hooks.observe.log import METRICS, LoggerHook, ProgressHook, RecordHook, is_reserved
+from ailab.job.assemble import Job, assemble
+from ailab.job.show import picture
 from ailab.signature import name_of
 from ailab.types import RunInfo, TrainState
-from ailab.workdir import lock
+from ailab.workdir.bad_samples import BAD_SAMPLES, BadSampleLog
+from ailab.workdir.folder import lock
 
 _HEAR_RANK_0_S = 1.0  # how long the other ranks leave it to rank 0 to tell of a peer that is gone
 _KEPT = 1 << 30  # bytes of freed memory that the process holds on to
@@ -103,7 +106,7 @@ def _started(load: Callable[[], Mapping[str, Any]]) -> Generator[tuple[dict[str,
             problem = e
         settings: Mapping[str, Any] = full["dist"] if full else {}
         dist.meet(settings.get("init_method", "env://"), float(settings.get("timeout_s", 600)))
-        dist.compare(facts.of_cfg(full) if full and dist.launched() else {}, problem)
+        dist.compare(fingerprint.of_cfg(full) if full and dist.launched() else {}, problem)
         assert full is not None
         warnings = [dist.start(full["dist"], device), little_memory(full["data"]["cache"])]
     try:
@@ -327,12 +330,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     try:
         if args.show or args.dry_run:
-            cfg = config.load(args.cfg, args.overrides)
+            cfg = load_cfg(args.cfg, args.overrides)
             text = show(cfg) if args.show else dry_run(cfg)
             if int(os.environ.get("RANK", "0")) == 0:
                 print(text)
         else:
-            _fit(lambda: config.load(args.cfg, args.overrides))
+            _fit(lambda: load_cfg(args.cfg, args.overrides))
     except AilabError as e:
         if args.debug:
             raise

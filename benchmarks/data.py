@@ -31,12 +31,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ailab import check
-from ailab.assemble import assemble
-from ailab.config import load
+from ailab.config import check
+from ailab.config.load import load
 from ailab.datasets import BatchNormalize, ClassificationImageDataset, Stream
-from ailab.datasets.cache import Cache
+from ailab.datasets.files.cache import Cache
 from ailab.heap import keep_freed
+from ailab.job.assemble import assemble
 from ailab.stack import Middleware
 
 ROOT = Path(__file__).parents[1]
@@ -170,7 +170,7 @@ def compare(name: str, pipelines: dict[str, Callable[[], Iterable[Any]]], count:
 
 def fashion_mnist(folder: Path) -> str:
     """Where Fashion-MNIST is; else files of its sizes and no meaning, which cost as much to read."""
-    from ailab.datasets.fashion_mnist import DEBIAN, ENVIRONMENT
+    from ailab.datasets.ready.fashion_mnist import DEBIAN, ENVIRONMENT
 
     found = os.environ.get(ENVIRONMENT) or (str(DEBIAN) if DEBIAN.is_dir() else "")
     if found:

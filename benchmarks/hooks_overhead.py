@@ -30,11 +30,12 @@ from typing import Any
 import torch
 from step_overhead import cpu_name
 
-from ailab import check, config
-from ailab.assemble import Job, assemble
+from ailab.config import check
+from ailab.config.load import load as load_cfg
 from ailab.core.epoch import TOTALS
 from ailab.heap import keep_freed
-from ailab.hooks.log import RecordHook
+from ailab.hooks.observe.log import RecordHook
+from ailab.job.assemble import Job, assemble
 from ailab.stack import Middleware
 from ailab.types import Epoch
 
@@ -57,7 +58,7 @@ def record(*, run: Any) -> list[Middleware[Any]]:
 
 def job(hooks: dict[str, Any], around: Callable[[Epoch], Epoch], epochs: int, folder: Path) -> Job:
     """The default job with these hooks and `around` outside of them all."""
-    cfg = config.load(str(ROOT / "cfgs" / "exp.py"), [])
+    cfg = load_cfg(str(ROOT / "cfgs" / "exp.py"), [])
     cfg = {**cfg, "work_dir": str(folder), "total_epochs": epochs, "compile": False}
     recipe = {n: cfg["hooks"][n] for n in RECIPE}
     cfg["hooks"] = {**recipe, **hooks, "turns": dict(type=lambda: Middleware("turns", around, "epoch"))}
@@ -114,7 +115,7 @@ def row(took: dict[str, dict[bool, list[float]]]) -> dict[str, Any]:
 
 def variants() -> dict[str, dict[str, Any]]:
     """Name and added hooks."""
-    given = config.load(str(ROOT / "cfgs" / "exp.py"), [])["hooks"]
+    given = load_cfg(str(ROOT / "cfgs" / "exp.py"), [])["hooks"]
     own = {n: h for n, h in given.items() if n not in (*RECIPE, "wandb")}
     always = {"record": dict(type=record)}
     alone = {n: {n: h} for n, h in {**always, **own, **MORE}.items() if n != "resume"}  # which is done before the first epoch

@@ -23,9 +23,9 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from ailab import check
-from ailab.assemble import assemble
-from ailab.hooks.log import LoggerHook, RecordHook
+from ailab.config import check
+from ailab.hooks.observe.log import LoggerHook, RecordHook
+from ailab.job.assemble import assemble
 from ailab.stack import Middleware
 
 

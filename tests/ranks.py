@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ailab import check, dist, tree
-from ailab.assemble import Job, assemble
+from ailab import dist, tree
 from ailab.compile import graphs_compiled
+from ailab.config import check
 from ailab.core.epoch import Interrupted
 from ailab.errors import AilabError
 from ailab.fit import main
+from ailab.job.assemble import Job, assemble
 from ailab.metrics import LabBaseMetric
 from ailab.stack import Middleware
 from ailab.types import WEIGHT, RunInfo, TrainState

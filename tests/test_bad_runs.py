@@ -10,7 +10,7 @@ import pytest
 import torch
 from pictures import damage, encoded, photo
 
-from ailab.datasets.cache import SHARED, run_cache
+from ailab.datasets.files.cache import SHARED, run_cache
 from ailab.fit import main
 
 CFG = """

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ailab import check, config
-from ailab.assemble import assemble
+from ailab.config import check
+from ailab.config.load import load as load_cfg
 from ailab.datasets import fashion_mnist
 from ailab.errors import DataError
 from ailab.fit import dry_run, fit
+from ailab.job.assemble import assemble
 from ailab.stack import Middleware
 
 CFGS = sorted((Path(__file__).parents[1] / "cfgs").glob("**/*.py"))
@@ -48,7 +49,7 @@ def test_it_runs_one_shrunk_step_of_each_phase(file: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     before = {p.name for p in tmp_path.iterdir()}
-    cfg = config.load(file)
+    cfg = load_cfg(file)
     try:
         text = dry_run(cfg)
     except DataError as absent:
@@ -70,7 +71,7 @@ def test_the_main_cfg_compiled_is_the_eager_one(tmp_path: Path) -> None:
         work_dir = tmp_path / str(compiled)
         over = [f"work_dir={work_dir}", "total_epochs=2", f"compile={compiled}", "workflow=[{'phase':'train'}]"]
         off = [f"hooks.{name}.enable=False" for name in ("checkpoint", "resume", "augment")]
-        fit(config.load(CFGS[0].parent / "exp.py", [*over, *off]))
+        fit(load_cfg(CFGS[0].parent / "exp.py", [*over, *off]))
         rows = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
         losses[compiled] = [row["loss"] for row in rows if row["final"]]
     assert len(losses[True]) == 2
@@ -98,7 +99,7 @@ def test_an_epoch_leaves_no_tensor_to_the_garbage_collector(tmp_path: Path) -> N
 
         return counted
 
-    cfg = config.load(CFGS[0].parent / "exp.py", [f"work_dir={tmp_path}", "total_epochs=2", "compile=False"])
+    cfg = load_cfg(CFGS[0].parent / "exp.py", [f"work_dir={tmp_path}", "total_epochs=2", "compile=False"])
     check.check(cfg)
     job = assemble(
         check.complete(cfg),

@@ -14,9 +14,9 @@ import torch
 from pictures import damage, encoded, photo
 from PIL import Image
 
-from ailab.check import complete
+from ailab.config.check import complete
 from ailab.data import described, look_at, main
-from ailab.sheet import Look, colour, corners, sheet
+from ailab.pictures.contact_sheet import Look, colour, corners, sheet
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from ailab.errors import ConfigError
 from ailab.fit import fit, main
-from ailab.hooks.scalars import Report
+from ailab.hooks.observe.scalars import Report
 
 ROOT = TESTS.parent
 Cap = pytest.CaptureFixture[str]

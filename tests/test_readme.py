@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from files import picture
 
-from ailab import config
+from ailab.config.load import load as load_cfg
 from ailab.fit import fit
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
@@ -22,7 +22,7 @@ def written(text: str, folder: Path, name: str) -> Path:
 
 def test_the_cfg_trains(tmp_path: Path) -> None:
     """The README's cfg file runs, and its net tells the moons apart."""
-    cfg = config.load(written(CFG, tmp_path, "readme_cfg"), [f"work_dir={tmp_path / 'run'}"])
+    cfg = load_cfg(written(CFG, tmp_path, "readme_cfg"), [f"work_dir={tmp_path / 'run'}"])
     result = fit(cfg)
     assert result.metrics["val_top1"] > 0.97
     assert result.state.at == 5 * 40
@@ -56,9 +56,7 @@ cfg["hooks"] = dict(noise=dict(type="GradNoiseHook", std=0.01), clamp=dict(type=
                     beat=dict(type="HeartbeatHook", every=10))
 """
     mine = CFG.replace("Moons", "OtherMoons").replace("Net", "OtherNet")  # a registry has one component of a name
-    cfg = config.load(
-        written(mine + HOOKS + extra, tmp_path, "readme_hooks"), [f"work_dir={tmp_path / 'run'}", "total_epochs=1"]
-    )
+    cfg = load_cfg(written(mine + HOOKS + extra, tmp_path, "readme_hooks"), [f"work_dir={tmp_path / 'run'}", "total_epochs=1"])
     result = fit(cfg)
     assert all((p.abs() <= 0.05).all() for p in result.state.params.values())
     assert (tmp_path / "run" / "heartbeat").exists()

@@ -248,7 +248,7 @@ def test_none_fits_where_it_is_the_default():
 def test_the_registry_imports_nothing_heavy():
     """Importing and checking do not import torchvision, pandas, tensorboard or wandb."""
     code = (
-        "import sys; from ailab.check import check; from ailab.registry import *; "
+        "import sys; from ailab.config.check import check; from ailab.registry import *; "
         "OPTIMIZERS.get('SGD'); LOSSES.get('MSELoss'); DATASETS.names(); MODELS.names(); "
         "print([m for m in ('torchvision', 'pandas', 'tensorboard', 'wandb') if m in sys.modules])"
     )

@@ -16,7 +16,7 @@ from ailab.errors import ConfigError
 from ailab.types import LOSS_SCALE, Aux, Batch, Buffers, Grad, Loss, Params, TrainState
 
 # torch.autograd.grad traced by Dynamo is right for custom autograd.Functions and custom operators on every supported version;
-# torch.func.grad inside torch.compile is not on 2.11 and 2.13 (it can skip a custom backward). See tests/test_grad.py.
+# torch.func.grad inside torch.compile is not on 2.11 and 2.13 (it can skip a custom backward). See tests/core/test_grad.py.
 _REQUIRES_GRAD_TRACES = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 14)
 _ROOM = 16  # numbers: gradients that lie behind the message in a bucket keep their alignment, which is worth 2 % of a step
 _ANCHOR = torch.zeros((), requires_grad=True)

@@ -1,27 +1,10 @@
 """Datasets and batch transforms by name, and the stream that makes batches of them."""
 
-from ailab.datasets.audio import read_audio
-from ailab.datasets.augment import (
-    BatchAffine,
-    BatchCrop,
-    BatchErase,
-    BatchFlip,
-    BatchJitter,
-    BatchNormalize,
-    BatchResizedCrop,
-    BatchShift,
-)
 from ailab.datasets.base import LabBaseDataset
-from ailab.datasets.coco import CocoAnnotationDataset
-from ailab.datasets.collate import MultiScaleCollate, PadCollate, SegmentationCollate
-from ailab.datasets.digits import Digits
-from ailab.datasets.fashion_mnist import FashionMNIST
-from ailab.datasets.file_annotation import FileAnnotationDataset
-from ailab.datasets.folder import FolderPerClassDataset
-from ailab.datasets.geometry import KeypointFlip, LetterBox, Mosaic
-from ailab.datasets.image import BadFile, read_image
-from ailab.datasets.listed import ListDataset, StreamDataset
-from ailab.datasets.pipeline import build_transform
+from ailab.datasets.files.audio import read_audio
+from ailab.datasets.files.image import BadFile, read_image
+from ailab.datasets.files.video import read_frames
+from ailab.datasets.files.vocabulary import ByteVocabulary, CharVocabulary
 from ailab.datasets.ready import (
     AudioClassificationDataset,
     ClassificationImageDataset,
@@ -36,9 +19,17 @@ from ailab.datasets.ready import (
     WindowedTimeSeries,
     WrappedDataset,
 )
-from ailab.datasets.sampling import ClassBalancedSampler, CurriculumSampler, LengthSampler, WeightedSampler
-from ailab.datasets.stream import Stream
-from ailab.datasets.table import TableAnnotationDataset, TableDataset
+from ailab.datasets.ready.digits import Digits
+from ailab.datasets.ready.fashion_mnist import FashionMNIST
+from ailab.datasets.storages.coco import CocoAnnotationDataset
+from ailab.datasets.storages.file_annotation import FileAnnotationDataset
+from ailab.datasets.storages.folder import FolderPerClassDataset
+from ailab.datasets.storages.sequence import ListDataset, StreamDataset
+from ailab.datasets.storages.table import TableAnnotationDataset, TableDataset
+from ailab.datasets.storages.voc import VocAnnotationDataset
+from ailab.datasets.stream.collate import MultiScaleCollate, PadCollate, SegmentationCollate
+from ailab.datasets.stream.sampling import ClassBalancedSampler, CurriculumSampler, LengthSampler, WeightedSampler
+from ailab.datasets.stream.stream import Stream
 from ailab.datasets.tasks import (
     AudioClassificationTask,
     ClassificationTask,
@@ -57,9 +48,18 @@ from ailab.datasets.tasks import (
     VideoClassificationTask,
     read_label_map,
 )
-from ailab.datasets.video import read_frames
-from ailab.datasets.voc import VocAnnotationDataset
-from ailab.datasets.vocabulary import ByteVocabulary, CharVocabulary
+from ailab.datasets.transforms.augment import (
+    BatchAffine,
+    BatchCrop,
+    BatchErase,
+    BatchFlip,
+    BatchJitter,
+    BatchNormalize,
+    BatchResizedCrop,
+    BatchShift,
+)
+from ailab.datasets.transforms.geometry import KeypointFlip, LetterBox, Mosaic
+from ailab.datasets.transforms.pipeline import build_transform
 
 __all__ = [
     "AudioClassificationDataset",

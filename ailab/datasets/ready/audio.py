@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ailab.datasets.audio import SOUNDS, check_reader, read_audio, sound_info
-from ailab.datasets.folder import FolderPerClassDataset
-from ailab.datasets.listed import ListDataset
-from ailab.datasets.packed import Packed
-from ailab.datasets.pipeline import TransformSpec, build_transform
+from ailab.datasets.files.audio import SOUNDS, check_reader, read_audio, sound_info
 from ailab.datasets.ready.image_classification import labelled
+from ailab.datasets.storages.folder import FolderPerClassDataset
+from ailab.datasets.storages.sequence import ListDataset
+from ailab.datasets.storages.shared_list import Packed
 from ailab.datasets.tasks import AudioClassificationTask
+from ailab.datasets.transforms.pipeline import TransformSpec, build_transform
 from ailab.registry import DATASETS
 from ailab.signature import check_choice
 

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ailab.datasets.boxes import BoxFormat, BoxPolicy, are_numbers, box_tensor
-from ailab.datasets.coco import CocoAnnotationDataset
-from ailab.datasets.image import read_image
-from ailab.datasets.pipeline import Sample, TransformSpec, build_transform
-from ailab.datasets.rle import check_segmentation, decoded
+from ailab.datasets.files.boxes import BoxFormat, BoxPolicy, are_numbers, box_tensor
+from ailab.datasets.files.image import read_image
+from ailab.datasets.files.rle import check_segmentation, decoded
+from ailab.datasets.storages.coco import CocoAnnotationDataset
 from ailab.datasets.tasks.objects import ObjectsTask
+from ailab.datasets.transforms.pipeline import Sample, TransformSpec, build_transform
 from ailab.errors import DataError
 from ailab.registry import DATASETS
 from ailab.signature import check_choice, listed

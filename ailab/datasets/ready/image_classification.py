@@ -10,15 +10,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ailab.datasets.folder import FolderPerClassDataset
-from ailab.datasets.image import read_image
-from ailab.datasets.listed import ListDataset
-from ailab.datasets.packed import Packed
-from ailab.datasets.paths import inside
-from ailab.datasets.pipeline import TransformSpec, build_transform
-from ailab.datasets.records import Records, lookup, read_records
+from ailab.datasets.files.image import read_image
+from ailab.datasets.storages.folder import FolderPerClassDataset
+from ailab.datasets.storages.paths import inside
+from ailab.datasets.storages.records import Records, lookup, read_records
+from ailab.datasets.storages.sequence import ListDataset
+from ailab.datasets.storages.shared_list import Packed
 from ailab.datasets.tasks import ClassificationTask
 from ailab.datasets.tasks.task import class_index
+from ailab.datasets.transforms.pipeline import TransformSpec, build_transform
 from ailab.errors import DataError
 from ailab.registry import DATASETS
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ailab.datasets.file_annotation import FileAnnotationDataset
-from ailab.datasets.image import read_image
-from ailab.datasets.packed import Packed
-from ailab.datasets.pipeline import Sample, TransformSpec, build_transform
-from ailab.datasets.records import lookup
+from ailab.datasets.files.image import read_image
+from ailab.datasets.storages.file_annotation import FileAnnotationDataset
+from ailab.datasets.storages.records import lookup
+from ailab.datasets.storages.shared_list import Packed
 from ailab.datasets.tasks.task import Task
+from ailab.datasets.transforms.pipeline import Sample, TransformSpec, build_transform
 from ailab.errors import ConfigError
 from ailab.registry import DATASETS
 

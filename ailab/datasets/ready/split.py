@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ailab.datasets.base import LabBaseDataset
-from ailab.datasets.digits import held_out
+from ailab.datasets.ready.digits import held_out
 from ailab.errors import DataError
 from ailab.registry import DATASETS
 from ailab.signature import CheckedBy, check_choice

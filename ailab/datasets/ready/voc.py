@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ailab.datasets.boxes import BoxFormat, BoxPolicy, box_tensor
-from ailab.datasets.file_annotation import FileAnnotationDataset
-from ailab.datasets.image import read_image
-from ailab.datasets.pipeline import TransformSpec, build_transform
+from ailab.datasets.files.boxes import BoxFormat, BoxPolicy, box_tensor
+from ailab.datasets.files.image import read_image
+from ailab.datasets.storages.file_annotation import FileAnnotationDataset
+from ailab.datasets.storages.voc import VocAnnotationDataset
 from ailab.datasets.tasks import DetectionTask, SegmentationTask, read_label_map
-from ailab.datasets.voc import VocAnnotationDataset
+from ailab.datasets.transforms.pipeline import TransformSpec, build_transform
 from ailab.registry import DATASETS
 from ailab.signature import check_choice
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ailab.datasets.base import LabBaseDataset
-from ailab.datasets.records import read_text
-from ailab.datasets.table import Column, TableDataset
-from ailab.datasets.vocabulary import ByteVocabulary, CharVocabulary
+from ailab.datasets.files.vocabulary import ByteVocabulary, CharVocabulary
+from ailab.datasets.storages.records import read_text
+from ailab.datasets.storages.table import Column, TableDataset
 from ailab.errors import DataError
 from ailab.registry import DATASETS
 from ailab.signature import check_choice

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ailab.binding import wrap_sample
-from ailab.datasets.listed import ListDataset
-from ailab.datasets.pipeline import Sample, TransformSpec, build_transform
 from ailab.datasets.ready.split import DatasetSpec
+from ailab.datasets.storages.sequence import ListDataset
 from ailab.datasets.tasks.task import Task, picture_tensor, tensor_of
+from ailab.datasets.transforms.pipeline import Sample, TransformSpec, build_transform
 from ailab.errors import DataError, nearest
 from ailab.registry import DATASETS
 from ailab.signature import listed

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from ailab.datasets.pipeline import Sample
 from ailab.datasets.tasks.task import Task, tensor_of
+from ailab.datasets.transforms.pipeline import Sample
 
 
 class GraphTask(Task):

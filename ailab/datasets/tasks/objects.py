@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ailab.datasets.boxes import BoxFormat, converted
-from ailab.datasets.pipeline import Sample
+from ailab.datasets.files.boxes import BoxFormat, converted
 from ailab.datasets.tasks.task import Task, class_index, tensor_of
+from ailab.datasets.transforms.pipeline import Sample
 
 _LEAST = 1.0  # pixels of each side of a box that a transform leaves of an object
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ailab.datasets.bad import BadFile
-from ailab.datasets.headers import PNG, check_png
-from ailab.datasets.pipeline import Sample
+from ailab.datasets.files.image_header import PNG, check_png
+from ailab.datasets.stream.bad import BadFile
 from ailab.datasets.tasks.task import Task, tensor_of
+from ailab.datasets.transforms.pipeline import Sample
 
 
 class SegmentationTask(Task):

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ailab.datasets.pipeline import Sample
+from ailab.datasets.files.vocabulary import ByteVocabulary, Vocabulary
 from ailab.datasets.tasks.task import Task, target_of, tensor_of
-from ailab.datasets.vocabulary import ByteVocabulary, Vocabulary
+from ailab.datasets.transforms.pipeline import Sample
 
 
 class VideoClassificationTask(Task):

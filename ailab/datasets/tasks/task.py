@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ailab.datasets.base import LabBaseDataset
-from ailab.datasets.pipeline import Pipeline, Sample, transformed
+from ailab.datasets.transforms.pipeline import Pipeline, Sample, transformed
 from ailab.errors import nearest
 from ailab.signature import listed
 

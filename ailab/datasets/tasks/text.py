@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ailab.datasets.pipeline import Sample
+from ailab.datasets.files.vocabulary import ByteVocabulary, Vocabulary
 from ailab.datasets.tasks.task import Task, target_of
-from ailab.datasets.vocabulary import ByteVocabulary, Vocabulary
+from ailab.datasets.transforms.pipeline import Sample
 
 
 class TextClassificationTask(Task):

@@ -1,0 +1,303 @@
+"""The keys of a cfg, their types and their defaults, written once; and the check of a whole cfg before anything is built."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from ailab.binding import OUTPUT_KEYS, bind, has_forward
+from ailab.config.load import copied
+from ailab.errors import ConfigError
+from ailab.registry import COLLATES, DATASETS, HOOKS, LOSSES, MODELS, OPTIMIZERS, SAMPLERS, Registry
+from ailab.signature import AtLeast, Parameters, check_arguments, name_of, parameters
+
+PHASES = ("train", "val", "test")
+Count = Annotated[int, AtLeast(0)]
+Positive = Annotated[int, AtLeast(1)]
+
+
+@dataclass
+class Dist:
+    """`cfg.dist`."""
+
+    backend: Literal["nccl", "gloo"] | None = None  # None: nccl on CUDA, gloo elsewhere
+    init_method: str = "env://"
+    sync: Literal["ddp", "graph"] = "ddp"
+    shard: Literal["zero1", "fsdp"] | None = None  # not served: see _SHARDS
+    timeout_s: Annotated[float, AtLeast(0)] = 600
+
+
+_SHARDS = {
+    "zero1": "every rank holds the whole TrainState, bit for bit the same, and rank 0 alone saves it; optimizer memory of a\n"
+    "  rank's own parameters would have to be gathered for each checkpoint and cut again at each resumption.",
+    "fsdp": "fully_shard makes DTensors of a module's own parameters and gathers them in hooks of its forward; here parameters\n"
+    "  are plain tensors of the TrainState, which a pure function is called with.",
+}
+
+
+@dataclass
+class Compile:
+    """`cfg.compile` as a dict; None leaves the choice to what is being compiled."""
+
+    cut: Literal["step", "grad", "loss"] | None = None
+    mode: str | None = None
+    donate: bool | None = None
+
+
+@dataclass
+class Loader:
+    """`cfg.data.<phase>_dataloader`; `batch_size` is that of the global batch, over all ranks."""
+
+    batch_size: Positive = 1
+    num_workers: Count = 0
+    pin_memory: bool | None = None  # None: on CUDA
+    persistent_workers: bool | None = None  # None: where there are workers
+    prefetch_factor: Positive | None = None
+    shuffle: bool | None = None  # None: in the train phase
+    drop_last: bool = False
+    sampler: dict[str, Any] | None = None  # in place of shuffle
+    timeout: Annotated[float, AtLeast(0)] = 300  # seconds that a batch may take a worker; 0: no limit
+    multiprocessing_context: Any = None
+    collate_fn: Any = None  # a name, dict(type=...) or a callable
+
+
+@dataclass
+class Data:
+    """`cfg.data`."""
+
+    train: dict[str, Any] | None = None
+    val: dict[str, Any] | None = None
+    test: dict[str, Any] | None = None
+    train_dataloader: dict[str, Any] = field(default_factory=dict[str, Any])
+    val_dataloader: dict[str, Any] = field(default_factory=dict[str, Any])
+    test_dataloader: dict[str, Any] = field(default_factory=dict[str, Any])
+    max_bad_frac: Annotated[float, AtLeast(0)] = 0.01  # of the samples of an epoch
+    truncated: Literal["skip", "fill"] = "skip"  # pictures that end early
+    nan_is_bad: bool = True  # a sample with a NaN in it
+    cache: Literal["ram", "disk"] | None = None  # of decoded pictures
+
+
+@dataclass
+class Phase:
+    """An entry of `cfg.workflow`, besides switches of hooks."""
+
+    phase: Literal["train", "val", "test"]
+    iters: Positive | None = None  # None: all batches
+
+
+@dataclass
+class Model:
+    """The keys of `cfg.model` that the constructor does not get."""
+
+    mapping: dict[str, str] = field(default_factory=dict[str, str])
+    output_keys: list[str] = field(default_factory=lambda: list(OUTPUT_KEYS))
+
+
+@dataclass
+class Criterion:
+    """The keys of `cfg.loss` that the constructor does not get."""
+
+    mapping: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass
+class Optimizer:
+    """The keys of `cfg.optimizer` that the constructor does not get."""
+
+    param_groups: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    freeze: list[str] = field(default_factory=list[str])  # patterns of parameter names
+
+
+@dataclass
+class Switch:
+    """The key of a hook's entry that its builder does not get, and all that a phase can say about a hook."""
+
+    enable: bool = True
+
+
+@dataclass
+class Cfg:
+    """The top level."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    seed: Count = 0
+    work_dir: str | Path = "./work_dir"
+    dist: dict[str, Any] = field(default_factory=dict[str, Any])
+    workflow: list[dict[str, Any]] | None = None  # None: train, then val, as far as `data` has them
+    total_epochs: Positive = 1  # of a workflow that trains; one that only evaluates runs once
+    loss: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+    hooks: dict[str, Any] | list[dict[str, Any]] = field(default_factory=dict[str, Any])
+    compile: Literal["auto"] | bool | dict[str, Any] = "auto"
+    resume_from: str | Path | None = None
+    resume_lr: Literal["keep", "initial"] | Annotated[float, AtLeast(0)] = "keep"
+
+
+def complete(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a checked cfg with every default filled in and `hooks` as a dict by name, in their order."""
+    full = _filled(Cfg, copied(dict(cfg)))
+    full["workflow"] = [_filled(Phase, p) for p in _workflow(full)]
+    full["dist"] = _filled(Dist, full["dist"])
+    full["data"] = _filled(Data, full["data"])
+    for phase in PHASES:
+        full["data"][f"{phase}_dataloader"] = _filled(Loader, full["data"][f"{phase}_dataloader"])
+    for key, section in (("model", Model), ("loss", Criterion), ("optimizer", Optimizer), ("compile", Compile)):
+        if isinstance(full[key], dict):
+            full[key] = _filled(section, full[key])
+    full["hooks"] = {name: _filled(Switch, entry) for name, _, entry in _hooks(full["hooks"])}
+    return full
+
+
+def _filled(section: type, given: dict[str, Any]) -> dict[str, Any]:
+    made = {f.name: f.default_factory() for f in dataclasses.fields(section) if f.default_factory is not dataclasses.MISSING}
+    plain = {f.name: f.default for f in dataclasses.fields(section) if f.default is not dataclasses.MISSING}
+    return {**plain, **made, **given}
+
+
+def check(cfg: Any) -> None:
+    """Find every mistake in a cfg that can be found without building anything.
+
+    Raises:
+        ConfigError: one that lists all problems: where each is, what came, the nearest name and what is on offer.
+    """
+    if not isinstance(cfg, Mapping):
+        raise ConfigError(f"cfg: expected a dict, got {type(cfg).__name__}.")
+    known = cast("Mapping[str, Any]", cfg)
+    problems = check_arguments(parameters(Cfg), known, "cfg", "a cfg")
+    problems += (
+        _section(Dist, known.get("dist"), "cfg.dist")
+        + _check_shard(known.get("dist"))
+        + _section(Compile, known.get("compile"), "cfg.compile")
+    )
+    problems += _check_data(known.get("data"))
+    problems += _component(MODELS, Model, known, "model") + _component(LOSSES, Criterion, known, "loss")
+    problems += _component(OPTIMIZERS, Optimizer, known, "optimizer", "params")
+    problems += _check_hooks(known.get("hooks")) + _check_workflow(known)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _check_shard(value: Any) -> list[str]:
+    shard = _dict(value).get("shard")
+    if shard not in _SHARDS:  # None, or reported where its type is checked
+        return []
+    return [
+        f"cfg.dist.shard is {shard!r}, which is not served: {_SHARDS[shard]}\n"
+        "  For memory: AMPHook, RematHook, GradAccumulateHook, or an optimizer with little of it (Adafactor, SGD)."
+    ]
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    """A dict of the cfg; what is none counts as empty, for it was reported where its key was read."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return list(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else []
+
+
+def _section(section: type, given: Any, path: str) -> list[str]:
+    """A dict of the cfg against the keys that it may have."""
+    return check_arguments(parameters(section), _dict(given), path, path) if isinstance(given, dict) else []
+
+
+def _check_data(value: Any) -> list[str]:
+    problems, data = _section(Data, value, "cfg.data"), _dict(value)
+    for phase in PHASES:
+        problems += _section(Loader, data.get(f"{phase}_dataloader"), f"cfg.data.{phase}_dataloader")
+        loader, path = _dict(data.get(f"{phase}_dataloader")), f"cfg.data.{phase}_dataloader"
+        if isinstance(collate := loader.get("collate_fn"), (str, dict)):
+            entry = {"type": collate} if isinstance(collate, str) else collate
+            problems += COLLATES.check(entry, f"{path}.collate_fn")
+        if loader.get("sampler") is not None:
+            problems += SAMPLERS.check(loader["sampler"], f"{path}.sampler")
+            if loader.get("shuffle") is not None:
+                problems.append(f"{path}.shuffle: a sampler says what comes when; leave shuffle out.")
+        if isinstance(data.get(phase), dict):
+            problems += DATASETS.check(data[phase], f"cfg.data.{phase}")
+    return problems
+
+
+def _component(registry: Registry, section: type, cfg: Mapping[str, Any], key: str, *injected: str) -> list[str]:
+    if not isinstance(cfg.get(key), dict):
+        return []
+    entry, path = _dict(cfg[key]), f"cfg.{key}"
+    problems = registry.check(entry, path, injected=injected, keys=parameters(section).types)
+    problems += _check_mapping(registry, entry, path)
+    names = [str(n) for n in _list(entry.get("output_keys"))] if section is Model else []
+    return problems + [f"{path}.output_keys: '{n}' is there twice." for n in dict.fromkeys(names) if names.count(n) > 1]
+
+
+def _check_mapping(registry: Registry, entry: dict[str, Any], path: str) -> list[str]:
+    """Whether `forward` has the parameters that `mapping` names, where that can be seen without building."""
+    mapping = _dict(entry.get("mapping"))
+    if not mapping or "type" not in entry:
+        return []
+    try:
+        built = registry.get(entry["type"])
+    except ConfigError:  # reported by registry.check
+        return []
+    return bind(built, mapping, path).check() if has_forward(built) else []
+
+
+def _hooks(hooks: Any) -> Iterator[tuple[str, str, Any]]:
+    """(name, path, entry) of each hook; a list names its entries by `name`, else by the type: "EMAHook" is "ema"."""
+    for name, entry in _dict(hooks).items():
+        yield str(name), f"cfg.hooks.{name}", entry
+    for i, entry in enumerate(_list(hooks)):
+        type_ = _dict(entry).get("type", str(i))
+        short = (type_ if isinstance(type_, str) else name_of(type_)).rpartition(".")[2].removesuffix("Hook").lower()
+        plain = {k: v for k, v in _dict(entry).items() if k != "name"} if isinstance(entry, dict) else entry
+        yield str(_dict(entry).get("name", short)), f"cfg.hooks.{i}", plain
+
+
+def _check_hooks(hooks: Any) -> list[str]:
+    problems: list[str] = []
+    seen: dict[str, str] = {}
+    for name, path, entry in _hooks(hooks):
+        problems += HOOKS.check(entry, path, injected=("run", "name"), keys=parameters(Switch).types)
+        if name in seen:
+            problems.append(f"{path}: the hook at {seen[name]} is called '{name}' too.\n  Give one of them another `name`.")
+        seen[name] = path
+    return problems
+
+
+def _workflow(cfg: Mapping[str, Any]) -> list[Any]:
+    if cfg.get("workflow") is not None:
+        return _list(cfg["workflow"])
+    data = _dict(cfg.get("data"))
+    return [{"phase": p} for p in ("train", "val") if data.get(p) is not None]
+
+
+def _check_workflow(cfg: Mapping[str, Any]) -> list[str]:
+    hooks = {name: dict[str, Any] for name, _, _ in _hooks(cfg.get("hooks"))}
+    keys = parameters(Phase).joined(Parameters(hooks, ()))
+    problems: list[str] = [] if _workflow(cfg) else ["cfg.workflow: there is no phase to run."]
+    for i, entry in enumerate(map(_dict, _workflow(cfg))):
+        path = f"cfg.workflow.{i}"
+        problems += check_arguments(keys, entry, path, "a phase")
+        for hook in hooks:
+            problems += _section(Switch, entry.get(hook), f"{path}.{hook}")
+        problems += _check_needs(entry.get("phase"), cfg, path)
+    phases = [p for p in (_dict(e).get("phase") for e in _workflow(cfg)) if p in PHASES]
+    return problems + [
+        f"cfg.workflow: the phase '{p}' is there {phases.count(p)} times.\n  An epoch runs a phase once; total_epochs repeats."
+        for p in dict.fromkeys(phases)
+        if phases.count(p) > 1
+    ]
+
+
+def _check_needs(phase: Any, cfg: Mapping[str, Any], path: str) -> list[str]:
+    """What a phase needs of the rest of the cfg."""
+    lacking: list[str] = []
+    if phase in PHASES and isinstance(cfg.get("data"), dict) and cfg["data"].get(phase) is None:
+        lacking.append(f"cfg.data.{phase}")
+    if phase == "train" and cfg.get("optimizer") is None:
+        lacking.append("cfg.optimizer")
+    if phase == "train" and cfg.get("loss") is None and "loss" not in _list(_dict(cfg.get("model")).get("output_keys")):
+        lacking.append("cfg.loss")
+    return [f"{path}: the phase '{phase}' needs {need}, which is not there." for need in lacking]

@@ -1,0 +1,1 @@
+"""Storages: where raw records come from. Inherit one beside a task."""

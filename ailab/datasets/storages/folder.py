@@ -1,0 +1,91 @@
+"""A storage of files in one folder per class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ailab.datasets.base import LabBaseDataset
+from ailab.datasets.storages.paths import PICTURES, listing
+from ailab.datasets.storages.shared_list import Packed
+from ailab.errors import DataError, nearest
+from ailab.signature import listed
+
+
+class FolderPerClassDataset(LabBaseDataset):
+    """The storage: its raw record is `(path, class index)`. Classes and files come sorted by name; sub-folders are searched.
+
+    Args:
+        root_dir: the folder of the folders.
+        classes: the names of the classes in the order of their indices, e.g. those of the train split; the folders, sorted, when
+            left out.
+        extensions: endings of the files, in lower case; any file with ().
+        folders: a sample is a folder in the class's folder (of frames, say), not a file.
+
+    Raises:
+        DataError: there is no such folder, no class, a class without a file, one that `classes` has not, or two whose names
+            differ in case alone, which are one folder on some machines.
+    """
+
+    def __init__(
+        self,
+        root_dir: str | Path,
+        classes: Sequence[str] | None = None,
+        *,
+        extensions: Sequence[str] = PICTURES,
+        folders: bool = False,
+    ):
+        self.root = Path(root_dir)
+        found = [e.name for e in listing(self.root, "a folder with one folder per class") if e.is_dir()]
+        self.classes = list(classes) if classes is not None else found
+        _check_classes(self.root, found, self.classes)
+        index = {name: i for i, name in enumerate(self.classes)}
+        found_files: list[tuple[str, int]] = []
+        for name in found:
+            paths = _sub_folders(self.root / name) if folders else _files(self.root / name, tuple(extensions))
+            if not paths:
+                kinds = "sub-folder" if folders else f"file ending in {listed(extensions)}" if extensions else "file"
+                raise DataError(f"{self.root / name}: the class has no {kinds}. Remove the folder, or say extensions=....")
+            found_files += [(path, index[name]) for path in paths]
+        self.samples: Sequence[Any] = Packed(found_files)
+        self.targets = torch.tensor([label for _, label in found_files])  # of all samples: (N,) int64
+
+    def _len(self) -> int:
+        return len(self.samples)
+
+    def _get_raw(self, index: int) -> Any:
+        path, label = self.samples[index]
+        return Path(path), label
+
+
+def _check_classes(root: Path, found: list[str], classes: list[str]) -> None:
+    if not found:
+        raise DataError(f"{root}: the split is empty: expected one folder per class, and there is no folder.")
+    lower: dict[str, str] = {}
+    for name in found:
+        if name.casefold() in lower:
+            raise DataError(
+                f"{root}: the classes {lower[name.casefold()]!r} and {name!r} differ in case alone; merge or rename."
+            )
+        lower[name.casefold()] = name
+    for name in found:
+        if name not in classes:
+            raise DataError(f"{root / name}: no known class.{nearest(name, classes)} Classes: {listed(classes)}.")
+
+
+def _sub_folders(folder: Path) -> list[str]:
+    return [e.path for e in listing(folder, "a folder") if e.is_dir()]
+
+
+def _files(folder: Path, extensions: tuple[str, ...]) -> list[str]:
+    """The files of a folder and the folders in it, in an order that is the same everywhere."""
+    paths: list[str] = []
+    for place, folders, names in os.walk(folder, followlinks=False):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        kept = (n for n in sorted(names) if not n.startswith("."))
+        paths += [os.path.join(place, n) for n in kept if not extensions or n.lower().endswith(extensions)]
+    return paths

@@ -1,0 +1,1 @@
+"""Hooks at depth `grad`: they map gradients, or call the gradient again (traced)."""

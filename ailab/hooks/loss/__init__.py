@@ -1,0 +1,1 @@
+"""Hooks at depth `loss`: they change the forward (traced)."""

@@ -1,0 +1,1 @@
+"""Metrics as hooks: traced into the step, or updated on the host."""

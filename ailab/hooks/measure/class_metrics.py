@@ -1,0 +1,215 @@
+"""Class-style metrics: `update` on the host after each step, `compute` when the phase has ended."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ailab import dist
+from ailab.binding import Binding
+from ailab.core.epoch import epochs_done
+from ailab.errors import AilabError, ConfigError
+from ailab.hooks.measure.metric_memory import Memory, memory_of, restore, same_shape
+from ailab.hooks.observe.scalars import STRIKES
+from ailab.stack import Middleware
+from ailab.types import WEIGHT, Batch, Epoch, Logs, Mean, PyTree, RunInfo, Step, TrainState
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A metric of the cfg."""
+
+    key: str
+    path: str  # in the cfg
+    metric: Any
+    bound: Binding
+    phases: tuple[str, ...]
+    reduce: str | None  # "mean": of a result that is no single number
+    probe: bool  # whether it is tried on the first samples
+
+
+def class_metric(entry: Entry, run: RunInfo) -> list[Middleware[Any]]:
+    """The middlewares of a metric with `update`, `compute` and `reset`: a host and an epoch one for each phase.
+
+    In training its memory is a slot of the state where it consists of tensors and numbers of fixed shape, so that an epoch that
+    is resumed in its midst has the result of a whole one; where it does not, a resumed run says so.
+    """
+    metric = entry.metric.to(run.device) if hasattr(entry.metric, "to") else entry.metric
+    parts: list[Any] = list(metric.modules()) if isinstance(metric, torch.nn.Module) else [metric]
+    for part in parts:
+        if hasattr(part, "sync_on_compute"):
+            part.sync_on_compute = False  # every rank is shown every sample below, so there is nothing left to gather
+    copies = [metric, *(copy.deepcopy(metric) for _ in entry.phases[1:])]
+    return [m for phase, own in zip(entry.phases, copies, strict=True) for m in _Counted(entry, own, phase, run).hooks()]
+
+
+class _Counted:
+    """One metric in one phase: what it has seen of this epoch, and whether it still works."""
+
+    def __init__(self, entry: Entry, metric: Any, phase: str, run: RunInfo):
+        self.entry, self.metric, self.phase, self.run = entry, metric, phase, run
+        self.seen = self.failures = 0
+        self.spoilt = False  # in this epoch: a metric that missed a batch has no result
+        metric.reset()
+        kept = memory_of(metric, run.device) if phase == "train" and run.steps_per_epoch else None
+        self.empty: Memory | None = kept  # None: its memory is not in the state
+
+    def hooks(self) -> list[Middleware[Any]]:
+        """What a run needs of it."""
+        key, fields, phases = self.entry.key, self.entry.bound, (self.phase,)
+        outputs = tuple(f for _, f in (*fields.mapped, *fields.free))
+
+        def check(found: Collection[str], phase: str) -> list[str]:
+            return fields.check(found)
+
+        host = Middleware(key, self._update, "host", self._init, phases, check=check, core={"outputs": outputs})
+        if self.empty is None:
+            host = Middleware(key, self._update, "host", None, phases, check=check, core={"outputs": outputs})
+        return [host, Middleware(key, self._result, "epoch", None, phases, reports=self._probe)]
+
+    def _init(self, state: TrainState) -> PyTree:
+        assert self.empty is not None
+        return {"seen": torch.zeros_like(state.step), "memory": self.empty}
+
+    def _update(self, step: Step) -> Step:
+        def measured(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+            state, logs = step(state, batch)
+            assert isinstance(logs, Logs)
+            fields = self.entry.bound.kwargs(_real({**batch, **logs.outputs}))
+            fields = {p: _gathered(v) for p, v in fields.items()}  # by every rank, also where this one's metric is off
+            self._try(lambda: self.metric.update(**fields))
+            self.seen += 1
+            return self._kept(state), logs
+
+        return measured
+
+    def _kept(self, state: TrainState) -> TrainState:
+        if self.empty is None or self.failures >= STRIKES:
+            return state
+        now = memory_of(self.metric, self.run.device)
+        if self.spoilt or now is None or not same_shape(now, self.empty):
+            return state  # its slot stays behind, and a resumed run sees that
+        return state.with_slot(self.entry.key, {"seen": torch.full_like(state.step, self.seen), "memory": now})
+
+    def _result(self, epoch: Epoch) -> Epoch:
+        def computed(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
+            self._begin(state)
+            state, logs = epoch(state, batches)
+            values: dict[str, Tensor] = {}
+            if self.seen and not self.spoilt:
+                self._try(lambda: values.update(numbers(self.entry, self.metric.compute())[0]))
+            if self.empty is not None:
+                state = state.with_slot(self.entry.key, self._init(state))
+            if not values:
+                return state, logs
+            column = torch.stack([v.to(logs.packed.device) for v in values.values()])
+            rows = torch.stack([column, torch.ones_like(column)], 1)
+            return state, Logs.join([logs, Logs(tuple(values), rows)])
+
+        return computed
+
+    def _begin(self, state: TrainState) -> None:
+        """Forget the last epoch, and remember what the state has of this one."""
+        self.metric.reset()
+        self.seen, self.spoilt = 0, self.failures >= STRIKES
+        done = state.at - epochs_done(state) * self.run.steps_per_epoch if self.phase == "train" else 0
+        if not done:
+            return
+        slot: PyTree = state.slots[self.entry.key] if self.empty is not None else {"seen": 0}
+        if int(slot["seen"]) == done:
+            restore(self.metric, slot["memory"])
+            self.seen = done
+        else:
+            self.run.say(f"warning: {self.entry.path}: this epoch's result is that of the steps after {state.at} only")
+
+    def _try(self, call: Any) -> None:
+        """Call, unless this epoch's result is lost; a failure loses it, and three of them all that follow."""
+        if self.spoilt:
+            return
+        try:
+            call()
+        except Exception as e:  # whatever the user's metric raises: it is an observer
+            self.spoilt, self.failures = True, self.failures + 1
+            off = "; it is switched off now" if self.failures == STRIKES else ""
+            what = f"{self.entry.path}: no {self.phase} result of this epoch: {type(e).__name__}: {e}"
+            self.run.say(f"warning: {what}{off}")
+
+    def _probe(self, sample: Batch, phase: str) -> tuple[str, ...]:
+        """The names of its results, found out on the first samples.
+
+        Raises:
+            ConfigError: when it fails on them, or its result is no number.
+        """
+        entry = self.entry
+        if not entry.probe:
+            return (entry.key,)
+        fields = entry.bound.kwargs(sample)
+        strange = [f for f, v in fields.items() if not isinstance(v, Tensor)]
+        if strange and self.run.world_size > 1:
+            raise ConfigError(f"{entry.path}: {strange[0]!r} is no tensor, so it cannot be gathered from several processes.")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about four samples
+                self.metric.update(**fields)
+                names, left_out = numbers(entry, self.metric.compute())
+        except AilabError:
+            raise
+        except Exception as e:
+            raise ConfigError(
+                f"{entry.path}: {entry.bound.what} failed on the first samples: {type(e).__name__}: {e}\n"
+                "  For a metric that needs more samples than these few: probe=False."
+            ) from e
+        finally:
+            self.metric.reset()
+        if left_out:
+            self.run.say(f"{entry.path}: not reported, for they are no single numbers: {', '.join(left_out)}")
+        return tuple(names)
+
+
+def numbers(entry: Entry, value: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """What `compute` returned as 0-d float64 tensors by result name, and the names in a dict that are no single numbers.
+
+    Raises:
+        ConfigError: when there is no number in it.
+    """
+    if not isinstance(value, Mapping):
+        named: dict[str, Any] = {entry.key: value}
+    else:
+        named = {f"{entry.key}_{n}": v for n, v in cast("Mapping[str, Any]", value).items()}
+    found = {n: t for n, v in named.items() if (t := _number(v, entry.reduce)) is not None}
+    if not found:
+        shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(
+            f"{entry.path}: {entry.bound.what} returned {shape}; a result is a number, or a dict of numbers by name.\n"
+            "  Ask it for one (of torchmetrics often average='macro'), or for the mean of what it returns: reduce='mean'."
+        )
+    return found, [n for n in named if n not in found]
+
+
+def _number(value: Any, reduce: str | None) -> Tensor | None:
+    try:
+        tensor = torch.as_tensor(value).detach().to(torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if tensor.numel() == 1:
+        return tensor.reshape(())
+    return tensor.mean() if reduce == "mean" and tensor.numel() else None
+
+
+def _real(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields without the padded samples."""
+    if WEIGHT not in fields:
+        return fields
+    keep = fields[WEIGHT] > 0
+    size = keep.shape[0]
+    return {n: v[keep] if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == size else v for n, v in fields.items()}
+
+
+def _gathered(value: Any) -> Any:
+    return dist.all_gather(value) if isinstance(value, Tensor) else value

@@ -1,0 +1,1 @@
+"""Hooks at depths `host` and `epoch` that look and write, and change nothing."""

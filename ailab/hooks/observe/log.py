@@ -1,0 +1,198 @@
+"""LoggerHook: the console and a log file. RecordHook: config.json and metrics.jsonl. ProgressHook: the bar. All observers."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ailab.config.load import snapshot
+from ailab.core.epoch import epochs_done
+from ailab.errors import ConfigError, NonFiniteError
+from ailab.hooks.observe.run_view import Item, View, check_items, read
+from ailab.hooks.observe.scalars import Report, guarded, observe, running
+from ailab.registry import HOOKS
+from ailab.stack import Middleware
+from ailab.types import Batch, Epoch, Mean, Run, RunInfo, Step, TrainState
+from ailab.workdir import durable
+from ailab.workdir.folder import Lines
+
+
+@HOOKS.register_module()
+def LoggerHook(
+    interval: int = 50,
+    log_dir: str | None = None,
+    log_items: Mapping[str, Any] | None = None,
+    *,
+    run: RunInfo,
+    name: str = "logger",
+) -> list[Middleware[Any]]:
+    """One line every `interval` steps and at the end of each phase: to the console and to `log_dir/train.log`.
+
+    Args:
+        interval: in optimizer steps.
+        log_dir: the work_dir by default.
+        log_items: {name: path or callable}: what to show beside the loss and the metrics. Paths read the run:
+            `"optimizer.param_groups.0.lr"`, `"meters['top1'].avg"` (mean over the epoch so far),
+            `"metric_results.val_top1"` (newest result); a callable is given the `Report`.
+        run: given by the framework.
+        name: of this hook.
+
+    Raises:
+        ConfigError: before the first step, for a path that leads nowhere.
+    """
+    usual: dict[str, Item] = {"lr": "optimizer.param_groups.0.lr"} if run.base_lrs else {}
+    items: Mapping[str, Item] = usual if log_items is None else log_items
+    file = Path(log_dir or run.work_dir) / "train.log"
+    latest: dict[str, float] = {}
+    clock = _Clock()
+
+    def write(line: str) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as f:
+            f.write(line + "\n")
+
+    append = guarded(write, f"{name} ({file.name})", run)  # a full disk does not silence the console
+
+    def emit(report: Report) -> None:
+        if report.final:
+            latest.update({f"{report.phase}_{n}": v for n, v in report.means.items()})
+        items_now = {n: read(item, View(report, latest)) for n, item in items.items()}
+        wall = {n: f"{v:.4g}" for n, v in report.wall.items()}
+        shown = {**report.means, **wall, **items_now}
+        rate = clock.rate(report)
+        rate = None if RATE in wall else rate
+        line = _line(report, {n: v for n, v in shown.items() if v is not None}, rate, run)
+        run.say(line)
+        append(line)
+
+    hooks = observe(name, emit, run, every=interval)
+
+    def checked(run_all: Run) -> Run:
+        check_items(items, run, f"cfg.hooks.{name}.log_items")
+        return run_all
+
+    return [*hooks, Middleware(name, checked, "run")]
+
+
+class _Clock:
+    """Samples per second between two lines of the training phase."""
+
+    def __init__(self) -> None:
+        self.then, self.seen, self.epoch = time.monotonic(), 0.0, 0
+
+    def rate(self, report: Report) -> float | None:
+        now = time.monotonic()
+        if report.phase != "train":
+            self.then = now
+            return None
+        new = report.samples - (self.seen if report.epoch == self.epoch else 0.0)
+        took, self.then, self.seen, self.epoch = now - self.then, now, report.samples, report.epoch
+        return new / took if took > 0 and new > 0 else None
+
+
+def _line(report: Report, shown: Mapping[str, Any], rate: float | None, run: RunInfo) -> str:
+    values = "  ".join(f"{n} {_number(v)}" for n, v in shown.items())
+    speed = f"  {rate:,.0f} samples/s" if rate else ""
+    where = f"epoch {report.epoch}/{run.total_epochs}"
+    return f"{where}  {report.phase:<5}{'' if report.final else f' step {report.step}'}  {values}{speed}"
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if 1e-2 <= abs(value) < 1e4 or not value else f"{value:.2e}"
+
+
+RATE = "samples_per_s"  # the name under which a ThroughputHook reports what the logger would measure itself
+METRICS, CONFIG = "metrics.jsonl", "config.json"  # in the work_dir
+_KEYS = ("step", "epoch", "phase", "final", "lr")
+
+
+def is_reserved(key: str) -> bool:
+    """Whether a key of a line of metrics.jsonl is no result."""
+    return key in _KEYS or key.startswith("wall_")
+
+
+def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
+    """`config.json`, and `metrics.jsonl`: a JSON object per line with step, epoch, phase and every log by name. In every run.
+
+    A resumed run drops what the interrupted one wrote after its checkpoint, so that the file ends up the same, byte for byte,
+    as that of a run that was never interrupted; only keys that start with `wall_` differ. A run without a train phase adds its
+    lines to those that are there.
+
+    Raises:
+        ConfigError: when a log is called like one of the other keys of a line.
+        NonFiniteError: when the loss of a line is NaN or infinite.
+    """
+    lines: Lines | None = None
+    started = time.monotonic()
+
+    def begin(state: TrainState) -> None:
+        nonlocal lines
+        configure(run)
+        lines = Lines(run.work_dir / METRICS)
+        epoch, step = epochs_done(state), state.at
+        training = run.steps_per_epoch > 0
+        lines.rewind(lambda row: not training or row["epoch"] <= epoch or (not row["final"] and row["step"] < step))
+        if training and step > epoch * run.steps_per_epoch and step % interval == 0:
+            emit(running(state, run))  # its line may not have come before the checkpoint: on a GPU numbers arrive later
+
+    def write(report: Report) -> None:
+        head = {"step": report.step, "epoch": report.epoch, "phase": report.phase, "final": report.final}
+        wall = {f"wall_{n}": v for n, v in report.wall.items()} | {"wall_seconds": round(time.monotonic() - started, 3)}
+        if lines is not None:
+            lines.append({**head, **report.means, "lr": list(report.lrs), **wall})
+
+    configure = guarded(_write_config, CONFIG, run)
+    append = guarded(write, METRICS, run)  # a full disk does not switch the check below off
+
+    def emit(report: Report) -> None:
+        append(report)
+        loss = report.means.get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the {report.phase} loss of epoch {report.epoch} is {loss} at step {report.step}.\n"
+                "  Lower optimizer.lr, or put hooks.clip = dict(type='GradClipHook', max_norm=1.0) or SkipNonFiniteHook in."
+            )
+
+    def checked(run_all: Run) -> Run:
+        taken = sorted({n for names in run.result_names.values() for n in names if is_reserved(n)})
+        if taken:
+            raise ConfigError(f"metrics.jsonl has other uses for the key {taken[0]!r}; give that metric or loss another name.")
+        return run_all
+
+    return [*observe("record", emit, run, every=interval, begin=begin), Middleware("record", checked, "run")]
+
+
+def _write_config(run: RunInfo) -> None:
+    """The cfg of this run as JSON; an evaluation leaves that of the training alone."""
+    path = run.work_dir / CONFIG
+    text = json.dumps(snapshot(run.cfg), indent=1).encode() + b"\n"
+    if not path.exists() or (run.steps_per_epoch and path.read_bytes() != text):
+        durable.replace(path, text)
+
+
+def ProgressHook(bar: Any, run: RunInfo) -> list[Middleware[Any]]:
+    """Advance `bar` (a tqdm over the training steps of the run) after every step and name the epoch."""
+
+    def wrap(step: Step) -> Step:
+        def shown(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+            state, logs = step(state, batch)
+            bar.update(state.at - bar.n)
+            return state, logs
+
+        return shown
+
+    def wrap_epoch(epoch: Epoch) -> Epoch:
+        def named(state: TrainState, batches: Any) -> Any:
+            bar.set_description(f"epoch {epochs_done(state) + 1}/{run.total_epochs}", refresh=False)
+            bar.initial = bar.initial or state.at  # a resumed run's rate counts its own steps
+            return epoch(state, batches)
+
+        return named
+
+    return [Middleware("progress", wrap, "host"), Middleware("progress", wrap_epoch, "epoch")]

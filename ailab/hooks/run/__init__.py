@@ -1,0 +1,1 @@
+"""Hooks around a whole run: checkpoints, resumption, early stopping."""

@@ -1,0 +1,272 @@
+"""CheckpointHook and ResumeHook: the state to files and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ailab import dist
+from ailab.core.epoch import PROGRESS, Interrupted, epochs_done
+from ailab.errors import CheckpointError, ConfigError, Preempted
+from ailab.hooks.step.lr import restart_lr
+from ailab.registry import HOOKS
+from ailab.stack import Middleware
+from ailab.types import Batch, Epoch, Logs, Mean, Run, RunInfo, Step, TrainState
+from ailab.workdir import checkpoint
+from ailab.workdir.checkpoint import Keep
+from ailab.workdir.manifest import MANIFEST
+
+Save = Callable[[TrainState, Mapping[str, float]], None]
+
+
+@HOOKS.register_module()
+def CheckpointHook(
+    interval: int = 1,
+    every_steps: int | None = None,
+    save_dir: str | None = None,
+    keep: Mapping[str, Any] | None = None,
+    *,
+    run: RunInfo,
+    name: str = "checkpoint",
+) -> list[Middleware[Any]]:
+    """Save to `save_dir/step_00001234/` at the end of every `interval`-th epoch, of the last one, and when a signal ends a run.
+
+    Written by rank 0, by rename; an epoch's checkpoint is written after all its phases, so it knows its results, and after all
+    hooks around it, wherever they stand in the cfg: what an early stop or a plateau has learnt from the epoch is in it.
+
+    Args:
+        interval: in workflow epochs.
+        every_steps: also after every so many optimizer steps, in mid-epoch.
+        save_dir: `work_dir/checkpoints` by default.
+        keep: what stays: `dict(last=2, best=1, metric="val_top1", mode="max")`; the newest two by default.
+        run: given by the framework.
+        name: of this hook.
+
+    Raises:
+        ConfigError: for an interval below 1, or a `keep.metric` that no epoch of this run reports.
+        CheckpointError: when a checkpoint cannot be written; it is no observer, the run ends.
+    """
+    if interval < 1 or (every_steps is not None and every_steps < 1):
+        raise ConfigError(f"cfg.hooks.{name}: interval={interval}, every_steps={every_steps}; both are at least 1.")
+    if not run.steps_per_epoch:
+        return []  # nothing new comes out of an evaluation
+    directory, kept = _directory(save_dir, run), Keep(**dict(keep or {}))
+    save = _saver(directory, kept, run)
+    ending = _Ending(save, interval, every_steps)
+
+    def wrap_epoch(epoch: Epoch) -> Epoch:
+        def saved(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
+            ending.settle(state, last=False)
+            state, logs = epoch(state, batches)
+            ending.results = logs.values_as_floats()
+            return state, logs
+
+        return saved
+
+    def wrap_run(run_all: Run) -> Run:
+        def preemptible(state: TrainState) -> TrainState:
+            if run.rank == 0 and _resume_entry(run) is None:
+                _refuse_earlier_run(directory)
+            if run.rank == 0 and (board := dist.board()) is not None:
+                board.note("begun")  # from here on the launcher's restarts go on with what is saved
+            try:
+                state = run_all(state)
+            except Interrupted as stop:
+                save(stop.state, {})
+                raise Preempted(f"stopped by a signal at step {stop.state.at}; the state is saved in {directory}.") from None
+            ending.settle(state, last=True)
+            return state
+
+        return preemptible
+
+    reads = {f"cfg.hooks.{name}.keep.metric": kept.metric} if kept.metric else {}
+    hooks: list[Middleware[Any]] = [Middleware(name, wrap_epoch, "epoch", reads=reads), Middleware(name, wrap_run, "run")]
+    return [Middleware(name, _mid_epoch(every_steps, save, run), "host"), *hooks] if every_steps else hooks
+
+
+class _Ending:
+    """An epoch that has ended and is not saved yet: its checkpoint waits for the hooks around it."""
+
+    def __init__(self, save: Save, interval: int, every_steps: int | None):
+        self.save, self.interval, self.every_steps = save, interval, every_steps
+        self.results: Mapping[str, float] | None = None
+
+    def settle(self, state: TrainState, *, last: bool) -> None:
+        """Save it, if it is one to be saved; `state` has come out of every hook around it."""
+        due = last or epochs_done(state) % self.interval == 0 or (self.every_steps and state.at % self.every_steps == 0)
+        if self.results is not None and due:
+            self.save(state, self.results)
+        self.results = None
+
+
+def _mid_epoch(every: int, save: Save, run: RunInfo) -> Callable[[Step], Step]:
+    """Save after every so many steps; the last step of an epoch is saved with the epoch's results."""
+
+    def wrap(step: Step) -> Step:
+        def saved(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+            state, logs = step(state, batch)
+            if state.at % every == 0 and state.at % run.steps_per_epoch:
+                save(state, {})
+            return state, logs
+
+        return saved
+
+    return wrap
+
+
+def _saver(directory: Path, keep: Keep, run: RunInfo) -> Save:
+    """How every rank saves a state with its results: rank 0 writes, and all hear whether it could."""
+
+    def save(state: TrainState, metrics: Mapping[str, float]) -> None:
+        failed = None
+        if run.rank == 0:
+            try:
+                content = contents(state, run)
+                epoch = epochs_done(state)
+                checkpoint.save(directory, content, step=state.at, epoch=epoch, fingerprint=_fingerprint(run), metrics=metrics)
+                checkpoint.retain(directory, keep)
+            except Exception as e:  # the other ranks must hear of it before it ends this one
+                failed = e
+        if dist.agree(failed is not None, run.device):
+            raise failed or CheckpointError("rank 0 could not save a checkpoint; its message says why.")
+
+    return save
+
+
+@HOOKS.register_module()
+def ResumeHook(
+    resume_from: str | None = None, resume_lr: str | float = "keep", save_dir: str | None = None, *, run: RunInfo
+) -> Middleware[Run]:
+    """Continue from the newest valid checkpoint of `save_dir`, or start from `resume_from`; start afresh where there is none.
+
+    A run that began with `resume_from` and was interrupted goes on with its own checkpoints. A run without a train phase takes
+    parameters, buffers and the slots that its hooks read, and nothing else.
+
+    Args:
+        resume_from: a checkpoint folder, or a folder of them; must exist.
+        resume_lr: "keep" goes on with the schedule as it stood; "initial" starts the schedule again at its beginning; a float
+            does so too, with this as the rate of the first parameter group (the others in proportion).
+        save_dir: where the CheckpointHook saves; `work_dir/checkpoints` by default.
+        run: given by the framework.
+
+    Raises:
+        CheckpointError: when there are checkpoints and none is valid or none fits this model.
+        ConfigError: when `resume_from` is given and `save_dir` holds checkpoints of another run.
+    """
+    if resume_lr not in ("keep", "initial") and not isinstance(resume_lr, (int, float)):
+        raise ConfigError(f"cfg.hooks.resume.resume_lr is {resume_lr!r}; it is 'keep', 'initial' or a learning rate.")
+    source = _source(resume_from, run)
+    directory = _directory(save_dir, run)
+    rate = resume_lr if resume_lr != "keep" else run.cfg.get("resume_lr", "keep")
+
+    def wrap(run_all: Run) -> Run:
+        def resumed(state: TrainState) -> TrainState:
+            path = _agreed(_find(source, directory, run), run)
+            if path is None:
+                if not run.steps_per_epoch:
+                    run.say(f"warning: there is no checkpoint in {directory}: the first weights are evaluated")
+                return run_all(state)
+            content, found = checkpoint.load(path)
+            state = checkpoint.restore(state, _fitting(content["state"], state, run))
+            run.say(f"resumed from {path}: step {found.step}, {found.epoch} epochs done")
+            # A run that has begun with `resume_from` keeps the schedule that it began then.
+            begun = source is not None and found.manifest["fingerprint"].get("resume_from") == source
+            if rate != "keep" and run.steps_per_epoch and not begun:
+                state = restart_lr(state, run.base_lrs, None if rate == "initial" else float(rate))
+            return run_all(state)
+
+        return resumed
+
+    return Middleware("resume", wrap, "run")
+
+
+def contents(state: TrainState, run: RunInfo) -> dict[str, Any]:
+    """What `state.pt` holds: the user's module and optimizer in torch's own formats, and the whole state."""
+    return {
+        "model_state": run.model_state(state),
+        "optimizer_state": run.optimizer_state(state),
+        "state": checkpoint.to_plain(state),
+    }
+
+
+def _refuse_earlier_run(directory: Path) -> None:
+    """A fresh run does not mix its checkpoints with those of another; called before anything is written."""
+    earlier = checkpoint.newest(directory, sweep=False)
+    if earlier is not None:
+        raise ConfigError(
+            f"cfg.work_dir: {directory} holds checkpoints of an earlier run, up to step {earlier.step}.\n"
+            "  To go on from there: hooks.resume = dict(type='ResumeHook'). To start anew: another work_dir."
+        )
+
+
+def _directory(save_dir: str | None, run: RunInfo) -> Path:
+    return Path(save_dir) if save_dir else run.work_dir / "checkpoints"
+
+
+def _resume_entry(run: RunInfo) -> Mapping[str, Any] | None:
+    """The entry of this run's ResumeHook in the cfg."""
+    entries = [e for e in run.cfg["hooks"].values() if e["type"] in ("ResumeHook", ResumeHook) and e["enable"]]
+    return entries[0] if entries else None
+
+
+def _source(resume_from: str | Path | None, run: RunInfo) -> str | None:
+    """Where the cfg says that the run starts, as an absolute path."""
+    source = resume_from or run.cfg.get("resume_from")
+    return os.path.abspath(source) if source else None
+
+
+def _find(source: str | None, directory: Path, run: RunInfo) -> Path | None:
+    """The checkpoint to start from, looked for by rank 0 alone."""
+    if run.rank != 0:
+        return None
+    if source is not None and not run.steps_per_epoch:
+        return _named(source, run)
+    mine = checkpoint.newest(directory, say=run.say)
+    if source is None:
+        return mine.path if mine else None
+    if mine is not None and mine.manifest["fingerprint"].get("resume_from") == source:
+        return mine.path
+    asked = _named(source, run)
+    if mine is not None and mine.path.resolve() != asked.resolve():
+        raise ConfigError(
+            f"cfg.hooks.resume.resume_from: {directory} holds checkpoints of another run, up to step {mine.step}.\n"
+            f"  To start from {asked}: another work_dir, or move those away. To go on with them: no resume_from."
+        )
+    return asked
+
+
+def _named(source: str, run: RunInfo) -> Path:
+    path = Path(source)
+    if (path / MANIFEST).exists():
+        return path
+    found = checkpoint.newest(path, sweep=False, say=run.say) if path.is_dir() else None
+    if found is None:
+        raise CheckpointError(f"resume_from={source!r}: there is no checkpoint there.")
+    return found.path
+
+
+def _fitting(saved: Mapping[str, Any], like: TrainState, run: RunInfo) -> Mapping[str, Any]:
+    """What a run takes of a saved state: all of it to train on; to evaluate, what the model and its hooks read."""
+    if run.steps_per_epoch:
+        return saved
+    slots = {n: v for n, v in saved["slots"].items() if n in like.slots}
+    return {**saved, "opt_state": {}, "slots": {**slots, PROGRESS: like.slots[PROGRESS]}}
+
+
+def _agreed(path: Path | None, run: RunInfo) -> Path | None:
+    """Rank 0's path on every rank."""
+    if run.world_size == 1:
+        return path
+    text = dist.broadcast_bytes(str(path).encode() if path else b"", run.device)
+    return Path(text.decode()) if text else None
+
+
+def _fingerprint(run: RunInfo) -> dict[str, Any]:
+    entry = _resume_entry(run)
+    source = None if entry is None else _source(entry.get("resume_from"), run)
+    facts = {"seed": run.seed, "world_size": run.world_size, "device": run.device.type, "torch": torch.__version__}
+    return {**facts, "resume_from": source}

@@ -1,0 +1,1 @@
+"""Hooks at depth `step`: they map state to state (traced)."""

@@ -1,0 +1,58 @@
+"""EMAHook: an exponential moving average of the parameters, kept in the state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ailab import tree
+from ailab.errors import ConfigError
+from ailab.hooks.step.eval_state import evaluated, holding, tensors_of
+from ailab.registry import HOOKS
+from ailab.stack import Middleware
+from ailab.types import Batch, Mean, Params, Step, TrainState
+
+
+@HOOKS.register_module()
+def EMAHook(
+    decay: float = 0.999, warmup: bool = True, use_buffers: bool = False, eval: bool = True, name: str = "ema"
+) -> list[Middleware[Step]]:
+    """Keep `average = d * average + (1 - d) * params` after each step, in `state.slots[name]`.
+
+    Args:
+        decay: in [0, 1]; 0 keeps the parameters themselves.
+        warmup: use `d = min(decay, (1 + n) / (10 + n))` at step n, so that a short run is not dominated by its start.
+        use_buffers: average the buffers too (running statistics; counters are copied); else the model's own serve.
+        eval: validate and test with the average, and let a checkpoint's `model_state` be the average: nothing is swapped, the
+            evaluation is handed another state. A resumed run goes on with the parameters, which are in `state`.
+        name: of the slot.
+
+    Raises:
+        ConfigError: when `decay` is outside [0, 1].
+
+    Source: Polyak and Juditsky 1992; the warm-up is that of TensorFlow's ExponentialMovingAverage.
+    """
+    if not 0.0 <= decay <= 1.0:
+        raise ConfigError(f"cfg.hooks.{name}.decay is {decay}; a decay lies in [0, 1].")
+
+    def init(state: TrainState) -> Params:
+        return tree.clone(tensors_of(state, use_buffers))
+
+    def wrap(step: Step) -> Step:
+        def averaged(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+            state, logs = step(state, batch)
+            now = tensors_of(state, use_buffers)
+            return state.with_slot(name, tree.lerp(state.slots[name], now, 1.0 - _decay(state.step, decay, warmup))), logs
+
+        return averaged
+
+    hooks = [Middleware(name, wrap, "step", init, looks_back=False)]
+    return [*hooks, evaluated(lambda state: holding(state, state.slots[name]), name)] if eval else hooks
+
+
+def _decay(step: Tensor, decay: float, warmup: bool) -> Tensor:
+    n = step.to(torch.float64)  # of 1 - 0.9999 float32 keeps four digits
+    full = torch.full_like(n, decay)
+    return torch.minimum(full, (1 + n) / (10 + n)) if warmup else full

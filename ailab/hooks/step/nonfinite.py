@@ -1,0 +1,93 @@
+"""SkipNonFiniteHook: a NaN or infinite gradient never reaches the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ailab import tree
+from ailab.errors import ConfigError, NonFiniteError
+from ailab.hooks.step.rollback import ended_by, undone
+from ailab.registry import HOOKS
+from ailab.stack import Middleware
+from ailab.types import Aux, Batch, Grad, Mean, Params, Step, TrainState
+
+
+@HOOKS.register_module()
+def SkipNonFiniteHook(
+    policy: Literal["raise", "skip"] = "raise", max_in_a_row: int = 10, every: int = 10, name: str = "skip_nonfinite"
+) -> list[Middleware[Any]]:
+    """Undo a step whose gradient or new parameters are not finite: a `where` inside the graph, no device read per step.
+
+    `state.step` and the data go on; parameters, buffers, optimizer state and the other slots stay as they were. Counts such
+    steps as the log "skipped" (their fraction). It sees the gradient as the hooks listed before it leave it, over all ranks.
+
+    Args:
+        policy: "raise" ends the run at the next look from the host, naming the first such step, which did no harm; "skip" goes
+            on without such steps.
+        max_in_a_row: skips in a row after which "skip" ends the run.
+        every: steps between two looks from the host; there is one at the end of each training epoch, too.
+        name: of the slot.
+
+    Raises:
+        ConfigError: when `max_in_a_row` or `every` is below 1.
+        NonFiniteError: as `policy` says.
+    """
+    if policy not in ("raise", "skip"):
+        raise ConfigError(f"cfg.hooks.{name}.policy is {policy!r}; it is 'raise' or 'skip'.")
+    if max_in_a_row < 1:
+        raise ConfigError(f"cfg.hooks.{name}.max_in_a_row is {max_in_a_row}; it is at least 1.")
+
+    def wrap_grad(grad: Grad) -> Grad:
+        def watched(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
+            grads, aux = grad(state, batch)
+            memory = state.slots[name]
+            finite = memory["finite"] & tree.finite(grads)
+            return grads, replace(aux, slots={**aux.slots, name: {**memory, "finite": finite}})
+
+        return watched
+
+    def wrap(step: Step) -> Step:
+        def skipping(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+            after, logs = step(state, batch)
+            memory = state.slots[name]
+            bad = ~(after.slots[name]["finite"] & tree.finite(after.params))
+            kept, means = undone(bad, state, after, logs)
+            row = torch.where(bad, memory["row"] + 1, 0)
+            first = torch.where(bad & (memory["first"] == 0), after.step, memory["first"])
+            now = {**memory, "row": row, "longest": torch.maximum(memory["longest"], row), "first": first}
+            skipped = bad.to(torch.float32)
+            return kept.with_slot(name, now), {**means, "skipped": Mean(skipped, torch.ones_like(skipped))}
+
+        return skipping
+
+    def look(state: TrainState) -> None:
+        memory = state.slots[name]
+        if policy == "skip" and int(memory["longest"]) >= max_in_a_row:
+            raise NonFiniteError(f"{max_in_a_row} steps in a row were not finite; the run was at step {state.at}.")
+        if policy == "raise" and (first := int(memory["first"])):
+            raise NonFiniteError(
+                f"the gradient of step {first} is not finite. The step was undone: no parameter has seen it.\n"
+                f"  Lower optimizer.lr, put hooks.clip = dict(type='GradClipHook', max_norm=1.0) in, or go on without such\n"
+                f"  steps: hooks.{name}.policy='skip'."
+            )
+
+    return [
+        Middleware(name, wrap_grad, "grad", holds_grad=False),
+        Middleware(name, wrap, "step", _memory),
+        *ended_by(look, every, name),
+    ]
+
+
+def _memory(state: TrainState) -> dict[str, Tensor]:
+    count = torch.zeros((), dtype=torch.int64, device=state.step.device)
+    return {
+        "row": count,  # skips in a row
+        "longest": count.clone(),  # of all rows so far: a look from the host may come after a row has ended
+        "first": count.clone(),  # step of the first skip, counted from 1
+        "finite": torch.ones((), dtype=torch.bool, device=state.step.device),  # of all gradients of the step in flight
+    }

@@ -1,0 +1,78 @@
+"""SWAHook: the plain average of the parameters along the last part of a run, kept in the state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ailab import tree
+from ailab.errors import ConfigError
+from ailab.hooks.step.eval_state import evaluated, holding, tensors_of
+from ailab.registry import HOOKS
+from ailab.stack import Middleware
+from ailab.types import Batch, Mean, RunInfo, Step, TrainState
+
+
+@HOOKS.register_module()
+def SWAHook(
+    start: int,
+    every: int = 1,
+    by: Literal["epoch", "step"] = "epoch",
+    use_buffers: bool = True,
+    eval: bool = True,
+    *,
+    run: RunInfo,
+    name: str = "swa",
+) -> list[Middleware[Step]]:
+    """Average the parameters as they are after `start`, `start + every`, ... epochs or steps, each with the same weight.
+
+    The slot holds {"n": samples so far, "mean": their average}. Until the first sample the parameters themselves are evaluated.
+
+    Args:
+        start: epochs (or steps) that are through when the first sample is taken.
+        every: epochs (or steps) between two samples.
+        by: what both count.
+        use_buffers: average the buffers too: running statistics of the samples stand for those of the average, which no
+            training batch has seen. Counters are copied. False: the model's own serve.
+        eval: validate and test with the average, and let a checkpoint's `model_state` be the average.
+        run: given by the framework.
+        name: of the slot.
+
+    Raises:
+        ConfigError: when `start` or `every` is below 1, or the run ends before `start`.
+
+    Source: Izmailov et al. 2018, arXiv:1803.05407; equal to `torch.optim.swa_utils.AveragedModel`.
+    """
+    if start < 1 or every < 1:
+        raise ConfigError(f"cfg.hooks.{name}: start={start}, every={every}; both are at least 1 {by}.")
+    end = run.total_epochs if by == "epoch" else run.total_steps
+    if run.steps_per_epoch and start > end:
+        raise ConfigError(f"cfg.hooks.{name}.start is {start}, and the run ends after {end} {by}s: there would be no average.")
+    unit = max(run.steps_per_epoch, 1) if by == "epoch" else 1
+
+    def init(state: TrainState) -> dict[str, Any]:
+        count = torch.zeros((), dtype=torch.int64, device=state.step.device)
+        return {"n": count, "mean": tree.clone(tensors_of(state, use_buffers))}
+
+    def wrap(step: Step) -> Step:
+        def averaged(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+            state, logs = step(state, batch)
+            memory, since = state.slots[name], state.step - start * unit
+            due = (since >= 0) & (since % (every * unit) == 0)
+            n = memory["n"] + due
+            weight = torch.where(due, n.to(torch.float64).clamp(min=1).reciprocal(), 0.0)  # the first sample replaces
+            mean = tree.lerp(memory["mean"], tensors_of(state, use_buffers), weight)
+            return state.with_slot(name, {"n": n, "mean": mean}), logs
+
+        return averaged
+
+    def view(state: TrainState) -> TrainState:
+        begun = state.slots[name]["n"] > 0
+        mean: dict[str, Tensor] = state.slots[name]["mean"]
+        return holding(state, tree.where(begun, mean, tensors_of(state, use_buffers)))
+
+    hooks = [Middleware(name, wrap, "step", init, looks_back=False)]
+    return [*hooks, evaluated(view, name)] if eval else hooks

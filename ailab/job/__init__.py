@@ -1,0 +1,1 @@
+"""cfg -> parts -> stack: what a cfg describes, built, checked and put together."""

@@ -1,0 +1,314 @@
+"""parts -> stack: puts the hooks of a cfg around the bare callables, at the compile line and across processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ailab import dist
+from ailab.compile import Compiled, compile, lift
+from ailab.core.epoch import PROGRESS, eval_epoch, fresh_progress, tally, train_epoch, workflow
+from ailab.core.grad import Core, ddp_grad, graph_grad, local_core, local_grad
+from ailab.core.loss import state_dict_of, unless_empty
+from ailab.core.run import run_epochs
+from ailab.core.step import eval_step, given, split_step, train_step
+from ailab.datasets import Stream
+from ailab.dist import fingerprint
+from ailab.errors import ConfigError
+from ailab.job.build import Parts, build_parts, build_stream, explained
+from ailab.job.guard import guarded
+from ailab.job.plan import Plan, planned, verify_gradient
+from ailab.job.probe import asked_outputs, check_fields, check_reads, probe
+from ailab.optim.state_dict import torch_state_dict
+from ailab.registry import HOOKS
+from ailab.stack import Middleware, as_hooks, at, core_settings, stack, with_slots
+from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, Run, RunInfo, Step, TrainState
+
+Hook = Middleware[Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, built and checked, that has not begun."""
+
+    info: RunInfo
+    parts: Parts
+    state: TrainState
+    run: Run
+    hooks: Mapping[str, Sequence[Hook]]  # by phase; epoch and run hooks are in each
+    streams: Mapping[str, Stream]
+    steps: Mapping[str, Step]  # by phase, above the compile line, without host hooks
+    plan: Plan
+
+
+def assemble(
+    cfg: Mapping[str, Any],
+    device: torch.device,
+    *,
+    say: Callable[[str], None] = print,
+    interrupted: Callable[[], bool] = lambda: False,
+    extra: Callable[[RunInfo], list[Hook]] = lambda run: [],
+) -> Job:
+    """Build the run of a completed cfg on this rank, up to its first step.
+
+    Args:
+        cfg: as `check.complete` returns it.
+        device: where the state and the batches live.
+        say: one line to the console.
+        interrupted: asked after each step; True ends the run there.
+        extra: hooks that every run has, put inside those of the cfg.
+
+    Raises:
+        ConfigError: for whatever does not fit; nothing has been written by then.
+        DataError: for an empty dataset, or samples that cannot be read.
+    """
+    parts = _alike(_built(cfg, device))
+    rank, world = dist.rank(), dist.world_size()
+    streams = {p["phase"]: build_stream(cfg, p, parts, device, rank, world, report=say) for p in cfg["workflow"]}
+    views: list[Callable[[TrainState], TrainState]] = []
+    info = replace(_info(cfg, parts, streams, device, say), model_state=_evaluated_state(parts, views))
+    built = [("", h) for h in extra(info)] + _build_hooks(cfg, info)
+    views += [h.core["evaluated"] for _, h in built if "evaluated" in h.core]
+    hooks = {p["phase"]: _served(p, cfg["workflow"], built) for p in cfg["workflow"]}
+    check_fields(hooks, parts)
+    state = parts.state.with_slot(PROGRESS, fresh_progress(device))
+    state = with_slots(state, [h for _, h in built])
+    parts = _without_frozen(parts, built)
+    paths = {id(h): f"cfg.hooks.{n}" for n, h in built if n}
+    for phase in streams:
+        probe(phase, parts, guarded(hooks[phase], paths), state, info)
+    check_reads(built, info)
+    if "train" in streams:
+        state = with_slots(state, [tally(info.log_names["train"])])
+    plan = planned(cfg, info, parts, core_settings(hooks.get("train", ()), "compile"))
+    if plan.enabled and plan.cut != "loss" and "train" in streams:
+        verify_gradient(parts, state)
+    steps = {phase: _step(phase, parts, hooks[phase], state, plan, info) for phase in streams}
+    run = _run(info, hooks, streams, steps, interrupted, lean=not plan.enabled)
+    return Job(info, parts, state, run, hooks, streams, steps, plan)
+
+
+def _built(cfg: Mapping[str, Any], device: torch.device) -> Parts:
+    """The parts, if every rank could build them of the same code and data."""
+    if dist.world_size() == 1:
+        return build_parts(cfg, device)
+    parts, problem = None, None
+    try:
+        parts = build_parts(cfg, device)
+    except Exception as e:  # the others must hear of it before it ends this rank
+        problem = e
+    found: dict[str, str] = {}
+    if parts is not None:
+        data = {f"cfg.data.{phase}": dataset for phase, dataset in parts.datasets.items()}
+        found = fingerprint.of_parts({"cfg.model": parts.model, **data}, data, parts.state.params, parts.sample)
+    dist.compare(found, problem)
+    assert parts is not None
+    return parts
+
+
+def _alike(parts: Parts) -> Parts:
+    """The parts on each of several ranks: rank 0's first values, and losses that know a batch of padding only."""
+    if dist.world_size() == 1:
+        return parts
+    state = parts.state.replace(params=dist.from_first(parts.state.params), buffers=dist.from_first(parts.state.buffers))
+    losses = parts.losses if parts.pad else {phase: unless_empty(loss) for phase, loss in parts.losses.items()}
+    return replace(parts, state=state, losses=losses)
+
+
+def _info(
+    cfg: Mapping[str, Any],
+    parts: Parts,
+    streams: Mapping[str, Stream],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> RunInfo:
+    optimizer = parts.optimizer
+    return RunInfo(
+        cfg=cfg,
+        work_dir=Path(cfg["work_dir"]),
+        device=device,
+        seed=cfg["seed"],
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        total_epochs=cfg["total_epochs"] if "train" in streams else 1,  # what changes nothing is not done twice
+        phase_steps={phase: stream.steps for phase, stream in streams.items()},
+        phase_samples={phase: stream.samples for phase, stream in streams.items()},
+        base_lrs=tuple(float(g.hyper["lr"]) for g in optimizer.groups) if optimizer else (),
+        say=say,
+        optimizer_state=lambda state: torch_state_dict(optimizer, state.opt_state) if optimizer else {},
+    )
+
+
+def _evaluated_state(
+    parts: Parts, views: Sequence[Callable[[TrainState], TrainState]]
+) -> Callable[..., dict[str, torch.Tensor]]:
+    """The model as evaluation sees it, by the names of the user's module; `views` are those of the hooks, in their order."""
+    named = state_dict_of(parts.model)
+
+    def model_state(state: TrainState) -> dict[str, torch.Tensor]:
+        for view in reversed(views):  # an outer hook hands its state inwards
+            state = view(state)
+        return named(state)
+
+    return model_state
+
+
+def _build_hooks(cfg: Mapping[str, Any], info: RunInfo) -> list[tuple[str, Hook]]:
+    built: list[tuple[str, Hook]] = []
+    for name, entry in cfg["hooks"].items():
+        if not entry["enable"]:
+            continue
+        args, path = {k: v for k, v in entry.items() if k != "enable"}, f"cfg.hooks.{name}"
+        made = explained(lambda a=args, p=path, n=name: HOOKS.build(a, p, run=info, name=n), f"{path}: could not be built")
+        built += [(name, h) for h in as_hooks(made, path)]
+    return built
+
+
+def _served(entry: Mapping[str, Any], workflow: Sequence[Mapping[str, Any]], built: list[tuple[str, Hook]]) -> list[Hook]:
+    """The hooks that a phase does not switch off; one around all phases stays unless each of them switches it off."""
+
+    def on(name: str, phase: Mapping[str, Any]) -> bool:
+        return phase.get(name, {}).get("enable", True)
+
+    def around_all(hook: Hook) -> bool:
+        return hook.depth == "run" or (hook.depth == "epoch" and hook.phases is None)
+
+    return [h for n, h in built if (any(on(n, p) for p in workflow) if around_all(h) else on(n, entry))]
+
+
+def _without_frozen(parts: Parts, built: Sequence[tuple[str, Hook]]) -> Parts:
+    """The parts with fewer trainable parameters, where hooks keep some from being differentiated."""
+    trainable = parts.trainable - {n for _, h in built for n in h.core.get("frozen", ())}
+    if parts.optimizer is not None and not trainable:
+        raise ConfigError("cfg.hooks: there is nothing to train: every parameter is frozen.")
+    return replace(parts, trainable=frozenset(trainable))
+
+
+def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, plan: Plan, info: RunInfo) -> Step:
+    """The step of one phase above the compile line."""
+    loss = stack(parts.losses[phase], at(hooks, "loss", phase))
+    outputs = asked_outputs(hooks, phase, parts)
+    layers = [*at(hooks, "step", phase), tally(info.log_names[phase])]
+
+    def line(step: Step, *, enabled: bool = plan.enabled, donate: bool = plan.donate) -> Compiled:
+        over = compile(
+            step,
+            enabled=enabled,
+            donate=donate,
+            mode=plan.mode,
+            seed=info.seed,
+            rank=info.rank,
+            name=phase,
+            report=info.say,
+            overlap=plan.sync == "graph" and phase == "train",
+        )
+        plan.compiled.append(over)
+        return over
+
+    if phase != "train":
+        return line(stack(eval_step(loss, outputs), layers))
+    assert parts.optimizer is not None
+    grad = _grad(loss, parts, hooks, state, plan, info)
+    traced = plan.enabled and parts.optimizer.traced
+    in_place = plan.donate and not traced and not any(h.looks_back for h in layers)  # below the line donation is compile's
+    if plan.cut == "step":
+        return line(stack(train_step(grad, parts.optimizer, outputs, donate=in_place), layers))
+    finish = line(stack(train_step(given, parts.optimizer, outputs, donate=in_place), layers), enabled=traced)
+    if parts.optimizer.closure_update is not None:
+        return line(stack(train_step(grad, parts.optimizer, outputs), layers), enabled=False)
+    return line(split_step(grad, finish), enabled=False, donate=False)
+
+
+def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, plan: Plan, info: RunInfo) -> Grad:
+    """The gradient core of the plan, in the grad hooks."""
+    bare, cut = loss, plan.enabled and plan.cut == "loss"
+    loss = lift(bare, "loss") if cut else bare
+    around, nominal = at(hooks, "grad"), float(info.cfg["data"]["train_dataloader"]["batch_size"])
+    if plan.sync == "ddp":
+        numbers = 2 * len(info.log_names["train"]) + 2  # the weight, two for each log, and the wish to stop
+        settings: dict[str, Any] = {"nominal": nominal, "numbers": numbers, **core_settings(hooks, "ddp")}
+        if settings.pop("split_compiled", False) and cut:
+            settings["through"] = lift(bare, "loss_in_parts", split=True)
+        if not settings.get("find_unused_parameters"):
+            _refuse_unused(bare, state, parts)
+            settings["sample"] = (bare, dict(parts.sample))
+        holds = parts.optimizer is None or parts.optimizer.closure_update is not None or any(h.holds_grad for h in around)
+        settings = {"gradient_as_bucket_view": not holds, **settings}
+        core = ddp_grad(loss, state, parts.trainable, **settings)
+    elif plan.sync == "graph":
+        core = graph_grad(loss, parts.trainable, nominal=nominal, **core_settings(hooks, "graph"))
+    else:
+        core = local_core(loss, parts.trainable, nominal=nominal)
+    if plan.enabled and plan.cut == "grad":
+        core = Core(lift(core.many, "grad"))
+    return stack(core, around)
+
+
+def _refuse_unused(loss: Loss, state: TrainState, parts: Parts) -> None:
+    """DDP waits for every parameter's gradient; for one that has none it would leave a whole bucket without a reduction."""
+    with torch.no_grad():
+        used, _ = local_grad(loss, parts.trainable)(state, dict(parts.sample))
+    if unused := [n for n in state.params if n in parts.trainable and n not in used]:
+        raise ConfigError(
+            f"cfg.model: the loss does not use {len(unused)} of {len(parts.trainable)} trainable parameters: "
+            f"{', '.join(unused[:8])}{', ...' if len(unused) > 8 else ''}.\n"
+            f"  Freeze them, optimizer.freeze={unused[:8]}, or let DDP look for them in every step:\n"
+            "  hooks.ddp=dict(type='DDPHook', find_unused_parameters=True). dist.sync='graph' needs neither."
+        )
+
+
+class _Blame:
+    """Makes the failure of a run, where another process caused it, a `PeerError` that says how far the run had come."""
+
+    def __init__(self) -> None:
+        self.phase, self.at = "start", 0
+
+    def step(self, step: Step, phase: str) -> Step:
+        """`step`, watched."""
+
+        def watched(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+            self.phase, self.at = phase, state.at
+            return step(state, batch)
+
+        return watched
+
+    def run(self, run: Run) -> Run:
+        """`run`, explained."""
+
+        def explained(state: TrainState) -> TrainState:
+            with dist.blamed(lambda: f"step {self.at + 1}" if self.phase == "train" else f"{self.phase} after step {self.at}"):
+                return run(state)
+
+        return explained
+
+
+def _run(
+    info: RunInfo,
+    hooks: Mapping[str, Sequence[Hook]],
+    streams: Mapping[str, Stream],
+    steps: Mapping[str, Step],
+    interrupted: Callable[[], bool],
+    *,
+    lean: bool,
+) -> Run:
+    """The phases as one epoch in the epoch hooks, and the epochs as one run in the run hooks."""
+    blame = _Blame()
+    phases: dict[str, Epoch] = {}
+    for phase, step in steps.items():
+        fold = train_epoch if phase == "train" else eval_epoch
+        hosted = stack(step, at(hooks[phase], "host", phase))
+        hosted = blame.step(hosted, phase) if info.world_size > 1 else hosted
+        bare = fold(hosted, info.log_names[phase], interrupted)
+        phases[phase] = stack(bare, at(hooks[phase], "epoch", phase))
+    outer = next(iter(hooks.values()))
+    epoch = stack(workflow(phases), at(outer, "epoch"))
+
+    def batches(number: int, start: int) -> Batches:
+        return {p: s.epoch(number, start if p == "train" else 0, lean=lean) for p, s in streams.items()}
+
+    run = stack(run_epochs(epoch, batches, info.steps_per_epoch, info.total_epochs), at(outer, "run"))
+    return blame.run(run) if info.world_size > 1 else run

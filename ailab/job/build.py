@@ -1,0 +1,310 @@
+"""cfg -> parts: builds every component of a run and checks on a few real samples that they fit together."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ailab import tree
+from ailab.binding import OUTPUT_KEYS, Binding, bind, check_outputs, name_outputs
+from ailab.core.loss import LOSS_PREFIX, Functional, module_state, pure_loss
+from ailab.datasets import Stream
+from ailab.datasets.files.cache import run_cache
+from ailab.datasets.stream.collate import build_collate
+from ailab.errors import AilabError, ConfigError, DataError, nearest
+from ailab.losses.torch_losses import maskable
+from ailab.optim import Optimizer, build_optimizer
+from ailab.registry import DATASETS, LOSSES, MODELS, OPTIMIZERS, SAMPLERS
+from ailab.rng import mix
+from ailab.types import WEIGHT, Aux, Batch, Buffers, Loss, Params, TrainState
+
+T = TypeVar("T")
+_NO_MAPPING: Mapping[str, str] = MappingProxyType({})
+_LIBRARIES = tuple(os.path.dirname(str(m.__file__)) + os.sep for m in (torch, tree))
+_PROBE = 4  # samples in the shrunk step that checks everything before the first real one
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pure components of a run and its first state, on the device."""
+
+    model: nn.Module
+    optimizer: Optimizer | None
+    trainable: frozenset[str]  # names of the parameters that are differentiated
+    state: TrainState  # without the slots of hooks
+    losses: Mapping[str, Loss]  # by phase, bare; always one for "val"
+    datasets: Mapping[str, Any]
+    sample: Batch  # a few real samples
+    fields: tuple[str, ...]  # of a batch, and the names of the model's outputs
+    pad: bool  # whether the loss can mask padding
+
+
+def build_parts(cfg: Mapping[str, Any], device: torch.device) -> Parts:
+    """Build dataset, model, loss and optimizer of a completed cfg.
+
+    Raises:
+        ConfigError: when a component refuses its arguments, a mapping does not fit, or there is nothing to train.
+        DataError: for an empty dataset, or samples that cannot be read.
+    """
+    torch.manual_seed(mix(cfg["seed"]))  # the first weights: the same on every rank
+    phases = [p["phase"] for p in cfg["workflow"]]
+    datasets = {p: build_dataset(cfg["data"][p], f"cfg.data.{p}") for p in phases}
+    model, criterion = _modules(cfg, device)
+    state = module_state(model, criterion if isinstance(criterion, nn.Module) else None)
+    state = state.replace(step=state.step.to(device))
+    trainable = _trainable(state, cfg["optimizer"])
+    optimizer = None
+    if "train" in phases:
+        if not trainable:
+            raise ConfigError("cfg.model: there is nothing to train: no parameter requires grad and is not frozen.")
+        optimizer = _optimizer(cfg["optimizer"], state, trainable)
+        state = state.replace(opt_state=optimizer.init(state.params))
+    sample = _sample(cfg, datasets, device)
+    fields, losses, pad = _losses(cfg, model, criterion, state, sample, phases)
+    return Parts(model, optimizer, trainable, state, losses, datasets, sample, fields, pad)
+
+
+def build_dataset(entry: Mapping[str, Any], path: str) -> Any:
+    """The dataset of an entry of `cfg.data`. Raises `DataError` for whatever its constructor raises."""
+    try:
+        return DATASETS.build(entry, path)
+    except AilabError:
+        raise
+    except Exception as e:  # any class: it is the user's code that reads the user's files
+        raise DataError(f"{path}: the dataset could not be opened: {_told(e)}") from e
+
+
+def _modules(cfg: Mapping[str, Any], device: torch.device) -> tuple[nn.Module, Any]:
+    entry = {k: v for k, v in cfg["model"].items() if k not in ("mapping", "output_keys")}
+    model = explained(lambda: MODELS.build(entry, "cfg.model"), "cfg.model: could not be built")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"cfg.model.type: expected a torch.nn.Module, got {type(model).__name__}.")
+    if cfg["loss"] is None:
+        return model.to(device), None
+    criterion = explained(
+        lambda: LOSSES.build({k: v for k, v in cfg["loss"].items() if k != "mapping"}, "cfg.loss"),
+        "cfg.loss: could not be built",
+    )
+    return model.to(device), criterion.to(device) if isinstance(criterion, nn.Module) else criterion
+
+
+def _trainable(state: TrainState, optimizer: Mapping[str, Any] | None) -> frozenset[str]:
+    """Names of the parameters that require grad and that no pattern of `optimizer.freeze` matches."""
+    free = {n for n, p in state.params.items() if p.requires_grad}
+    for i, pattern in enumerate((optimizer or {}).get("freeze", ())):
+        hit = {n for n in state.params if fnmatch.fnmatchcase(n, pattern)}
+        if not hit:
+            hint = nearest(pattern, state.params)
+            raise ConfigError(f"cfg.optimizer.freeze[{i}]: no parameter matches {pattern!r}.{hint}")
+        free -= hit
+    return frozenset(free)
+
+
+def _optimizer(cfg: Mapping[str, Any], state: TrainState, trainable: frozenset[str]) -> Optimizer:
+    cls: Any = OPTIMIZERS.get(cfg["type"], "cfg.optimizer.type")
+    hyper = {k: v for k, v in cfg.items() if k not in ("type", "freeze", "param_groups")}
+    frozen = [n for n in state.params if n not in trainable]
+    return build_optimizer(cls, state.params, param_groups=cfg["param_groups"], frozen=frozen, **hyper)
+
+
+def _sample(cfg: Mapping[str, Any], datasets: Mapping[str, Any], device: torch.device) -> Batch:
+    """A few real samples of the first phase, read as its stream will read them."""
+    phase, dataset = next(iter(datasets.items()))
+    collate = build_collate(cfg["data"][f"{phase}_dataloader"]["collate_fn"], f"cfg.data.{phase}_dataloader.collate_fn")
+
+    def quiet(line: str) -> None:
+        """Bad samples are reported when the run reads them."""
+
+    size = min(_PROBE, len(dataset)) if hasattr(dataset, "__len__") else _PROBE
+    stream = Stream(
+        dataset,
+        batch_size=max(size, 1),
+        shuffle=False,
+        seed=cfg["seed"],
+        pad=False,
+        iters=1,
+        collate_fn=collate,
+        name=f"cfg.data.{phase}",
+        report=quiet,
+        max_bad_frac=1.0,
+        **reading_of(cfg),
+    )
+    return tree.to(next(iter(stream.epoch(0))), device)
+
+
+def loss_of(
+    model: nn.Module,
+    criterion: Any,
+    *,
+    training: bool = True,
+    mapping: Mapping[str, str] = _NO_MAPPING,
+    loss_mapping: Mapping[str, str] = _NO_MAPPING,
+    output_keys: Sequence[str] = OUTPUT_KEYS,
+) -> Loss:
+    """A module and a criterion as one pure loss over named fields: `total, aux = loss(params, buffers, batch)`.
+
+    Args:
+        model: its `forward` is given the fields that `mapping` {parameter: field} names, or those of its parameters' names.
+        criterion: a module or a callable; a torch.nn loss calls the model's output `input`. None: the model's output "loss".
+        training: the mode of the modules.
+        mapping: of the model.
+        loss_mapping: of the criterion, over the batch and the model's outputs.
+        output_keys: names of the model's outputs.
+    """
+    bound = bind(model, mapping, "cfg.model")
+    call, loss_bound = _criterion(criterion, loss_mapping, training)
+    return pure_loss(Functional(model, training=training), bound, call, loss_bound, output_keys)
+
+
+def _losses(
+    cfg: Mapping[str, Any], model: nn.Module, criterion: Any, state: TrainState, sample: Batch, phases: list[str]
+) -> tuple[tuple[str, ...], dict[str, Loss], bool]:
+    """The fields of a run, the bare loss of each phase, and whether it can mask padding."""
+    keys, path = cfg["model"]["output_keys"], "cfg.model.output_keys"
+    mapping, loss_mapping = cfg["model"]["mapping"], cfg["loss"]["mapping"] if cfg["loss"] else _NO_MAPPING
+    bound = bind(model, mapping, "cfg.model")
+    _refuse(bound.check(sample))
+    with torch.no_grad():
+        forward, buffers = Functional(model, training=phases[0] == "train"), tree.clone(state.buffers)
+        result = explained(
+            lambda: forward(state.params, buffers, bound.kwargs(sample)), "cfg.model: failed on the first samples"
+        )
+    outputs = name_outputs(result, keys, path)
+    fields = (*sample, *outputs)
+    problems = check_outputs(list(outputs), list(sample), path)
+    _, loss_bound = _criterion(criterion, loss_mapping, True)
+    _refuse(problems + (loss_bound.check(fields) if loss_bound else []))
+    if criterion is None and "loss" not in outputs:
+        if "train" in phases:
+            raise ConfigError(
+                f"cfg.workflow: the phase 'train' needs cfg.loss; the model gives {', '.join(outputs)} and no 'loss'."
+            )
+        return fields, dict.fromkeys(phases, _unscored(Functional(model, training=False), bound, keys)), True
+    losses = {
+        phase: loss_of(
+            model, criterion, training=phase == "train", mapping=mapping, loss_mapping=loss_mapping, output_keys=keys
+        )
+        for phase in dict.fromkeys([*phases, "val"])  # "val" in any case: a loss without randomness is what checks need
+    }
+    return fields, losses, _masks(losses[phases[0]], state, sample)
+
+
+def _unscored(forward: Functional, bound: Binding, keys: Sequence[str]) -> Loss:
+    """The loss depth of an evaluation without a criterion: outputs for the metrics, and no number of its own."""
+
+    def loss(params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
+        after = {n: b.clone() for n, b in buffers.items()}  # a forward may write to what it is given
+        outputs = name_outputs(forward(params, after, bound.kwargs(batch)), keys, "cfg.model.output_keys")
+        nothing = torch.zeros((), device=next(iter(outputs.values())).device)
+        return nothing, Aux(after, nothing, {}, outputs)
+
+    return loss
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _criterion(criterion: Any, mapping: Mapping[str, str], training: bool) -> tuple[Any, Binding | None]:
+    """The criterion as a function of (params, buffers, kwargs), and how its parameters are bound.
+
+    torch's own losses call the model's output `input`, and are asked for per-sample values where that is the same mathematics.
+    """
+    if criterion is None:
+        return None, None
+    if not isinstance(criterion, nn.Module):
+        return lambda params, buffers, kwargs: criterion(**kwargs), bind(
+            criterion, mapping, "cfg.loss", defaults={"weight": WEIGHT}
+        )
+    builtin = type(criterion).__module__.startswith("torch.nn.")
+    call = Functional(criterion, training=training, prefix=LOSS_PREFIX, via=maskable if builtin else None)
+    defaults = {"input": OUTPUT_KEYS[0], "weight": WEIGHT} if builtin else {}
+    return call, bind(call.call, mapping, "cfg.loss", defaults=defaults)
+
+
+def _masks(loss: Loss, state: TrainState, sample: Batch) -> bool:
+    """Whether the loss, and each part of it, obeys the weights of the samples: with all of them zero nothing is counted."""
+    size = next(v.shape[0] for v in sample.values() if isinstance(v, Tensor) and v.dim() > 0)
+    masked = {**sample, WEIGHT: torch.zeros(size, device=state.step.device)}
+    with torch.no_grad():
+        _, aux = explained(lambda: loss(state.params, state.buffers, masked), "cfg.loss: failed on the first samples")
+    return all(float(mean.weight) == 0.0 for mean in aux.logs.values())
+
+
+def explained(call: Callable[[], T], what: str) -> T:
+    """The result of user code; what it raises becomes one message that says where.
+
+    Raises:
+        ConfigError: with the exception's own words; the traceback is kept as its cause.
+    """
+    try:
+        return call()
+    except AilabError:
+        raise
+    except Exception as e:  # any class: it is the user's model, loss, metric or hook
+        raise ConfigError(f"{what}: {_told(e)}") from e
+
+
+def _told(e: Exception) -> str:
+    """The class and the first lines of an exception, and where it was raised; --debug shows the rest."""
+    frames = traceback.extract_tb(e.__traceback__)
+    frame = ([f for f in frames if not f.filename.startswith(_LIBRARIES)] or frames)[-1]  # the user's own line, if there is one
+    text = [line.strip()[:400] for line in str(e).splitlines() if line.strip()][:2]
+    return "\n  ".join([f"{type(e).__name__}: {text[0] if text else ''}", *text[1:], f"{frame.filename}, line {frame.lineno}"])
+
+
+def build_stream(
+    cfg: Mapping[str, Any],
+    entry: Mapping[str, Any],
+    parts: Parts,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    **more: Any,
+) -> Stream:
+    """The batches of one workflow entry on this rank."""
+    phase = entry["phase"]
+    loader = dict(cfg["data"][f"{phase}_dataloader"])
+    loader["collate_fn"] = build_collate(loader["collate_fn"], f"cfg.data.{phase}_dataloader.collate_fn")
+    if loader["shuffle"] is None:
+        loader["shuffle"] = phase == "train"
+    if loader["persistent_workers"] is None:
+        loader["persistent_workers"] = loader["num_workers"] > 0
+    optional = ("prefetch_factor", "multiprocessing_context")
+    loader = {k: v for k, v in loader.items() if k not in optional or (v and loader["num_workers"])}
+    if loader["sampler"] is not None:
+        loader["sampler"] = SAMPLERS.build(loader["sampler"], f"cfg.data.{phase}_dataloader.sampler")
+    return Stream(
+        parts.datasets[phase],
+        seed=cfg["seed"],
+        rank=rank,
+        world_size=world_size,
+        pad=parts.pad,
+        device=device,
+        iters=entry["iters"],
+        name=f"cfg.data.{phase}",
+        max_bad_frac=cfg["data"]["max_bad_frac"],
+        **reading_of(cfg),
+        **loader,
+        **more,
+    )
+
+
+def reading_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """How samples are read, in any phase."""
+    data = cfg["data"]
+    return {
+        "truncated": data["truncated"],
+        "nan_is_bad": data["nan_is_bad"],
+        "cache": run_cache(data["cache"], Path(cfg["work_dir"])),
+    }

@@ -1,0 +1,85 @@
+"""What of a run is compiled and how its gradients are synchronised: decided once, from the cfg and the machine."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ailab.compile import Compiled, lift
+from ailab.core.grad import has_custom_backward, local_grad
+from ailab.errors import ConfigError
+from ailab.job.build import Parts
+from ailab.types import RunInfo, TrainState
+
+_PAYS_FROM = 30_000  # training steps from which compiling for a CPU pays: it costs some 25 s and saves up to 1 ms a step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compiled and how gradients are synchronised."""
+
+    enabled: bool
+    why: str
+    cut: str  # "step", "grad" or "loss"
+    sync: str  # "none", "ddp" or "graph"
+    mode: str | None = None
+    donate: bool = True
+    compiled: list[Compiled] = field(default_factory=list)
+
+
+def planned(cfg: Mapping[str, Any], info: RunInfo, parts: Parts, needed: Mapping[str, Any]) -> Plan:
+    """Decide what to compile, as a pure function of the cfg and the machine: a resumed run decides the same.
+
+    Args:
+        cfg: completed.
+        info: of the run.
+        parts: of the run.
+        needed: what hooks ask of the compile line: `{"cut": "loss"}`.
+
+    Raises:
+        ConfigError: when cfg.compile says another cut than a hook needs.
+    """
+    asked = cfg["compile"]
+    options: dict[str, Any] = {k: v for k, v in asked.items() if v is not None} if isinstance(asked, dict) else {}
+    enabled, why = _enabled(asked, info)
+    sync = cfg["dist"]["sync"] if info.world_size > 1 else "none"
+    cut = options.get("cut", needed.get("cut", "step"))
+    if cut != needed.get("cut", cut):
+        raise ConfigError(f"cfg.compile.cut is {cut!r}, and a hook of this run needs {needed['cut']!r}: leave the cut out.")
+    if sync == "ddp" or (cut == "step" and parts.optimizer is not None and not parts.optimizer.traced):
+        cut = "loss"  # no graph may hold DDP's backward
+    return Plan(enabled, why, cut, sync, options.get("mode"), options.get("donate", True))
+
+
+def _enabled(asked: Any, info: RunInfo) -> tuple[bool, str]:
+    if asked is False:
+        return False, "compile=False"
+    if asked == "auto" and info.device.type != "cuda":
+        if info.total_steps < _PAYS_FROM:
+            return False, f"auto: does not pay within {info.total_steps} steps on a CPU"
+        if not any(shutil.which(c) for c in ("c++", "g++", "clang++")):
+            return False, "auto: there is no C++ compiler"
+    return True, "auto" if asked == "auto" else f"compile={asked!r}"
+
+
+def verify_gradient(parts: Parts, state: TrainState) -> None:
+    """Compare compiled with eager gradients where a custom `autograd.Function` takes part: a wrong one must never be silent."""
+    loss, sample = parts.losses["val"], parts.sample
+    with torch.enable_grad():
+        total, _ = loss(state.params, state.buffers, sample)
+    if not has_custom_backward(total):
+        return
+    grad = local_grad(loss, parts.trainable)
+    with torch.no_grad():
+        (eager, _), (compiled, _) = grad(state, sample), lift(grad, "verify")(state, sample)
+    scale = max(float(g.abs().max()) for g in eager.values()) or 1.0
+    worst = max((float((compiled[n] - g).abs().max()) / scale, n) for n, g in eager.items())
+    if not worst[0] < 1e-2:
+        raise ConfigError(
+            f"cfg.compile: the compiled gradient of {worst[1]!r} is wrong by {worst[0]:.1%}: a custom autograd.Function\n"
+            "  is not honoured by this version of torch. Use compile=dict(cut='loss') or compile=False."
+        )

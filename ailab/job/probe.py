@@ -1,0 +1,101 @@
+"""What can only be known by trying: one shrunk step of each phase on real samples, before anything is compiled or written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from ailab import tree
+from ailab.core.grad import local_grad
+from ailab.core.loss import batch_size
+from ailab.core.step import eval_step, train_step
+from ailab.errors import ConfigError, nearest
+from ailab.job.build import Parts, explained
+from ailab.stack import Middleware, at, stack
+from ailab.types import RunInfo, TrainState, seal
+
+Hook = Middleware[Any]
+
+
+def check_fields(hooks: Mapping[str, Sequence[Hook]], parts: Parts) -> None:
+    """Compare what hooks read with what there is, all problems at once."""
+    problems = [
+        problem
+        for phase, mine in hooks.items()
+        for hook in mine
+        if hook.check is not None and phase in (hook.phases or ("train",))
+        for problem in hook.check(parts.fields, phase)
+    ]
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def check_reads(built: Sequence[tuple[str, Hook]], info: RunInfo) -> None:
+    """Compare the results that hooks need with those that an epoch of this run will have, all problems at once."""
+    problems = [
+        f"{path}: there is no result {name!r}.{nearest(name, info.results)}\n  An epoch of this run has: {', '.join(info.results)}."
+        for _, hook in built
+        for path, name in hook.reads.items()
+        if name not in info.results
+    ]
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def asked_outputs(hooks: Sequence[Hook], phase: str, parts: Parts) -> tuple[str, ...]:
+    """The model outputs, and what hooks put beside them, that host hooks of a phase read."""
+    asked = [n for h in at(hooks, "host", phase) for n in h.core.get("outputs", ())]
+    offered = {*parts.fields, *(n for h in hooks for n in h.core.get("gives", ()))} - {*parts.sample}
+    return tuple(dict.fromkeys(n for n in asked if n in offered))
+
+
+def probe(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, info: RunInfo) -> None:
+    """Find out what a phase reports, by one shrunk, uncompiled, local step; its result is thrown away."""
+    loss, outputs = stack(parts.losses[phase], at(hooks, "loss", phase)), asked_outputs(hooks, phase, parts)
+    if phase == "train":
+        assert parts.optimizer is not None
+        grad = stack(local_grad(loss, parts.trainable), at(hooks, "grad"))
+        step = stack(train_step(grad, parts.optimizer, outputs), at(hooks, "step"))
+    else:
+        step = stack(eval_step(loss, outputs), at(hooks, "step", phase))
+    sample = dict(parts.sample)
+    counted = _flop_counter() if any(h.core.get("flops") for h in at(hooks, "host", phase)) else nullcontext()
+    with torch.no_grad(), counted as counter:
+        after, logs = explained(lambda: step(state, sample), f"the first {phase} step failed")
+    _same_shape(state, after, phase)
+    seen = seal(logs)
+    fields = {**sample, **seen.outputs}
+    more: list[str] = []
+    for h in hooks:
+        if (reports := h.reports) is not None and phase in (h.phases or (phase,)):
+            more += explained(lambda r=reports: r(fields, phase), f"hook {h.name!r} failed on the first samples")
+    info.log_names[phase], info.result_names[phase] = seen.names, (*seen.names, *more)
+    if counter is not None:
+        info.flops[phase] = counter.get_total_flops() / batch_size(sample)
+
+
+def _flop_counter() -> Any:
+    """A context that counts the floating-point operations of matrix products, convolutions and attention in it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    return FlopCounterMode(display=False)
+
+
+def _same_shape(before: TrainState, after: TrainState, phase: str) -> None:
+    """Refuse a hook that changes the structure of the state."""
+    old, new = dict(tree.items(before)), dict(tree.items(after))
+
+    def spec(leaf: Any) -> Any:
+        return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf)
+
+    changed = [p for p in {**old, **new} if p not in old or p not in new or spec(old[p]) != spec(new[p])]
+    if changed and not any(
+        p.startswith("opt_state.state") for p in changed
+    ):  # a class's own optimizer may fill its memory late
+        raise ConfigError(
+            f"a {phase} step changes the structure of the state at: {', '.join(changed[:5])}.\n"
+            "  A hook has to return what it was given, in shape and dtype; make its memory in `init`."
+        )

@@ -1,0 +1,130 @@
+"""The folder of a run: held by one process at a time, and its log of JSON lines."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+from ailab.errors import CheckpointError, WorkDirError
+from ailab.workdir import durable
+
+_OWNER = re.compile(rb"([0-9]{1,10}) ([A-Za-z0-9._-]{1,255})\n")
+
+
+@contextlib.contextmanager
+def lock(work_dir: Path) -> Generator[Path, None, None]:
+    """Make the folder if need be, hold it for this process, and prove that files can be written, synced and renamed in it.
+
+    Raises `WorkDirError` naming the process that holds it; nothing was changed then. Raises `CheckpointError` if the folder
+    cannot be used. The lock dies with the process, however it dies; child processes do not hold it. It is a POSIX lock: the
+    process that holds it gives it back if it opens and closes `.lock` a second time.
+    """
+    with _unusable(work_dir):
+        work_dir.mkdir(parents=True, exist_ok=True)
+        # lockf and not flock: a data worker that outlives its killed parent would keep an flock.
+        fd = os.open(work_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with _unusable(work_dir):
+            if not _acquired(fd):
+                raise WorkDirError(f"{work_dir} is in use by {_owner(fd)}. Wait for it, stop it, or use another work_dir.")
+            os.ftruncate(fd, 0)
+            os.write(fd, f"{os.getpid()} {socket.gethostname()}\n".encode())
+            _probe(work_dir)
+        try:
+            yield work_dir
+        finally:
+            os.ftruncate(fd, 0)  # a finished run that is started again leaves its folder as it was
+    finally:
+        os.close(fd)
+
+
+class Lines:
+    """A file of JSON objects, one a line, that a reader or a kill at any time finds whole, up to a torn last line."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._fd = self._open()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line with one call; a line that does not fit on the disk is taken back and raises OSError."""
+        line = (durable.to_json(record) + "\n").encode("ascii")
+        written = os.write(self._fd, line)
+        if written < len(line):
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+
+    def rewind(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the lines for which `keep` does not hold, and those that are no JSON objects, such as a torn last one.
+
+        The lines that stay keep their bytes, and the file is replaced in one piece.
+        """
+        old = self._path.read_bytes()
+        kept = b"".join(line for line in old.splitlines(keepends=True) if (row := _parsed(line)) is not None and keep(row))
+        if kept == old:
+            return
+        durable.replace(self._path, kept)
+        os.close(self._fd)
+        self._fd = self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return cast("dict[str, Any]", row) if isinstance(row, dict) else None
+
+
+def _acquired(fd: int) -> bool:
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # which of the two is up to the system
+            return False
+        raise
+    return True
+
+
+def _owner(fd: int) -> str:
+    match = _OWNER.fullmatch(os.pread(fd, 300, 0))  # the pattern keeps control characters out of the message
+    return f"process {match[1].decode()} on {match[2].decode()}" if match else "another process"
+
+
+def _probe(work_dir: Path) -> None:
+    """What a checkpoint needs of a file system, tried before hours of training depend on it."""
+    probe, renamed = work_dir / ".probe", work_dir / ".probe.renamed"
+    probe.unlink(missing_ok=True)
+    durable.write(probe, b"ailab\n")
+    os.replace(probe, renamed)
+    durable.sync_directory(work_dir)
+    renamed.unlink()
+
+
+@contextlib.contextmanager
+def _unusable(work_dir: Path) -> Generator[None, None, None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{work_dir} cannot be used as a work_dir: {error.strerror or error}.") from error
