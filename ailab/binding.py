@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ailab.errors import ConfigError, DataError, nearest
-from ailab.signature import Parameters, listed, name_of, parameters
+from ailab.signature import Parameters, name_list, name_of, parameters
 
 OUTPUT_KEYS = ("output",)  # what a model's result is called where the cfg does not say
 _NONE: Mapping[str, str] = MappingProxyType({})
@@ -42,20 +42,20 @@ class Binding:
         strange = [p for p, _ in self.mapped if p not in self.names and not self.open]
         problems = [
             f"{self.path}.mapping.{p}: {self.what} has no parameter '{p}'.\n"
-            f" {nearest(p, self.names)} {self.what} takes: {listed(self.names) or 'nothing by name'}."
+            f" {nearest(p, self.names)} {self.what} takes: {name_list(self.names) or 'nothing by name'}."
             for p in strange
         ]
         if fields is None:
             return problems
         problems += [
-            f"{self.path}.mapping.{p}: there is no field '{f}'.\n {nearest(f, fields)} Fields: {listed(fields)}."
+            f"{self.path}.mapping.{p}: there is no field '{f}'.\n {nearest(f, fields)} Fields: {name_list(fields)}."
             for p, f in self.mapped
             if f not in fields
         ]
         bound = {p for p, _ in self.mapped} | {p for p, f in self.free if f in fields}
         return problems + [
             f"{self.path}: {self.what} needs '{p}', and no field goes by that name.\n"
-            f"  Say which one it is: mapping={{'{p}': ...}}. Fields: {listed(fields)}."
+            f"  Say which one it is: mapping={{'{p}': ...}}. Fields: {name_list(fields)}."
             for p in self.required
             if p not in bound
         ]
@@ -113,7 +113,7 @@ def name_outputs(value: Any, output_keys: Sequence[str] | None, path: str) -> di
     parts = (value,) if isinstance(value, Tensor) else cast("Sequence[Any]", value)
     if len(parts) != len(keys):
         raise ConfigError(
-            f"{path}: {_count(keys, 'name')} ({listed(keys)}), but the model returned {_count(parts, 'value')}.\n"
+            f"{path}: {_count(keys, 'name')} ({name_list(keys)}), but the model returned {_count(parts, 'value')}.\n"
             "  Name every one, e.g. output_keys=['output', 'aux']; none is dropped."
         )
     return dict(zip(keys, parts, strict=True))
@@ -122,7 +122,7 @@ def name_outputs(value: Any, output_keys: Sequence[str] | None, path: str) -> di
 def _part(named: Mapping[str, Any], key: str, path: str) -> Any:
     if key not in named:
         raise ConfigError(
-            f"{path}: the model returned a dict without '{key}'.\n {nearest(key, named)} It returned: {listed(named)}."
+            f"{path}: the model returned a dict without '{key}'.\n {nearest(key, named)} It returned: {name_list(named)}."
         )
     return named[key]
 

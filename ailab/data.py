@@ -18,13 +18,14 @@ from ailab import tree
 from ailab.binding import wrap_sample
 from ailab.config import check
 from ailab.config.load import load as load_cfg
+from ailab.config.schema import PHASES
 from ailab.datasets import Stream
-from ailab.datasets.stream.bad import Bad
+from ailab.datasets.files.bad_file import Bad
 from ailab.datasets.stream.order import Plan
 from ailab.errors import AilabError, ConfigError
 from ailab.hooks.loss.augment import AugmentHook
 from ailab.job.build import build_dataset, reading_of
-from ailab.pictures.contact_sheet import Look, class_name, sheet
+from ailab.pictures.contact_sheet import Look, class_name, contact_sheet
 from ailab.registry import TRANSFORMS
 from ailab.rng import mix
 from ailab.types import WEIGHT
@@ -217,7 +218,7 @@ def run(cfg: Mapping[str, Any], split: Literal["train", "val", "test"], out: Pat
     if not seen.first:
         return text
     shown = augmented(full, split, [sample for _, sample in seen.first])
-    sheet(shown, [f"#{index}" for index, _ in seen.first], seen.look).save(out)
+    contact_sheet(shown, [f"#{index}" for index, _ in seen.first], seen.look).save(out)
     return f"{text}\n  {len(shown)} samples, as the model sees them: {out}"
 
 
@@ -226,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ailab.data", description="Look at the data of a cfg.")
     parser.add_argument("cfg", help="a Python file that defines `cfg`")
     parser.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="changes to the cfg, such as data.truncated=fill")
-    parser.add_argument("--split", choices=check.PHASES, default="train")
+    parser.add_argument("--split", choices=PHASES, default="train")
     parser.add_argument("--out", type=Path, help="of the contact sheet; SPLIT.png when left out")
     parser.add_argument("--samples", type=int, help="read this many, evenly spaced; all when left out")
     parser.add_argument("--show", type=int, default=24, help="samples on the sheet")

@@ -87,7 +87,7 @@ def ailab_train(cfg: Mapping[str, Any]) -> Result:
     try:
         return fit(cfg)
     except AilabError as e:
-        sys.exit(_told(e))
+        sys.exit(_report_error(e))
 
 
 @contextmanager
@@ -113,8 +113,8 @@ def _started(load: Callable[[], Mapping[str, Any]]) -> Generator[tuple[dict[str,
         with memory_held(full["data"]["cache"], Path(full["work_dir"])):
             yield _resuming(full), device, [w for w in warnings if w]
     except BaseException as e:
-        if (board := dist.board()) is not None and not isinstance(e, (PeerError, Preempted)):
-            board.fail(e)
+        if (rendezvous := dist.current_rendezvous()) is not None and not isinstance(e, (PeerError, Preempted)):
+            rendezvous.fail(e)
         raise
     finally:
         dist.stop()
@@ -124,13 +124,13 @@ def _started(load: Callable[[], Mapping[str, Any]]) -> Generator[tuple[dict[str,
 def _ended_by_launcher() -> Generator[None]:
     """SIGTERM before the group stands as a `PeerError`: the launcher sends it when another rank has ended."""
 
-    def told(number: int, frame: Any) -> None:
+    def ended(number: int, frame: Any) -> None:
         raise PeerError("the launcher ended this run before all ranks had met: see what another rank printed, if it printed.")
 
     if not dist.launched() or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, told)
+    before = signal.signal(signal.SIGTERM, ended)
     try:
         yield
     finally:
@@ -139,9 +139,9 @@ def _ended_by_launcher() -> Generator[None]:
 
 def _resuming(cfg: dict[str, Any]) -> dict[str, Any]:
     """The cfg, with a ResumeHook if the launcher has restarted a run that saves checkpoints and had begun."""
-    board = dist.board()
+    rendezvous = dist.current_rendezvous()
     kinds = {_kind(entry): entry for entry in cfg["hooks"].values() if entry["enable"]}
-    if board is None or "ResumeHook" in kinds or "CheckpointHook" not in kinds or not board.noted("begun"):
+    if rendezvous is None or "ResumeHook" in kinds or "CheckpointHook" not in kinds or not rendezvous.marked("begun"):
         return cfg
     entry = {"type": "ResumeHook", "save_dir": kinds["CheckpointHook"].get("save_dir"), "enable": True}
     return {**cfg, "hooks": {**cfg["hooks"], "resume_after_restart": entry}}
@@ -300,20 +300,20 @@ def show(cfg: Mapping[str, Any]) -> str:
         return picture(assemble(full, device, extra=_always(full, None)))
 
 
-def _told(e: AilabError) -> int:
+def _report_error(e: AilabError) -> int:
     """Print an error once, however many ranks make it, and return its exit code."""
-    rank, board, text = int(os.environ.get("RANK", "0")), dist.board(), f"{type(e).__name__}: {e}"
-    if isinstance(e, PeerError) and not e.shared and board is not None:
-        if first := board.first_failure():
+    rank, rendezvous, text = int(os.environ.get("RANK", "0")), dist.current_rendezvous(), f"{type(e).__name__}: {e}"
+    if isinstance(e, PeerError) and not e.shared and rendezvous is not None:
+        if first := rendezvous.first_failure():
             text = f"{text}\n  {first}"
         elif rank:
             time.sleep(_HEAR_RANK_0_S)  # it is its console that people watch
-        mine = board.is_first_to_tell("PeerError", ever=False)
-    elif board is None:
+        mine = rendezvous.is_first_to_report("PeerError", ever=False)
+    elif rendezvous is None:
         mine = rank == 0 or not isinstance(e, (ConfigError, Preempted))
     else:
         # A mistake that a restart makes again is told the first time.
-        mine = (rank == 0 or not e.shared) and board.is_first_to_tell(text, ever=isinstance(e, ConfigError))
+        mine = (rank == 0 or not e.shared) and rendezvous.is_first_to_report(text, ever=isinstance(e, ConfigError))
     if mine:
         print(text, file=sys.stderr, flush=True)
     return e.exit_code
@@ -339,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AilabError as e:
         if args.debug:
             raise
-        return _told(e)
+        return _report_error(e)
     return 0
 
 

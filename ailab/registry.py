@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ailab.errors import AilabError, ConfigError, nearest
-from ailab.signature import Parameters, check_arguments, listed, name_of, parameters
+from ailab.signature import Parameters, check_arguments, name_list, name_of, parameters
 
 T = TypeVar("T", bound=Callable[..., Any])
 _NO_KEYS: Mapping[str, Any] = MappingProxyType({})
@@ -113,7 +113,7 @@ class Registry:
         elsewhere = f"a name of {self.modules[0]}, " if found else ""
         raise ConfigError(
             f"{path}: there is no {self.kind} '{type_}'.\n"
-            f" {nearest(type_, [*own, *found])} Registered: {listed(own) or 'none'}.\n"
+            f" {nearest(type_, [*own, *found])} Registered: {name_list(own) or 'none'}.\n"
             f"  Also possible: {elsewhere}a dotted path 'package.module.Name', or the object itself."
         )
 
@@ -141,7 +141,7 @@ class Registry:
         given = dict(cast("Mapping[str, Any]", cfg))
         if "type" not in given:
             close = "".join(f" Did you mean 'type' by '{k}'?" for k in given if nearest(k, ["type"]))
-            return [f"{path}: there is no `type`.{close}\n  Say which {self.kind}: {listed(self.names())}."]
+            return [f"{path}: there is no `type`.{close}\n  Say which {self.kind}: {name_list(self.names())}."]
         type_ = given.pop("type")
         try:
             builder = self.get(type_, f"{path}.type")
@@ -209,7 +209,7 @@ def _imported(dotted: str, path: str) -> Callable[..., Any]:
     for name in names.split("."):
         offered = [n for n in dir(found) if not n.startswith("_")]
         if not hasattr(found, name):
-            raise ConfigError(f"{path}: '{module}' has no '{names}'.\n {nearest(name, offered)} It has: {listed(offered)}.")
+            raise ConfigError(f"{path}: '{module}' has no '{names}'.\n {nearest(name, offered)} It has: {name_list(offered)}.")
         found = getattr(found, name)
     if not callable(found):
         raise ConfigError(f"{path}: '{dotted}' is {type(found).__name__}, which cannot be called.")

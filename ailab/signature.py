@@ -92,7 +92,7 @@ def name_of(fn: Any) -> str:
     return str(getattr(fn, "__name__", None) or type(fn).__name__)
 
 
-def listed(names: Iterable[Any]) -> str:
+def name_list(names: Iterable[Any]) -> str:
     """Names for a message, the first ones of many."""
     all_names = [str(n) for n in names]
     more = f" and {len(all_names) - _SHOWN} more" if len(all_names) > _SHOWN else ""
@@ -106,7 +106,7 @@ def check_arguments(takes: Parameters, given: Mapping[str, Any], path: str, what
         if key in takes.types:
             problems += mismatch(value, takes.types[key], f"{path}.{key}")
         elif not takes.open:
-            offer = f"{what} takes: {listed(takes.types)}." if takes.types else f"{what} takes no arguments."
+            offer = f"{what} takes: {name_list(takes.types)}." if takes.types else f"{what} takes no arguments."
             problems.append(f"{path}.{key}: {what} takes no '{key}'.\n {nearest(key, takes.types)} {offer}")
     problems += [f"{path}.{n}: {what} needs '{n}', and it was not given." for n in takes.required if n not in given]
     return problems

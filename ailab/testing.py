@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ailab import tree
+from ailab.build import loss_of
 from ailab.compile import compile
 from ailab.core.epoch import PROGRESS, fresh_progress, tally, train_epoch, workflow
 from ailab.core.grad import local_grad
 from ailab.core.loss import module_state
 from ailab.core.run import run_epochs
 from ailab.core.step import train_step
-from ailab.job.build import loss_of
 from ailab.optim import Optimizer, build_optimizer
 from ailab.stack import Middleware, as_hooks, at, stack, with_slots
 from ailab.types import WEIGHT, Batch, Batches, Logs, Loss, Mean, Step, TrainState

@@ -28,10 +28,10 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from ailab import dist
+from ailab.build import loss_of
 from ailab.core import grad as core
 from ailab.core.loss import module_state
 from ailab.heap import keep_freed
-from ailab.job.build import loss_of
 from ailab.types import STOP, Aux, Batch
 
 STEPS = 10

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ailab.config import check
 from ailab.config.load import load as load_cfg
-from ailab.datasets import fashion_mnist
+from ailab.datasets.ready import fashion_mnist
 from ailab.errors import DataError
 from ailab.fit import dry_run, fit
 from ailab.job.assemble import assemble

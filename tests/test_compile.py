@@ -11,6 +11,7 @@ from tiny import Net, Points
 from torch import Tensor, nn
 
 from ailab import tree
+from ailab.build import loss_of
 from ailab.compile import allow_traced_grad, compile, graphs_compiled
 from ailab.config import check
 from ailab.core.grad import local_grad
@@ -18,7 +19,6 @@ from ailab.core.loss import module_state
 from ailab.core.step import train_step
 from ailab.errors import ConfigError, DonatedError
 from ailab.job.assemble import assemble
-from ailab.job.build import loss_of
 from ailab.optim import build_optimizer, lrs, with_lrs
 from ailab.stack import Middleware, at
 from ailab.types import Batch, Mean, TrainState

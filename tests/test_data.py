@@ -16,7 +16,7 @@ from PIL import Image
 
 from ailab.config.check import complete
 from ailab.data import described, look_at, main
-from ailab.pictures.contact_sheet import Look, colour, corners, sheet
+from ailab.pictures.contact_sheet import Look, colour, contact_sheet, corners
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,7 +93,7 @@ def test_boxes_masks_and_points_are_drawn_where_they_are(form: str, normalize: b
     sample = {"image": torch.zeros(3, 96, 96, dtype=torch.uint8), "boxes": boxes, "masks": mask, "keypoints": points}
     look = Look({"image": "image", "boxes": "boxes", "masks": "mask", "keypoints": "keypoints"}, None, form, normalize)
     assert corners(boxes, look, (96, 96))[0].tolist() == pytest.approx([10, 20, 40, 60])
-    drawn = np.asarray(sheet([sample], ["a"], look)).astype(int)[6:198, 6:198]  # twice the size, after the gap
+    drawn = np.asarray(contact_sheet([sample], ["a"], look)).astype(int)[6:198, 6:198]  # twice the size, after the gap
     tints = [np.array(colour(i)) for i in range(2)]
     assert (drawn[40, 30:70] == tints[0]).all()
     assert (drawn[50:110, 20] == tints[0]).all()
@@ -112,7 +112,7 @@ def test_a_sheet_takes_any_sample() -> None:
         {"image": torch.zeros(4, 9, 9, dtype=torch.uint8), "mask": torch.ones(9, 9, dtype=torch.int64)},
         {"text": "words", "boxes": torch.zeros(0, 4)},
     ]
-    whole = sheet(samples, ["a", "b", "c", "d"], look)
+    whole = contact_sheet(samples, ["a", "b", "c", "d"], look)
     assert whole.width > 4 * 192
     assert [look.kind(n, v, (9, 9)) for n, v in samples[2].items()] == ["image", "mask"]
 
@@ -168,6 +168,6 @@ def test_a_detection_set_is_drawn(box_format: str, tmp_path: Path) -> None:
         box = corners(sample["boxes"], seen.look, (120, 160))[0]
         assert sample["keypoints"][0, 1].tolist() == [70 + 8 * index, 55 + 5 * index]
         assert box.tolist() == pytest.approx([20 + 8 * index, 15 + 5 * index, 70 + 8 * index, 55 + 5 * index], abs=1e-3)
-    whole = sheet([s for _, s in seen.first], [str(i) for i, _ in seen.first], seen.look)
+    whole = contact_sheet([s for _, s in seen.first], [str(i) for i, _ in seen.first], seen.look)
     whole.save(tmp_path / "sheet.png")
     assert whole.height > 150

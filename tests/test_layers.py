@@ -22,8 +22,8 @@ types | signature | dist | pictures
 registry | binding | stack | compile | losses
 config | optim | models | metrics | datasets
 core | workdir
-hooks | job
-testing
+build | hooks
+job | testing
 fit | data
 """
 LEVEL = {name.strip(): level for level, row in enumerate(FLOORS.split("\n")) for name in row.split("|") if name.strip()}

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from ailab.errors import AilabError, ConfigError, nearest
-from ailab.signature import listed
+from ailab.signature import name_list
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _replaced(node: Any, keys: Sequence[str], value: Any, path: str) -> Any:
             known = {**known, key: {}}
         if key not in known and (rest or (path == "cfg.hooks" and not is_hook)):
             hint = "\n  A new hook is a dict: hooks.NAME={'type': 'EMAHook'}" if path == "cfg.hooks" and not rest else ""
-            raise ConfigError(f"{path} has no '{key}'.{nearest(key, known)} It has: {listed(known) or 'nothing'}.{hint}")
+            raise ConfigError(f"{path} has no '{key}'.{nearest(key, known)} It has: {name_list(known) or 'nothing'}.{hint}")
         return {**known, key: _replaced(known.get(key), rest, value, f"{path}.{key}")}
     if isinstance(node, (list, tuple)):
         was = cast("list[Any] | tuple[Any, ...]", node)

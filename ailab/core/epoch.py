@@ -62,7 +62,7 @@ def train_epoch(step: Step, names: Sequence[str], interrupted: Callable[[], bool
 
     def epoch(state: TrainState, batches: Iterable[Batch]) -> tuple[TrainState, Logs]:
         for batch in batches:
-            state, logs = step(state, stop.asked(batch, state.step.device))
+            state, logs = step(state, stop.with_flag(batch, state.step.device))
             if stop.agreed(logs):
                 raise Interrupted(state)
         return state, Logs(tuple(names), state.slots[TOTALS].clone())
@@ -95,25 +95,25 @@ class _Late:
 
 
 class Stop:
-    """Whether the run ends after a step. With several processes the wish rides in the step's own reduction, so none disagree."""
+    """Whether the run ends after a step. The stop flags of all ranks are summed in the step's own reduction, so they agree."""
 
     def __init__(self, interrupted: Callable[[], bool]):
         self.interrupted = interrupted
         self._together = dist.world_size() > 1
-        self._wishes: dict[bool, Tensor] = {}
+        self._flags: dict[bool, Tensor] = {}
         self._late = _Late()
 
-    def asked(self, batch: Batch, device: torch.device) -> Batch:
-        """The batch with this rank's wish in it."""
+    def with_flag(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch with this rank's stop flag in it."""
         if not self._together:
             return batch
-        wish = self.interrupted()
-        if wish not in self._wishes:
-            self._wishes[wish] = torch.tensor(float(wish), device=device)
-        return {**batch, STOP: self._wishes[wish]}
+        flag = self.interrupted()
+        if flag not in self._flags:
+            self._flags[flag] = torch.tensor(float(flag), device=device)
+        return {**batch, STOP: self._flags[flag]}
 
     def agreed(self, logs: Mapping[str, Any]) -> bool:
-        """Whether any rank wished so; of the step before, where reading that of this one would wait for the device."""
+        """Whether any rank set the flag; on CUDA that of the step before, since reading this one would wait for the device."""
         if not self._together:
             return self.interrupted()
         return self._late.read(logs.outputs[STOP]) if isinstance(logs, Logs) else False
@@ -128,11 +128,11 @@ def eval_epoch(step: Step, names: Sequence[str], interrupted: Callable[[], bool]
     def epoch(state: TrainState, batches: Iterable[Batch]) -> tuple[TrainState, Logs]:
         zeros = torch.zeros(len(names), 2, dtype=torch.float64, device=state.step.device)
         working = state.replace(opt_state={}, slots={**state.slots, TOTALS: zeros})
-        wish = False
+        flag = False
         for i, batch in enumerate(batches, 1):
             working, _ = step(working, batch)
-            wish = interrupted() or wish
-            if (dist.world_size() == 1 or i % _AGREE_EVERY == 0) and dist.agree(wish, state.step.device):
+            flag = interrupted() or flag
+            if (dist.world_size() == 1 or i % _AGREE_EVERY == 0) and dist.agree(flag, state.step.device):
                 raise Interrupted(state)
         return state, Logs(tuple(names), dist.all_reduce(working.slots[TOTALS]))
 

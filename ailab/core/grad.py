@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ailab import dist
-from ailab.core.reduce import heard, message
+from ailab.core.reduce import control_message, reduced
 from ailab.errors import ConfigError
 from ailab.types import LOSS_SCALE, Aux, Batch, Buffers, Grad, Loss, Params, TrainState
 
@@ -165,8 +165,8 @@ def local_core(loss: Loss, trainable: Collection[str] | None = None, *, nominal:
 class _Owner(nn.Module):
     """Owns the trainable parameters, so that DistributedDataParallel can hook them, and calls the same pure loss.
 
-    What ranks tell each other in a step travels as the gradient of one parameter more, in a bucket with others: it costs no
-    message of its own. It goes apart where gradients are sent in another dtype than they have.
+    The control message of a step is the gradient of one more parameter. It travels in a bucket with other gradients and needs no
+    reduction of its own, except where gradients are sent in another dtype than they have.
     """
 
     def __init__(self, loss: Loss, params: Params, numbers: int, compress: torch.dtype | None):
@@ -180,13 +180,13 @@ class _Owner(nn.Module):
     def forward(self, fixed: Params, buffers: Buffers, batch: Batch, before: Aux | None) -> tuple[Tensor, Aux, Tensor]:
         total, aux = self.loss({**fixed, **dict(zip(self.keys, self.own, strict=True))}, buffers, batch)
         aux = aux if before is None else added(before, aux)
-        told = message(aux, batch, self.message.dtype)
-        spare = self.message.numel() - told.numel()
+        mine = control_message(aux, batch, self.message.dtype)
+        spare = self.message.numel() - mine.numel()
         if spare < 0:
             raise ConfigError(
-                f"ddp_grad: the loss has {len(aux.logs)} logs; give it numbers={told.numel()}, room for all of them."
+                f"ddp_grad: the loss has {len(aux.logs)} logs; give it numbers={mine.numel()}, room for all of them."
             )
-        return total, aux, self.message.dot(nn.functional.pad(told, (0, spare)))  # whose gradient is what is told
+        return total, aux, self.message.dot(nn.functional.pad(mine, (0, spare)))  # its gradient is `mine`
 
     def expect(self, grads: Params) -> None:
         """Before a backward: what it shall add to; gradients handed out earlier stay as they were."""
@@ -195,7 +195,7 @@ class _Owner(nn.Module):
         self.message.grad = None
 
     def found(self) -> tuple[Params, Tensor]:
-        """After it: the gradients of the parameters that took part, and the sum of all messages."""
+        """After it: the gradients of the parameters that took part, and the sum of the control messages."""
         assert self.message.grad is not None
         return {n: p.grad for n, p in zip(self.keys, self.own, strict=True) if p.grad is not None}, self.message.grad
 
@@ -237,7 +237,7 @@ def ddp_grad(
             bucket and orders its buckets by it; a sum over three ranks or more depends on the bucket in its last bits. So are a
             resumed run and one that was never stopped alike in every bit.
         through: the loss as it runs inside DDP, if that is another: one compiled in pieces.
-        numbers: room for what ranks tell each other: two for each log of the loss, and two.
+        numbers: room for the control message: two for each log of the loss, and two.
         **ddp: further arguments of DistributedDataParallel (`bucket_cap_mb`, `static_graph`, ...).
     """
     mine = {n: p for n, p in state.params.items() if trainable is None or n in trainable}
@@ -260,12 +260,12 @@ def ddp_grad(
         grads, before, outputs = accumulated(local, state, first, divided=False) if first else ({}, None, [])
         grads = _scaled(grads, last)
         with torch.enable_grad():
-            total, aux, told = wrapped(fixed, state.buffers if before is None else before.buffers, last, before)
+            total, aux, control = wrapped(fixed, state.buffers if before is None else before.buffers, last, before)
             buffers = dist.begin_from_first(aux.buffers)
             owner.expect(grads)
-            torch.autograd.backward((total, told), (_cotangent(total, aux, last, nominal), torch.ones_like(told)))
+            torch.autograd.backward((total, control), (_cotangent(total, aux, last, nominal), torch.ones_like(control)))
         found, sums = owner.found()
-        aux = heard(aux, last, sums, buffers())
+        aux = reduced(aux, last, sums, buffers())
         torch._foreach_mul_(list(found.values()), nominal * reciprocal(aux.weight) / last.get(LOSS_SCALE, 1.0))
         return found, aux, [*outputs, aux.outputs]
 
@@ -288,7 +288,7 @@ def graph_grad(
     """The gradient over all processes with its reductions traced into the graph: one per bucket of at most `bucket_cap_mb`.
 
     Buckets hold gradients of one dtype in the reverse order of the parameters, as a backward makes them; the first of float32 or
-    float64 carries what ranks tell each other besides. `nominal` and `compress` are those of `ddp_grad`.
+    float64 carries the control message. `nominal` and `compress` are those of `ddp_grad`.
     """
     local = local_grad(loss, trainable, nominal)
 
@@ -296,14 +296,14 @@ def graph_grad(
         grads, aux, outputs = accumulated(local, state, parts, divided=False)
         buffers, buckets = dist.begin_from_first(aux.buffers), _bucketed(grads, bucket_cap_mb)
         flat = [torch.cat([grads[n].reshape(-1) for n in names]) for names in buckets]
-        told = message(aux, parts[-1], _message_dtype([part.dtype for part in flat], compress))
+        mine = control_message(aux, parts[-1], _message_dtype([part.dtype for part in flat], compress))
         if compress is not None:
             flat = [part.to(compress) for part in flat]
-        carrier = next((i for i, part in enumerate(flat) if part.dtype == told.dtype), len(flat))
-        flat[carrier : carrier + 1] = [torch.cat([*flat[carrier : carrier + 1], told])]  # behind a bucket, or one of its own
+        carrier = next((i for i, part in enumerate(flat) if part.dtype == mine.dtype), len(flat))
+        flat[carrier : carrier + 1] = [torch.cat([*flat[carrier : carrier + 1], mine])]  # behind a bucket, or one of its own
         begun = [dist.begin_sum(part, fresh=True) for part in flat]
         sums = [result() for result in begun]
-        aux = heard(aux, parts[-1], sums[carrier][-told.numel() :], buffers())
+        aux = reduced(aux, parts[-1], sums[carrier][-mine.numel() :], buffers())
         summed: Params = {}
         for names, total in zip(buckets, sums, strict=False):  # a message of its own is the last of the sums
             sizes = [grads[n].numel() for n in names]

@@ -1,4 +1,4 @@
-"""What ranks sum in each step beside the gradients: weight, logs and the wish to stop. It travels in a bucket of gradients."""
+"""The control message of a step: weight, logs and stop flag, summed over ranks in a bucket of gradients."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from ailab.types import STOP, Aux, Batch, Buffers, Mean
 
 
-def message(aux: Aux, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """What a rank tells the others, (numbers,): the weight, the logs, and, where the batch has the field `_stop`, that wish.
+def control_message(aux: Aux, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """This rank's control message, (numbers,): the weight, the logs, and the stop flag where the batch has the field `_stop`.
 
     Whether the step was finite is seen in the reduced gradients: a NaN or an infinity of any rank is in those of all. So no
     decision needs a reduction of its own.
@@ -23,8 +23,8 @@ def message(aux: Aux, batch: Batch, dtype: torch.dtype) -> Tensor:
         return torch.stack([v if v.dtype == dtype else v.to(dtype) for v in values])
 
 
-def heard(aux: Aux, batch: Batch, sums: Tensor, buffers: Buffers) -> Aux:
-    """The `Aux` of the global batch, out of the sum of the messages of all ranks; the buffers are rank 0's."""
+def reduced(aux: Aux, batch: Batch, sums: Tensor, buffers: Buffers) -> Aux:
+    """The `Aux` of the global batch, from the sum of the control messages of all ranks; the buffers are rank 0's."""
     weight, *summed = sums.to(aux.weight.dtype, copy=True).unbind()  # a copy: the next backward writes into its bucket
     logs = {n: Mean(summed[2 * i], summed[2 * i + 1]) for i, n in enumerate(aux.logs)}
     control = {STOP: summed[2 * len(logs)]} if STOP in batch else {}

@@ -48,10 +48,10 @@ def _values(value: Any, path: str) -> Iterator[tuple[str, str]]:
         for i, item in enumerate(cast("list[Any]", value)):
             yield from _values(item, f"{path}.{i}")
     else:
-        yield path, _told(value)
+        yield path, _describe(value)
 
 
-def _told(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"tensor {_hash(repr(_content(value)))}"
     if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
@@ -64,7 +64,7 @@ def _told(value: Any) -> str:
 
 def _content(value: Any) -> Any:
     if not isinstance(value, Tensor):
-        return _told(value)
+        return _describe(value)
     value = value.detach().cpu()
     if not value.is_floating_point() or value.numel() < 2:
         return str(value.dtype), tuple(value.shape), hashlib.sha256(repr(value.tolist()).encode()).hexdigest()

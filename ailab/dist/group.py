@@ -15,13 +15,13 @@ import torch.distributed as td
 from torch import Tensor
 
 from ailab.dist import launcher
-from ailab.dist.board import Board
+from ailab.dist.rendezvous import Rendezvous
 from ailab.errors import AilabError, ConfigError, PeerError
 
 _ATTEMPT_S = 2.0
 _PROBE_S = 1.0  # a broken connection answers at once; a peer that is alive and elsewhere does not answer within this
 _store: Any = None  # the launcher's
-_board: Board | None = None
+_rendezvous: Rendezvous | None = None
 _lost: RuntimeError | None = None  # what broke the sum of a bucket
 _probe: Any = None  # a gloo group on which nothing is ever sent but the probe for a peer that is gone
 
@@ -70,14 +70,14 @@ def meet(init_method: str = "env://", timeout_s: float = 600) -> None:
     Raises:
         PeerError: when one does not come within `timeout_s` seconds, or the store cannot be made.
     """
-    global _store, _board
-    if not launched() or int(os.environ["WORLD_SIZE"]) == 1 or _board is not None:
+    global _store, _rendezvous
+    if not launched() or int(os.environ["WORLD_SIZE"]) == 1 or _rendezvous is not None:
         return
     me, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     home = launcher.address(init_method, os.environ)
     try:
         _store = _tcp_store(*home, me == 0, timeout_s) if home else next(td.rendezvous(init_method, me, world))[0]
-        _board = Board(td.PrefixStore("ailab", _store), me, world, timeout_s)
+        _rendezvous = Rendezvous(td.PrefixStore("ailab", _store), me, world, timeout_s)
     except (RuntimeError, ValueError) as e:
         why = launcher.occupied(home[1]) if home and me == 0 else ""
         raise PeerError(f"rank {me} of {world} could not meet the others at {init_method}: {why or _first_line(e)}") from e
@@ -98,21 +98,21 @@ def _tcp_store(host: str, port: int, first: bool, timeout_s: float) -> Any:
                 raise
 
 
-def compare(facts: Mapping[str, str], problem: Exception | None = None) -> None:
-    """Hold that all ranks have the same facts and no problem; every rank must ask. With one process: raise the problem.
+def compare(fingerprint: Mapping[str, str], problem: Exception | None = None) -> None:
+    """Hold that all ranks have the same fingerprint and no problem; every rank must ask. With one process: raise the problem.
 
     Raises:
-        AilabError: the same on every rank; see `Board.compare`.
+        AilabError: the same on every rank; see `Rendezvous.compare`.
     """
-    if _board is not None:
-        _board.compare(facts, problem)
+    if _rendezvous is not None:
+        _rendezvous.compare(fingerprint, problem)
     elif problem is not None:
         raise problem
 
 
-def board() -> Board | None:
+def current_rendezvous() -> Rendezvous | None:
     """Where ranks leave texts for each other, before and after the life of the process group; None with one process."""
-    return _board
+    return _rendezvous
 
 
 def start(cfg: Mapping[str, Any], device: torch.device) -> str | None:
@@ -131,11 +131,11 @@ def start(cfg: Mapping[str, Any], device: torch.device) -> str | None:
         return None
     backend, warning = _backend(cfg.get("backend"), device)
     meet(cfg["init_method"], float(cfg["timeout_s"]))
-    assert _board is not None
-    me, world, limit = _board.rank, _board.world_size, timedelta(seconds=float(cfg["timeout_s"]))
+    assert _rendezvous is not None
+    me, world, limit = _rendezvous.rank, _rendezvous.world_size, timedelta(seconds=float(cfg["timeout_s"]))
     home: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
     try:
-        mine = td.PrefixStore(f"ailab/{_board.attempt}/group{_board.next_group()}", _store)
+        mine = td.PrefixStore(f"ailab/{_rendezvous.attempt}/group{_rendezvous.next_group()}", _store)
         td.init_process_group(backend, store=mine, rank=me, world_size=world, timeout=limit, **home)
         global _probe
         _probe = td.new_group(backend="gloo", timeout=limit) if backend == "gloo" else None  # NCCL's errors say what they are

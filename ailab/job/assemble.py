@@ -70,9 +70,9 @@ def assemble(
     rank, world = dist.rank(), dist.world_size()
     streams = {p["phase"]: build_stream(cfg, p, parts, device, rank, world, report=say) for p in cfg["workflow"]}
     views: list[Callable[[TrainState], TrainState]] = []
-    info = replace(_info(cfg, parts, streams, device, say), model_state=_evaluated_state(parts, views))
+    info = replace(_info(cfg, parts, streams, device, say), model_state=_model_state(parts, views))
     built = [("", h) for h in extra(info)] + _build_hooks(cfg, info)
-    views += [h.core["evaluated"] for _, h in built if "evaluated" in h.core]
+    views += [h.core["eval_state"] for _, h in built if "eval_state" in h.core]
     hooks = {p["phase"]: _served(p, cfg["workflow"], built) for p in cfg["workflow"]}
     check_fields(hooks, parts)
     state = parts.state.with_slot(PROGRESS, fresh_progress(device))
@@ -143,9 +143,7 @@ def _info(
     )
 
 
-def _evaluated_state(
-    parts: Parts, views: Sequence[Callable[[TrainState], TrainState]]
-) -> Callable[..., dict[str, torch.Tensor]]:
+def _model_state(parts: Parts, views: Sequence[Callable[[TrainState], TrainState]]) -> Callable[..., dict[str, torch.Tensor]]:
     """The model as evaluation sees it, by the names of the user's module; `views` are those of the hooks, in their order."""
     named = state_dict_of(parts.model)
 
@@ -229,7 +227,7 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     loss = lift(bare, "loss") if cut else bare
     around, nominal = at(hooks, "grad"), float(info.cfg["data"]["train_dataloader"]["batch_size"])
     if plan.sync == "ddp":
-        numbers = 2 * len(info.log_names["train"]) + 2  # the weight, two for each log, and the wish to stop
+        numbers = 2 * len(info.log_names["train"]) + 2  # the weight, two for each log, and the stop flag
         settings: dict[str, Any] = {"nominal": nominal, "numbers": numbers, **core_settings(hooks, "ddp")}
         if settings.pop("split_compiled", False) and cut:
             settings["through"] = lift(bare, "loss_in_parts", split=True)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ailab import tree
-from ailab.binding import OUTPUT_KEYS, Binding, bind, check_outputs, name_outputs
-from ailab.core.loss import LOSS_PREFIX, Functional, module_state, pure_loss
+from ailab.binding import Binding, bind, check_outputs, name_outputs
+from ailab.build import bound_criterion, loss_of
+from ailab.core.loss import Functional, module_state
 from ailab.datasets import Stream
 from ailab.datasets.files.cache import run_cache
 from ailab.datasets.stream.collate import build_collate
 from ailab.errors import AilabError, ConfigError, DataError, nearest
-from ailab.losses.torch_losses import maskable
 from ailab.optim import Optimizer, build_optimizer
 from ailab.registry import DATASETS, LOSSES, MODELS, OPTIMIZERS, SAMPLERS
 from ailab.rng import mix
@@ -80,7 +80,7 @@ def build_dataset(entry: Mapping[str, Any], path: str) -> Any:
     except AilabError:
         raise
     except Exception as e:  # any class: it is the user's code that reads the user's files
-        raise DataError(f"{path}: the dataset could not be opened: {_told(e)}") from e
+        raise DataError(f"{path}: the dataset could not be opened: {_describe(e)}") from e
 
 
 def _modules(cfg: Mapping[str, Any], device: torch.device) -> tuple[nn.Module, Any]:
@@ -141,30 +141,6 @@ def _sample(cfg: Mapping[str, Any], datasets: Mapping[str, Any], device: torch.d
     return tree.to(next(iter(stream.epoch(0))), device)
 
 
-def loss_of(
-    model: nn.Module,
-    criterion: Any,
-    *,
-    training: bool = True,
-    mapping: Mapping[str, str] = _NO_MAPPING,
-    loss_mapping: Mapping[str, str] = _NO_MAPPING,
-    output_keys: Sequence[str] = OUTPUT_KEYS,
-) -> Loss:
-    """A module and a criterion as one pure loss over named fields: `total, aux = loss(params, buffers, batch)`.
-
-    Args:
-        model: its `forward` is given the fields that `mapping` {parameter: field} names, or those of its parameters' names.
-        criterion: a module or a callable; a torch.nn loss calls the model's output `input`. None: the model's output "loss".
-        training: the mode of the modules.
-        mapping: of the model.
-        loss_mapping: of the criterion, over the batch and the model's outputs.
-        output_keys: names of the model's outputs.
-    """
-    bound = bind(model, mapping, "cfg.model")
-    call, loss_bound = _criterion(criterion, loss_mapping, training)
-    return pure_loss(Functional(model, training=training), bound, call, loss_bound, output_keys)
-
-
 def _losses(
     cfg: Mapping[str, Any], model: nn.Module, criterion: Any, state: TrainState, sample: Batch, phases: list[str]
 ) -> tuple[tuple[str, ...], dict[str, Loss], bool]:
@@ -181,7 +157,7 @@ def _losses(
     outputs = name_outputs(result, keys, path)
     fields = (*sample, *outputs)
     problems = check_outputs(list(outputs), list(sample), path)
-    _, loss_bound = _criterion(criterion, loss_mapping, True)
+    _, loss_bound = bound_criterion(criterion, loss_mapping, True)
     _refuse(problems + (loss_bound.check(fields) if loss_bound else []))
     if criterion is None and "loss" not in outputs:
         if "train" in phases:
@@ -215,23 +191,6 @@ def _refuse(problems: list[str]) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _criterion(criterion: Any, mapping: Mapping[str, str], training: bool) -> tuple[Any, Binding | None]:
-    """The criterion as a function of (params, buffers, kwargs), and how its parameters are bound.
-
-    torch's own losses call the model's output `input`, and are asked for per-sample values where that is the same mathematics.
-    """
-    if criterion is None:
-        return None, None
-    if not isinstance(criterion, nn.Module):
-        return lambda params, buffers, kwargs: criterion(**kwargs), bind(
-            criterion, mapping, "cfg.loss", defaults={"weight": WEIGHT}
-        )
-    builtin = type(criterion).__module__.startswith("torch.nn.")
-    call = Functional(criterion, training=training, prefix=LOSS_PREFIX, via=maskable if builtin else None)
-    defaults = {"input": OUTPUT_KEYS[0], "weight": WEIGHT} if builtin else {}
-    return call, bind(call.call, mapping, "cfg.loss", defaults=defaults)
-
-
 def _masks(loss: Loss, state: TrainState, sample: Batch) -> bool:
     """Whether the loss, and each part of it, obeys the weights of the samples: with all of them zero nothing is counted."""
     size = next(v.shape[0] for v in sample.values() if isinstance(v, Tensor) and v.dim() > 0)
@@ -252,10 +211,10 @@ def explained(call: Callable[[], T], what: str) -> T:
     except AilabError:
         raise
     except Exception as e:  # any class: it is the user's model, loss, metric or hook
-        raise ConfigError(f"{what}: {_told(e)}") from e
+        raise ConfigError(f"{what}: {_describe(e)}") from e
 
 
-def _told(e: Exception) -> str:
+def _describe(e: Exception) -> str:
     """The class and the first lines of an exception, and where it was raised; --debug shows the rest."""
     frames = traceback.extract_tb(e.__traceback__)
     frame = ([f for f in frames if not f.filename.startswith(_LIBRARIES)] or frames)[-1]  # the user's own line, if there is one

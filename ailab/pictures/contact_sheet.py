@@ -50,7 +50,7 @@ class Look:
         return "label" if value.dim() == 0 else "values"
 
 
-def sheet(samples: Sequence[Mapping[str, Any]], names: Sequence[str], look: Look) -> Any:
+def contact_sheet(samples: Sequence[Mapping[str, Any]], names: Sequence[str], look: Look) -> Any:
     """Samples side by side, a PIL picture.
 
     Args:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ailab.datasets.stream.bad import Bad
+from ailab.datasets.files.bad_file import Bad
 from ailab.workdir import durable
 
 BAD_SAMPLES = "bad_samples.jsonl"  # in the work_dir

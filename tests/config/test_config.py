@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ailab.config.check import Cfg, Data
 from ailab.config.load import is_secret, load, override, snapshot
+from ailab.config.schema import Cfg, Data
 from ailab.errors import ConfigError
 
 

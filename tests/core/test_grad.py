@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ailab import tree
+from ailab.build import loss_of
 from ailab.compile import compile
 from ailab.core.grad import _gradients, has_custom_backward, local_grad, reciprocal
 from ailab.core.loss import module_state
 from ailab.core.step import train_step
-from ailab.job.build import loss_of
 from ailab.optim import build_optimizer
 from ailab.stack import Middleware, stack
 from ailab.types import LOSS_SCALE, WEIGHT, Aux, Batch, Grad, Params, TrainState

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ailab import tree
+from ailab.build import loss_of
 from ailab.config import check
 from ailab.core.loss import Functional, as_mean, batch_size, module_state, state_dict_of
 from ailab.errors import ConfigError
 from ailab.job.assemble import assemble
-from ailab.job.build import loss_of
 from ailab.types import WEIGHT, Batch, Mean
 
 

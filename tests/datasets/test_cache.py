@@ -19,10 +19,11 @@ from pictures import encoded, photo
 from test_loading import Files
 from test_stream import equal, stream
 
-from ailab.datasets import ClassificationImageDataset, image, read_image
+from ailab.datasets import ClassificationImageDataset, read_image
+from ailab.datasets.files import image
+from ailab.datasets.files.bad_file import BadFile
 from ailab.datasets.files.cache import SHARED, Cache, little_memory, memory_held, run_cache
 from ailab.datasets.files.image import Reading, reading
-from ailab.datasets.stream.bad import BadFile
 
 
 @pytest.fixture(params=["ram", "disk"])

@@ -21,7 +21,7 @@ from test_stream import Noisy, equal, stream
 from torch.utils.data import Dataset, TensorDataset
 
 from ailab.datasets import read_image
-from ailab.datasets.stream.bad import Bad
+from ailab.datasets.files.bad_file import Bad
 from ailab.datasets.stream.transport import Outbox
 from ailab.errors import DataError
 from ailab.types import WEIGHT

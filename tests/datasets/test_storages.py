@@ -31,8 +31,8 @@ from ailab.datasets import (
 )
 from ailab.datasets.base import LabBaseDataset
 from ailab.datasets.files.boxes import checked_box, converted
-from ailab.datasets.storages.paths import inside
-from ailab.datasets.storages.shared_list import Packed, packed
+from ailab.datasets.files.paths import inside
+from ailab.datasets.storages.shared_list import SharedList, shared_list
 from ailab.errors import DataError
 
 
@@ -453,7 +453,7 @@ def test_deep_and_foreign_xml_is_refused(tmp_path: Path) -> None:
         VocAnnotationDataset(tmp_path / "JPEGImages", tmp_path / "Annotations")
 
 
-# Packed lists
+# shared lists
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(),
@@ -466,7 +466,7 @@ JSON = st.recursive(
 @given(st.lists(JSON, max_size=6))
 def test_a_packed_list_is_the_list(values: list[Any]) -> None:
     """For any JSON values: length, order, slices, negative indices, the end, and after pickling."""
-    made = Packed(values)
+    made = SharedList(values)
     assert list(made) == values == list(pickle.loads(pickle.dumps(made)))
     assert (len(made), made[1:4], made[::-1]) == (len(values), values[1:4], values[::-1])
     assert not values or made[-1] == values[-1]
@@ -477,13 +477,13 @@ def test_a_packed_list_is_the_list(values: list[Any]) -> None:
 
 SHARED = """
 import os
-from ailab.datasets.storages.shared_list import Packed
+from ailab.datasets.storages.shared_list import SharedList, shared_list
 
 def private():
     return sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Private"))
 
 rows = [[f"folder/{i:040d}.jpg", i] for i in range(200_000)]
-for data in (rows, Packed(rows)):
+for data in (rows, SharedList(rows)):
     if not (child := os.fork()):
         before = private()
         for i in range(len(data)):
@@ -504,7 +504,7 @@ def test_a_worker_shares_what_is_packed() -> None:
 def test_what_is_no_json_is_kept_as_it_is() -> None:
     """A list of dates, say, stays a list."""
     values = [{"day": datetime.date(2020, 1, 1)}]
-    assert packed(values) is values
+    assert shared_list(values) is values
 
 
 # Boxes

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ailab import dist, tree
 from ailab.dist import group
-from ailab.job.build import loss_of
+from ailab.build import loss_of
 from ailab.compile import compile, overlap_options
 from ailab.core.epoch import Interrupted
 from ailab.core.grad import _bucketed, ddp_grad

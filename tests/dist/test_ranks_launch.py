@@ -17,7 +17,7 @@ from ranks import Crew, config, free_port, torchrun_environ
 from ailab.config import check
 from ailab import dist
 from ailab.dist import fingerprint, group, launcher
-from ailab.dist.board import verdict
+from ailab.dist.rendezvous import verdict
 from ailab.errors import ConfigError, DataError
 from ailab.dist.launcher import first_host, from_slurm
 from ailab.stack import Middleware

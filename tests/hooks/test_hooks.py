@@ -11,6 +11,7 @@ from tiny import tiny_cfg
 from torch import nn
 
 from ailab import tree
+from ailab.build import loss_of
 from ailab.compile import compile
 from ailab.config import check
 from ailab.core.grad import local_grad
@@ -18,7 +19,6 @@ from ailab.core.loss import module_state
 from ailab.errors import ConfigError, NonFiniteError
 from ailab.hooks import AMPHook, EMAHook, GradAccumulateHook, GradClipHook, LrSchedulerHook, SkipNonFiniteHook
 from ailab.job.assemble import assemble
-from ailab.job.build import loss_of
 from ailab.optim import build_optimizer
 from ailab.registry import HOOKS
 from ailab.signature import parameters

@@ -12,6 +12,7 @@ import torch
 from tiny import tiny_cfg
 from torch import Tensor, nn
 
+from ailab.build import loss_of
 from ailab.compile import lift
 from ailab.config import check
 from ailab.core.grad import local_grad
@@ -20,7 +21,6 @@ from ailab.errors import ConfigError
 from ailab.fit import fit
 from ailab.hooks import GradAccumulateHook, RematHook
 from ailab.job.assemble import assemble
-from ailab.job.build import loss_of
 from ailab.stack import stack
 from ailab.types import Aux, Batch, Grad, Params, TrainState
 

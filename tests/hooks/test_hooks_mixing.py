@@ -11,6 +11,7 @@ from tiny import TOP1, tiny_cfg
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from ailab.build import loss_of
 from ailab.config import check
 from ailab.core.grad import local_grad
 from ailab.core.loss import module_state
@@ -18,7 +19,6 @@ from ailab.errors import ConfigError
 from ailab.hooks import CutMixHook, GradAccumulateHook, LabelSmoothingHook, MixupHook
 from ailab.hooks.loss.mixing import draw_partner, draw_share
 from ailab.job.assemble import assemble
-from ailab.job.build import loss_of
 from ailab.stack import stack
 from ailab.types import VIEWS, WEIGHT, Aux, Batch, Mean
 

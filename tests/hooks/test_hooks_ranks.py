@@ -9,11 +9,11 @@ import torch
 from ranks import CORES, WORLDS, ScalarLoss, compared, config, distance, traced, trained
 from torch import nn
 
+from ailab.build import loss_of
 from ailab.core.loss import module_state
 from ailab.errors import NonFiniteError
 from ailab.hooks import SyncBatchNormHook
 from ailab.hooks.loss.sync_batchnorm import moments_of_all
-from ailab.job.build import loss_of
 from ailab.stack import stack
 
 SYNCED = dict(sync_bn=dict(type="SyncBatchNormHook"))

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from ailab.errors import ConfigError
 from ailab.fit import fit
-from ailab.hooks.observe.pictures import pictures_of
+from ailab.pictures.samples import pictures_of
 
 reader = pytest.importorskip(
     "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard", exc_type=ImportError

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ailab.datasets.stream.bad import BadFile
+from ailab.datasets.files.bad_file import BadFile
 from ailab.errors import DataError
 
 SOUNDS = (".wav", ".flac", ".ogg", ".aiff", ".aif")

@@ -24,8 +24,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ailab.datasets.files.bad_file import BadFile
 from ailab.datasets.files.image_header import JPEG, JPEG_END, PNG, Header, check_png, check_size, jpeg_ends, jpeg_header
-from ailab.datasets.stream.bad import BadFile
 
 Mode = Literal["RGB", "L", "RGBA"]
 Truncated = Literal["skip", "fill"]

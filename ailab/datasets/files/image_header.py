@@ -6,7 +6,7 @@ import struct
 import zlib
 from typing import Any, NamedTuple
 
-from ailab.datasets.stream.bad import BadFile
+from ailab.datasets.files.bad_file import BadFile
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 JPEG = b"\xff\xd8\xff"

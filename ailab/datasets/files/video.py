@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ailab.datasets.files.bad_file import BadFile
 from ailab.datasets.files.image import read_image
-from ailab.datasets.storages.paths import PICTURES
-from ailab.datasets.stream.bad import BadFile
+from ailab.datasets.files.paths import PICTURES
 
 
 def read_frames(source: str | Path | Sequence[str | Path], count: int, *, size_hint: tuple[int, int] | None = None) -> Tensor:

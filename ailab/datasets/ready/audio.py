@@ -14,7 +14,7 @@ from ailab.datasets.files.audio import SOUNDS, check_reader, read_audio, sound_i
 from ailab.datasets.ready.image_classification import labelled
 from ailab.datasets.storages.folder import FolderPerClassDataset
 from ailab.datasets.storages.sequence import ListDataset
-from ailab.datasets.storages.shared_list import Packed
+from ailab.datasets.storages.shared_list import SharedList
 from ailab.datasets.tasks import AudioClassificationTask
 from ailab.datasets.transforms.pipeline import TransformSpec, build_transform
 from ailab.registry import DATASETS
@@ -71,7 +71,7 @@ class AudioClassificationDataset(ListDataset, AudioClassificationTask):
                 annotation_file, x_key, y_key, classes=classes, root=root, allow_outside_root=allow_outside_root
             )
         check_reader(path for path, _ in items)
-        super().__init__(Packed(items))
+        super().__init__(SharedList(items))
         self.targets = torch.tensor([label for _, label in items])  # of all samples: (N,) int64
 
     def load_audio(self, raw: Any) -> Tensor:

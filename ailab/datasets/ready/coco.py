@@ -18,7 +18,7 @@ from ailab.datasets.tasks.objects import ObjectsTask
 from ailab.datasets.transforms.pipeline import Sample, TransformSpec, build_transform
 from ailab.errors import DataError
 from ailab.registry import DATASETS
-from ailab.signature import check_choice, listed
+from ailab.signature import check_choice, name_list
 
 _FORMATS: dict[str, tuple[BoxFormat, bool]] = {  # name -> format, and whether as fractions of the picture's sides
     "xyxy": ("xyxy", False),
@@ -77,7 +77,7 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
     ):
         self.tasks = tuple("mask" if t == "segmentation" else t for t in tasks)
         if wrong := [t for t in self.tasks if t not in _TASKS]:
-            raise DataError(f"COCODataset: tasks has {wrong[0]!r}; there are {listed(_TASKS)}.")
+            raise DataError(f"COCODataset: tasks has {wrong[0]!r}; there are {name_list(_TASKS)}.")
         check_choice(box_format, _Format, "COCODataset: box_format")
         self.transform = build_transform(transform)
         self.box_format, fraction = _FORMATS[box_format]
@@ -94,7 +94,9 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
             return False
         for task, part in (("bbox", "bbox"), ("mask", "segmentation"), ("keypoints", "keypoints")):
             if task in self.tasks and part not in annotation:
-                raise DataError(f"{where}: there is no {part!r}, which the task {task!r} needs. It has: {listed(annotation)}.")
+                raise DataError(
+                    f"{where}: there is no {part!r}, which the task {task!r} needs. It has: {name_list(annotation)}."
+                )
         if "mask" in self.tasks:
             check_segmentation(annotation["segmentation"], (image["height"], image["width"]), where)
         if "keypoints" in self.tasks:

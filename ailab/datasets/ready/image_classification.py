@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ailab.datasets.files.image import read_image
+from ailab.datasets.files.paths import inside
 from ailab.datasets.storages.folder import FolderPerClassDataset
-from ailab.datasets.storages.paths import inside
 from ailab.datasets.storages.records import Records, lookup, read_records
 from ailab.datasets.storages.sequence import ListDataset
-from ailab.datasets.storages.shared_list import Packed
+from ailab.datasets.storages.shared_list import SharedList
 from ailab.datasets.tasks import ClassificationTask
 from ailab.datasets.tasks.task import class_index
 from ailab.datasets.transforms.pipeline import TransformSpec, build_transform
@@ -82,7 +82,7 @@ class ClassificationImageDataset(ListDataset, ClassificationTask):
             )
         # A subclass may write to what it is given.
         self._borrow = type(self) is ClassificationImageDataset and self.transform is not None and self.transform.copies
-        super().__init__(Packed(items))
+        super().__init__(SharedList(items))
         self.targets = None if multi_label else torch.tensor([label for _, label in items])  # of all samples: (N,) int64
 
     def load_input(self, raw: Any) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ailab.datasets.files.image import read_image
 from ailab.datasets.storages.file_annotation import FileAnnotationDataset
 from ailab.datasets.storages.records import lookup
-from ailab.datasets.storages.shared_list import Packed
+from ailab.datasets.storages.shared_list import SharedList
 from ailab.datasets.tasks.task import Task
 from ailab.datasets.transforms.pipeline import Sample, TransformSpec, build_transform
 from ailab.errors import ConfigError
@@ -88,7 +88,7 @@ class MAEAnnFileDataset(FileAnnotationDataset, Task):
         crop = {"type": "RandomResizedCrop", "size": img_size, "scale": (0.2, 1.0), "antialias": True}
         self.transform = build_transform([crop, {"type": "RandomHorizontalFlip"}] if transform is None else transform)
         plain = (r if isinstance(r, str) else lookup(r, x_key, lambda i=i: self.where(i)) for i, r in enumerate(self.samples))
-        self.samples = Packed(self.file(name, i) for i, name in enumerate(plain))
+        self.samples = SharedList(self.file(name, i) for i, name in enumerate(plain))
 
     def load(self, raw: Any) -> Sample:
         """The picture and the patches to hide."""

@@ -12,7 +12,7 @@ from ailab.datasets.tasks.task import Task, picture_tensor, tensor_of
 from ailab.datasets.transforms.pipeline import Sample, TransformSpec, build_transform
 from ailab.errors import DataError, nearest
 from ailab.registry import DATASETS
-from ailab.signature import listed
+from ailab.signature import name_list
 
 
 @DATASETS.register_module()
@@ -46,7 +46,7 @@ class WrappedDataset(ListDataset, Task):
         chosen = {n: n for n in first} if fields is None else dict(fields)
         for name in chosen.values():
             if first and name not in first:
-                hint = f"{nearest(name, first)} They have: {listed(first)}."
+                hint = f"{nearest(name, first)} They have: {name_list(first)}."
                 raise DataError(f"WrappedDataset: samples have no field {name!r}.{hint}")
         pictures = {new: "image" for new, old in chosen.items() if hasattr(first.get(old), "getbands")}
         self.kinds = {"input": "image", "image": "image", **pictures, **(kinds or {})}

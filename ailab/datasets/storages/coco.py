@@ -8,11 +8,11 @@ from typing import Any, cast
 
 from ailab.datasets.base import LabBaseDataset
 from ailab.datasets.files.boxes import BoxError, BoxPolicy, Misfits, checked_box
-from ailab.datasets.storages.paths import inside
+from ailab.datasets.files.paths import inside
 from ailab.datasets.storages.records import lookup, parse_json, read_text
-from ailab.datasets.storages.shared_list import Packed
+from ailab.datasets.storages.shared_list import SharedList
 from ailab.errors import DataError
-from ailab.signature import check_choice, listed
+from ailab.signature import check_choice, name_list
 
 _MOST = 1 << 24  # pixels of a side
 _PARTS = ("images", "annotations", "categories")
@@ -70,7 +70,7 @@ class CocoAnnotationDataset(LabBaseDataset):
         self.ids = [i for i in images if self.keep_empty or found[i]]
         if not self.ids:
             raise DataError(f"{self.coco_json}: the split is empty: no picture {'has an object' if images else 'is listed'}.")
-        self._records = Packed([images[i], found[i]] for i in self.ids)
+        self._records = SharedList([images[i], found[i]] for i in self.ids)
 
     def _len(self) -> int:
         return len(self.ids)
@@ -126,7 +126,7 @@ class CocoAnnotationDataset(LabBaseDataset):
         """Whether the annotation stays, its box cut to its picture."""
         category = lookup(annotation, "category_id", lambda: where)
         if type(category) is not int or category not in self.class_index:
-            known = listed(f"{c['id']} {c['name']}" for c in self.categories)
+            known = name_list(f"{c['id']} {c['name']}" for c in self.categories)
             raise DataError(f"{where}: unknown category id {category!r:.60}. Categories: {known}.")
         if "bbox" in annotation:
             try:
@@ -142,6 +142,6 @@ class CocoAnnotationDataset(LabBaseDataset):
 
 def _part(content: Any, name: str, path: Path) -> list[Any]:
     if not isinstance(content, dict) or not isinstance(cast("dict[str, Any]", content).get(name), list):
-        came = listed(cast("dict[str, Any]", content)) if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{path}: no COCO file: expected {name!r} with a list, among {listed(_PARTS)}. It has: {came}.")
+        came = name_list(cast("dict[str, Any]", content)) if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{path}: no COCO file: expected {name!r} with a list, among {name_list(_PARTS)}. It has: {came}.")
     return cast("list[Any]", content[name])

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from ailab.datasets.base import LabBaseDataset
-from ailab.datasets.storages.paths import inside
+from ailab.datasets.files.paths import inside
 from ailab.datasets.storages.records import Records, read_records, require
-from ailab.datasets.storages.shared_list import packed
+from ailab.datasets.storages.shared_list import shared_list
 from ailab.errors import DataError
 
 
@@ -54,7 +54,7 @@ class FileAnnotationDataset(LabBaseDataset):
         whole = Records(Path(f"{files[0]} and others"), rows, range(len(rows)), "record")  # an id may be in two files
         for part in parts if len(parts) == 1 else [*parts, whole]:
             require(part, columns, unique)
-        self.samples: Sequence[Any] = rows if load_fun else packed(rows)
+        self.samples: Sequence[Any] = rows if load_fun else shared_list(rows)
         self._ends = list(accumulate(len(part.rows) for part in parts))
         self._parts = [replace(part, rows=[]) for part in parts]
 

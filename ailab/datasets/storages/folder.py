@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ailab.datasets.base import LabBaseDataset
-from ailab.datasets.storages.paths import PICTURES, listing
-from ailab.datasets.storages.shared_list import Packed
+from ailab.datasets.files.paths import PICTURES, listing
+from ailab.datasets.storages.shared_list import SharedList
 from ailab.errors import DataError, nearest
-from ailab.signature import listed
+from ailab.signature import name_list
 
 
 class FolderPerClassDataset(LabBaseDataset):
@@ -48,10 +48,10 @@ class FolderPerClassDataset(LabBaseDataset):
         for name in found:
             paths = _sub_folders(self.root / name) if folders else _files(self.root / name, tuple(extensions))
             if not paths:
-                kinds = "sub-folder" if folders else f"file ending in {listed(extensions)}" if extensions else "file"
+                kinds = "sub-folder" if folders else f"file ending in {name_list(extensions)}" if extensions else "file"
                 raise DataError(f"{self.root / name}: the class has no {kinds}. Remove the folder, or say extensions=....")
             found_files += [(path, index[name]) for path in paths]
-        self.samples: Sequence[Any] = Packed(found_files)
+        self.samples: Sequence[Any] = SharedList(found_files)
         self.targets = torch.tensor([label for _, label in found_files])  # of all samples: (N,) int64
 
     def _len(self) -> int:
@@ -74,7 +74,7 @@ def _check_classes(root: Path, found: list[str], classes: list[str]) -> None:
         lower[name.casefold()] = name
     for name in found:
         if name not in classes:
-            raise DataError(f"{root / name}: no known class.{nearest(name, classes)} Classes: {listed(classes)}.")
+            raise DataError(f"{root / name}: no known class.{nearest(name, classes)} Classes: {name_list(classes)}.")
 
 
 def _sub_folders(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ailab.errors import DataError, nearest
-from ailab.signature import listed
+from ailab.signature import name_list
 
 MAX_BYTES = 1 << 31  # of an annotation file that is read into memory
 _CELL = 1 << 24  # characters of a CSV cell
@@ -44,7 +44,7 @@ def read_records(path: str | Path) -> Records:
     path = Path(path)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: annotations of this ending are not known; expected {listed(_READERS)}, or load_fun=...")
+        raise DataError(f"{path}: annotations of this ending are not known; expected {name_list(_READERS)}, or load_fun=...")
     return reader(path)
 
 
@@ -193,5 +193,5 @@ def lookup(row: Any, name: str, where: Callable[[], str]) -> Any:
         raise DataError(f"{where()}: expected a record with {name!r}, got {type(row).__name__} {row!r:.60}.")
     known = cast("dict[str, Any]", row)
     if name not in known:
-        raise DataError(f"{where()}: there is no {name!r}.{nearest(name, known)} It has: {listed(known)}.")
+        raise DataError(f"{where()}: there is no {name!r}.{nearest(name, known)} It has: {name_list(known)}.")
     return known[name]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
 
-class Packed(Sequence[Any]):
+class SharedList(Sequence[Any]):
     """A list of JSON values that cannot be changed; each look-up makes the value anew.
 
     A process that only reads a Python list writes to the count of references in each item, so that every worker gets a copy of
@@ -47,9 +47,9 @@ class Packed(Sequence[Any]):
         return json.loads(self._content[self._ends[at] : self._ends[at + 1]].decode("utf-8", "surrogatepass"))
 
 
-def packed(values: list[Any]) -> Sequence[Any]:
+def shared_list(values: list[Any]) -> Sequence[Any]:
     """The values packed, or as they are where they are no JSON, such as the dates of an Excel sheet."""
     try:
-        return Packed(values)
+        return SharedList(values)
     except (TypeError, ValueError):
         return values

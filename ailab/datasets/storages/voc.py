@@ -10,12 +10,12 @@ from typing import Any, cast
 
 from ailab.datasets.base import LabBaseDataset
 from ailab.datasets.files.boxes import BoxError, BoxPolicy, Misfits, checked_box
-from ailab.datasets.storages.paths import PICTURES, inside, listing
+from ailab.datasets.files.paths import PICTURES, inside, listing
 from ailab.datasets.storages.records import read_records
 from ailab.datasets.storages.safe_xml import read_xml
-from ailab.datasets.storages.shared_list import Packed
+from ailab.datasets.storages.shared_list import SharedList
 from ailab.errors import DataError, nearest
-from ailab.signature import check_choice, listed
+from ailab.signature import check_choice, name_list
 
 
 class VocAnnotationDataset(LabBaseDataset):
@@ -64,7 +64,7 @@ class VocAnnotationDataset(LabBaseDataset):
                 continue
             records.append((self._picture(name, parsed, pictures, file), parsed))
         misfits.tell()
-        self._records: Sequence[Any] = records if parser_fun else Packed(records)
+        self._records: Sequence[Any] = records if parser_fun else SharedList(records)
 
     def _len(self) -> int:
         return len(self._records)
@@ -103,7 +103,7 @@ def parse_voc(path: str | Path, classes: Sequence[str] | None = None, box_policy
         if not isinstance(name, str) or not name:
             raise DataError(f"{where}: expected an <object> with a <name> and a <bndbox>, got {entry!r:.80}.")
         if classes is not None and name not in classes:
-            raise DataError(f"{where}: unknown class {name!r:.60}.{nearest(name, classes)} Classes: {listed(classes)}.")
+            raise DataError(f"{where}: unknown class {name!r:.60}.{nearest(name, classes)} Classes: {name_list(classes)}.")
         x0, y0, x1, y1 = (_number(entry, "bndbox", side, where) for side in ("xmin", "ymin", "xmax", "ymax"))
         box = checked_box([x0 - 1, y0 - 1, x1, y1], (int(size[0]), int(size[1])), box_policy, where)
         if box is not None:

@@ -4,42 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
+from ailab.datasets.files.bad_file import Bad
 from ailab.errors import DataError
 
 _FIRST = 16  # samples that all fail the same way: a programming error, not bad data
 _SHOWN = 10  # of a kind, one by one
-
-
-KINDS = ("missing", "unreadable", "empty", "not_an_image", "truncated", "corrupt", "bomb", "unsupported_mode")  # of a BadFile
-
-
-class BadFile(DataError):
-    """A file that gives no picture.
-
-    Args:
-        kind: one of `KINDS`.
-        message: what is wrong with it, without the path.
-        path: of the file.
-    """
-
-    def __init__(self, kind: str, message: str, path: str = ""):
-        assert kind in KINDS
-        super().__init__(kind, message, path)
-        self.kind, self.message, self.path = kind, message, path
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.message}" if self.path else self.message
-
-
-class Bad(NamedTuple):
-    """A sample that could not be read."""
-
-    sample: int  # its index
-    kind: str  # of a `BadFile`, "wrong_type", "wrong_shape" or "not_a_number"; else the class of the exception
-    message: str
-    path: str = ""  # of the file, where the exception says which
 
 
 class BadSamples:
@@ -60,7 +30,7 @@ class BadSamples:
         self.found: dict[int, Bad] = {}
         self.kept: dict[int, Bad] = {}  # damaged, and good enough
         self._frac, self._share = max_bad_frac, share
-        self._asked = self._failed = self._told = 0
+        self._asked = self._failed = self._reported = 0
 
     @property
     def allowed(self) -> int:
@@ -87,8 +57,8 @@ class BadSamples:
 
     def end_epoch(self) -> None:
         """Report the counts, where there are more than at the last one."""
-        if len(self.found) + len(self.kept) > self._told:
-            self._told = len(self.found) + len(self.kept)
+        if len(self.found) + len(self.kept) > self._reported:
+            self._reported = len(self.found) + len(self.kept)
             used = f"; {len(self.kept)} damaged ones were used" if self.kept else ""
             self.report(f"{self.name}: {len(self.found)} of {self.size} samples were bad so far ({self._counts()}){used}.")
 

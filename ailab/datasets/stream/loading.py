@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ailab import tree
 from ailab.binding import wrap_sample
+from ailab.datasets.files.bad_file import Bad, BadFile
 from ailab.datasets.files.image import Reading, reading
-from ailab.datasets.stream.bad import Bad, BadFile
 from ailab.datasets.stream.collate import Room, column, new_room
 from ailab.errors import DataError
 from ailab.rng import mix
@@ -212,7 +212,7 @@ class Fetcher(torch.utils.data.Dataset[Loaded]):
         same_type = isinstance(have, tuple) and isinstance(wanted, tuple) and have[0] == wanted[0]
         raise _Misfit(
             "wrong_shape" if same_type else "wrong_type",
-            f"does not collate: {field!r} is {_told(have)}, and {_told(wanted)} in the first good sample",
+            f"does not collate: {field!r} is {_describe(have)}, and {_describe(wanted)} in the first good sample",
         )
 
     def _first_look(self) -> dict[str, Any] | None:
@@ -277,5 +277,5 @@ def _kind(value: Any, shapes: bool) -> Any:
     return ("float32" if name == "float64" else name, tuple(shape) if shapes else ())
 
 
-def _told(kind: Any) -> str:
+def _describe(kind: Any) -> str:
     return f"{kind[0]} {kind[1]}" if isinstance(kind, tuple) else str(kind)

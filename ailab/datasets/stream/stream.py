@@ -14,9 +14,10 @@ from torch.utils.data import TensorDataset
 
 from ailab import tree
 from ailab.binding import wrap_sample
+from ailab.datasets.files.bad_file import Bad
 from ailab.datasets.files.cache import Cache
 from ailab.datasets.files.image import Reading
-from ailab.datasets.stream.bad import Bad, BadSamples
+from ailab.datasets.stream.bad import BadSamples
 from ailab.datasets.stream.loading import Fetcher, Reader, narrow
 from ailab.datasets.stream.order import Order
 from ailab.datasets.stream.prefetch import on_device

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ailab.datasets.files.bad_file import BadFile
 from ailab.datasets.files.image_header import PNG, check_png
-from ailab.datasets.stream.bad import BadFile
 from ailab.datasets.tasks.task import Task, tensor_of
 from ailab.datasets.transforms.pipeline import Sample
 

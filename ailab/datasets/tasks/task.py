@@ -11,7 +11,7 @@ from torch import Tensor
 from ailab.datasets.base import LabBaseDataset
 from ailab.datasets.transforms.pipeline import Pipeline, Sample, transformed
 from ailab.errors import nearest
-from ailab.signature import listed
+from ailab.signature import name_list
 
 _DRAWS = 8  # other samples tried, where a transform asks for one and some are bad
 
@@ -99,7 +99,7 @@ def class_index(label: Any, classes: Sequence[str] | None) -> int:
     if isinstance(label, str) and classes is not None:
         if label in classes:
             return classes.index(label)
-        raise ValueError(f"unknown class {label!r:.60}.{nearest(label, classes)} Classes: {listed(classes)}")
+        raise ValueError(f"unknown class {label!r:.60}.{nearest(label, classes)} Classes: {name_list(classes)}")
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if not isinstance(label, int):

@@ -15,7 +15,7 @@ from ailab.datasets.files.image import pixels_resized
 Step = Callable[[Tensor], Tensor]
 
 
-def lone_steps(steps: Sequence[Any]) -> tuple[Step, ...] | None:
+def image_only_steps(steps: Sequence[Any]) -> tuple[Step, ...] | None:
     """Steps that do to (C, H, W) what `steps` do to a sample that holds it; None where that is not sure.
 
     It is for torchvision's own, which take any form. Two of them, by which most are trained, go in half the time.

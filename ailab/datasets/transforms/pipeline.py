@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import torch
 from torch import Tensor
 
-from ailab.datasets.transforms.image_only import Step, crops_bytes, lone_steps
+from ailab.datasets.transforms.image_only import Step, crops_bytes, image_only_steps
 from ailab.errors import ConfigError
 from ailab.registry import TRANSFORMS
 from ailab.signature import CheckedBy
@@ -42,7 +42,7 @@ class Pipeline:
     @cached_property
     def alone(self) -> tuple[Step, ...] | None:
         """The steps for a picture that comes alone; None where they need the dict that it is in."""
-        return lone_steps(self.steps)
+        return image_only_steps(self.steps)
 
     @property
     def copies(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from ailab.config.load import snapshot
 from ailab.core.epoch import epochs_done
 from ailab.errors import ConfigError, NonFiniteError
-from ailab.hooks.observe.run_view import Item, View, check_items, read
+from ailab.hooks.observe.run_view import Item, RunView, check_items, read
 from ailab.hooks.observe.scalars import Report, guarded, observe, running
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
@@ -60,7 +60,7 @@ def LoggerHook(
     def emit(report: Report) -> None:
         if report.final:
             latest.update({f"{report.phase}_{n}": v for n, v in report.means.items()})
-        items_now = {n: read(item, View(report, latest)) for n, item in items.items()}
+        items_now = {n: read(item, RunView(report, latest)) for n, item in items.items()}
         wall = {n: f"{v:.4g}" for n, v in report.wall.items()}
         shown = {**report.means, **wall, **items_now}
         rate = clock.rate(report)

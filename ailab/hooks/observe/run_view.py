@@ -16,7 +16,7 @@ _PART = re.compile(r"\.?([A-Za-z_][A-Za-z0-9_]*)|\.?(\d+)|\[(\d+)\]|\['([^']*)'\
 
 
 @dataclass(frozen=True)
-class View:
+class RunView:
     """What a log item can read; `latest` holds the newest results of every phase as "val_top1"."""
 
     report: Report
@@ -47,7 +47,7 @@ def split(path: str) -> list[str]:
     return parts
 
 
-def read(item: Item, view: View) -> Any:
+def read(item: Item, view: RunView) -> Any:
     """The value of one log item; None for a result that does not exist yet (a metric of a phase that has not run)."""
     if not isinstance(item, str):
         return item(view.report)

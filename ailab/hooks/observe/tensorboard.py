@@ -12,9 +12,9 @@ from torch import Tensor
 from ailab.config.load import snapshot
 from ailab.core.epoch import epochs_done
 from ailab.errors import ConfigError
-from ailab.hooks.observe.captions import captioned
 from ailab.hooks.observe.pictures import Shown, show_samples
 from ailab.hooks.observe.scalars import Report, Strikes, guarded, observe
+from ailab.pictures.captions import captioned
 from ailab.registry import HOOKS
 from ailab.stack import Middleware, unchanged
 from ailab.types import Aux, Batch, Epoch, Grad, Logs, Mean, Params, Run, RunInfo, Step, TrainState

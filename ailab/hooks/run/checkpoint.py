@@ -71,8 +71,8 @@ def CheckpointHook(
         def preemptible(state: TrainState) -> TrainState:
             if run.rank == 0 and _resume_entry(run) is None:
                 _refuse_earlier_run(directory)
-            if run.rank == 0 and (board := dist.board()) is not None:
-                board.note("begun")  # from here on the launcher's restarts go on with what is saved
+            if run.rank == 0 and (rendezvous := dist.current_rendezvous()) is not None:
+                rendezvous.mark("begun")  # from here on the launcher's restarts go on with what is saved
             try:
                 state = run_all(state)
             except Interrupted as stop:
@@ -268,5 +268,5 @@ def _agreed(path: Path | None, run: RunInfo) -> Path | None:
 def _fingerprint(run: RunInfo) -> dict[str, Any]:
     entry = _resume_entry(run)
     source = None if entry is None else _source(entry.get("resume_from"), run)
-    facts = {"seed": run.seed, "world_size": run.world_size, "device": run.device.type, "torch": torch.__version__}
-    return {**facts, "resume_from": source}
+    made_on = {"seed": run.seed, "world_size": run.world_size, "device": run.device.type, "torch": torch.__version__}
+    return {**made_on, "resume_from": source}

@@ -27,7 +27,7 @@ def evaluated(view: View, name: str) -> Middleware[Step]:
 
         return viewed
 
-    return Middleware(name, wrap, "step", phases=("val", "test"), core={"evaluated": view})
+    return Middleware(name, wrap, "step", phases=("val", "test"), core={"eval_state": view})
 
 
 def tensors_of(state: TrainState, use_buffers: bool) -> dict[str, Tensor]:

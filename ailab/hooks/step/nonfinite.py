@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ailab import tree
 from ailab.errors import ConfigError, NonFiniteError
-from ailab.hooks.step.rollback import ended_by, undone
+from ailab.hooks.step.rollback import ended_by, rolled_back
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import Aux, Batch, Grad, Mean, Params, Step, TrainState
@@ -56,7 +56,7 @@ def SkipNonFiniteHook(
             after, logs = step(state, batch)
             memory = state.slots[name]
             bad = ~(after.slots[name]["finite"] & tree.finite(after.params))
-            kept, means = undone(bad, state, after, logs)
+            kept, means = rolled_back(bad, state, after, logs)
             row = torch.where(bad, memory["row"] + 1, 0)
             first = torch.where(bad & (memory["first"] == 0), after.step, memory["first"])
             now = {**memory, "row": row, "longest": torch.maximum(memory["longest"], row), "first": first}

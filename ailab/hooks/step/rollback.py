@@ -14,7 +14,9 @@ from ailab.stack import Middleware
 from ailab.types import Batch, Epoch, Logs, Mean, Step, TrainState
 
 
-def undone(bad: Tensor, before: TrainState, after: TrainState, logs: Mapping[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+def rolled_back(
+    bad: Tensor, before: TrainState, after: TrainState, logs: Mapping[str, Any]
+) -> tuple[TrainState, dict[str, Any]]:
     """The state before the step, with its count gone on, and logs that count nothing, where `bad` holds; else what came out.
 
     Args:

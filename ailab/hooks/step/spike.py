@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ailab.errors import ConfigError, SpikeError
-from ailab.hooks.step.rollback import ended_by, undone
+from ailab.hooks.step.rollback import ended_by, rolled_back
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import Batch, Mean, Step, TrainState
@@ -59,7 +59,7 @@ def SpikeHook(
             spike, memory = _judged(state.slots[name], logs["loss"].value.float(), threshold)
             memory["first"] = torch.where(spike & (memory["first"] == 0), after.step, memory["first"])
             if policy != "log":
-                after, logs = undone(spike, state, after, logs)
+                after, logs = rolled_back(spike, state, after, logs)
             seen = spike.float()
             return after.with_slot(name, memory), {**logs, "spike": Mean(seen, torch.ones_like(seen))}
 

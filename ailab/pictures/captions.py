@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ailab.hooks.observe.pictures import Picture
+from ailab.pictures.samples import Picture
 
 _LINE, _GAP = 14, 4  # pixels
 

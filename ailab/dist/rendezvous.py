@@ -1,4 +1,4 @@
-"""The notice board of a launch: short texts that ranks leave in the launcher's store, with no process group needed to read them."""
+"""The rendezvous of a launch: short texts that ranks exchange through the launcher's store; no process group is needed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _POLL_S = 0.02
 _SLICE = timedelta(seconds=1)  # a wait is cut in slices, so that a signal is handled in between
 
 
-class Board:
-    """What ranks tell each other before, during and after the life of the process group.
+class Rendezvous:
+    """Messages between ranks before, during and after the life of the process group.
 
     Args:
         store: of torch.distributed; it may hold what earlier attempts of the launcher left there.
@@ -61,22 +61,22 @@ class Board:
             time.sleep(_POLL_S if missing else 0)
         return attempt
 
-    def compare(self, facts: Mapping[str, str], problem: Exception | None = None) -> None:
-        """Meet all ranks; every one of them must ask. Goes on where all have the same facts and none has a problem.
+    def compare(self, fingerprint: Mapping[str, str], problem: Exception | None = None) -> None:
+        """Meet all ranks; every one of them must ask. Goes on where all have the same fingerprint and none has a problem.
 
         Raises:
-            AilabError: the same on every rank, naming the rank: of the problem's class, or a `PeerError` for other facts or for a
+            AilabError: the same on every rank, naming the rank: of the problem's class, or a `PeerError` for a different fingerprint or for a
                 rank that did not come.
         """
         self._stage += 1
         place = f"{self.attempt}/stage{self._stage}"
         kind = type(problem).__name__ if isinstance(problem, AilabError) else "PeerError"
         text = "" if problem is None else str(problem) if isinstance(problem, AilabError) else _named(problem)
-        mine = {"facts": dict(facts)} if problem is None else {"kind": kind, "text": text}
+        mine = {"fingerprint": dict(fingerprint)} if problem is None else {"kind": kind, "text": text}
         self.store.set(f"{place}/{self.rank}", json.dumps(mine))
         if self.rank == 0:
-            told = [json.loads(self._read(f"{place}/{r}", f"rank {r}")) for r in range(self.world_size)]
-            self.store.set(f"{place}/verdict", json.dumps(verdict(told)))
+            reports = [json.loads(self._read(f"{place}/{r}", f"rank {r}")) for r in range(self.world_size)]
+            self.store.set(f"{place}/verdict", json.dumps(verdict(reports)))
         kind, text = json.loads(self._read(f"{place}/verdict", "rank 0"))
         if kind:
             error: AilabError = getattr(errors, kind)(text)
@@ -130,16 +130,16 @@ class Board:
             "its message is here too." if host == socket.gethostname() else f"{host}: {text}"
         )
 
-    def is_first_to_tell(self, text: str, *, ever: bool) -> bool:
-        """Whether no other rank told the same in this attempt of the launcher, or `ever`."""
+    def is_first_to_report(self, text: str, *, ever: bool) -> bool:
+        """Whether no other rank reported the same in this attempt of the launcher, or `ever`."""
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return self._first(f"told/{key}" if ever else f"{self.attempt}/told/{key}", str(self.rank))
+        return self._first(f"reported/{key}" if ever else f"{self.attempt}/reported/{key}", str(self.rank))
 
-    def note(self, name: str) -> None:
+    def mark(self, name: str) -> None:
         """Leave a mark that outlives the launcher's restarts."""
         self._first(f"note/{name}", "1")
 
-    def noted(self, name: str) -> bool:
+    def marked(self, name: str) -> bool:
         """Whether a mark was left, before this restart or after."""
         try:
             return bool(self.store.check([f"note/{name}"]))
@@ -156,16 +156,16 @@ class Board:
             return self.rank <= 1
 
 
-def verdict(told: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """The kind and text of the error that all ranks raise, ("", "") for none, out of what each told."""
-    failed = {rank: (str(t["kind"]), str(t["text"])) for rank, t in enumerate(told) if "kind" in t}
+def verdict(reports: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """The kind and text of the error that all ranks raise, ("", "") for none, from the report of each."""
+    failed = {rank: (str(t["kind"]), str(t["text"])) for rank, t in enumerate(reports) if "kind" in t}
     if failed:
         kind, text = next(iter(failed.values()))
         same = [r for r, what in failed.items() if what == (kind, text)]
-        return kind, text if len(same) == len(told) else f"on {_ranks(same)} of {len(told)}: {text}"
+        return kind, text if len(same) == len(reports) else f"on {_ranks(same)} of {len(reports)}: {text}"
     lines: list[str] = []
-    for name in dict.fromkeys(n for t in told for n in t["facts"]):
-        values = [t["facts"].get(name, "missing") for t in told]
+    for name in dict.fromkeys(n for t in reports for n in t["fingerprint"]):
+        values = [t["fingerprint"].get(name, "missing") for t in reports]
         usual = max(dict.fromkeys(values), key=values.count)  # the first of those that are as frequent
         lines += [
             f"{name}: {value} on {_ranks([r for r, v in enumerate(values) if v == value])}, {usual} on the others"
