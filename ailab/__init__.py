@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from ailab.fit import ailab_train as ailab_train
     from ailab.stack import Middleware as Middleware
     from ailab.types import Mean as Mean
+    from ailab.types import Sum as Sum
     from ailab.types import TrainState as TrainState
     from ailab.workdir.checkpoint import get_target_module_state as get_target_module_state
     from ailab.workdir.checkpoint import remove_module_prefix as remove_module_prefix
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Mean": "ailab.types",
     "Middleware": "ailab.stack",
+    "Sum": "ailab.types",
     "TrainState": "ailab.types",
     "ailab_train": "ailab.fit",
     "get_target_module_state": "ailab.workdir.checkpoint",

@@ -13,7 +13,7 @@ from ailab.errors import ConfigError, DataError, nearest
 from ailab.signature import Parameters, name_list, name_of, parameters
 
 OUTPUT_KEYS = ("output",)  # what a model's result is called where the cfg does not say
-_NONE: Mapping[str, str] = MappingProxyType({})
+_NONE: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Binding:
     path: str  # of the component in the cfg, e.g. "cfg.loss"
     what: str  # its name in messages
     mapped: tuple[tuple[str, str], ...]  # (parameter, field): as the cfg says; the field must exist
-    free: tuple[tuple[str, str], ...]  # (parameter, field): given when the field exists
+    free: tuple[tuple[str, tuple[str, ...]], ...]  # (parameter, fields): given the first of these that exists
     required: tuple[str, ...]
     names: tuple[str, ...]
     open: bool  # has **kwargs, so any parameter can be mapped
@@ -34,12 +34,16 @@ class Binding:
         Raises:
             KeyError: when a field that `mapping` names is missing; `check` reports that beforehand.
         """
-        given = {p: fields[f] for p, f in self.free if f in fields}
+        given = {p: fields[f] for p, some in self.free for f in some[::-1] if f in fields}  # the first one stays
         return {**given, **{p: fields[f] for p, f in self.mapped}}
+
+    def may_read(self, field: str) -> bool:
+        """Whether a parameter is given this field, where a batch has it."""
+        return any(field in some for _, some in self.free) or any(f == field for _, f in self.mapped)
 
     def check(self, fields: Collection[str] | None = None) -> list[str]:
         """The problems of calling with these fields; without fields only whether the mapped parameters exist."""
-        strange = [p for p, _ in self.mapped if p not in self.names and not self.open]
+        strange = [p for p, _ in (*self.mapped, *self.free) if p not in self.names and not self.open]
         problems = [
             f"{self.path}.mapping.{p}: {self.what} has no parameter '{p}'.\n"
             f" {nearest(p, self.names)} {self.what} takes: {name_list(self.names) or 'nothing by name'}."
@@ -52,7 +56,7 @@ class Binding:
             for p, f in self.mapped
             if f not in fields
         ]
-        bound = {p for p, _ in self.mapped} | {p for p, f in self.free if f in fields}
+        bound = {p for p, _ in self.mapped} | {p for p, some in self.free if any(f in fields for f in some)}
         return problems + [
             f"{self.path}: {self.what} needs '{p}', and no field goes by that name.\n"
             f"  Say which one it is: mapping={{'{p}': ...}}. Fields: {name_list(fields)}."
@@ -61,21 +65,25 @@ class Binding:
         ]
 
 
-def bind(fn: Any, mapping: Mapping[str, str], path: str, *, defaults: Mapping[str, str] = _NONE) -> Binding:
+def bind(fn: Any, mapping: Mapping[str, str], path: str, *, defaults: Mapping[str, Sequence[str]] = _NONE) -> Binding:
     """How the parameters of `fn` get their fields: by `mapping`, else by `defaults`, else by their own name.
 
     Of a module (object or class) `forward` is bound; of a metric, which has `update` and `compute`, `update`.
 
     Args:
         fn: a function, a module, or a metric; it is not called here.
-        mapping: {parameter: field}, from the cfg.
+        mapping: {parameter: field}, from the cfg. A reserved field ("_weight") is given where a batch has it.
         path: of the component in the cfg.
-        defaults: {parameter: field} for parameters that `mapping` leaves out, in place of their own name. torch's losses call
-            the model's output `input`: without {"input": "output"} they would be given the batch field of that name.
+        defaults: {parameter: fields} for parameters that `mapping` leaves out: the first of these fields that exists, in place
+            of the field of the parameter's own name.
     """
     takes = _called(fn)
-    free = tuple((p, defaults.get(p, p)) for p in takes.types if p not in mapping)
-    return Binding(path, name_of(fn), tuple(mapping.items()), free, takes.required, tuple(takes.types), takes.open)
+    mapped = {p: f for p, f in mapping.items() if not f.startswith("_")}
+    chosen = {p: (f,) for p, f in mapping.items() if p not in mapped}
+    free = {p: tuple(defaults.get(p, (p,))) for p in takes.types if p not in mapped} | chosen
+    return Binding(
+        path, name_of(fn), tuple(mapped.items()), tuple(free.items()), takes.required, tuple(takes.types), takes.open
+    )
 
 
 def has_forward(fn: Any) -> bool:

@@ -24,34 +24,43 @@ def loss_of(
     mapping: Mapping[str, str] = _NO_MAPPING,
     loss_mapping: Mapping[str, str] = _NO_MAPPING,
     output_keys: Sequence[str] = OUTPUT_KEYS,
+    outputs: Sequence[str] | None = None,
 ) -> Loss:
     """A module and a criterion as one pure loss over named fields: `total, aux = loss(params, buffers, batch)`.
 
     Args:
         model: its `forward` is given the fields that `mapping` {parameter: field} names, or those of its parameters' names.
-        criterion: a module or a callable; a torch.nn loss calls the model's output `input`. None: the model's output "loss".
+        criterion: a module or a callable; see `bound_criterion`. None: the model's output "loss" is the loss.
         training: the mode of the modules.
         mapping: of the model.
         loss_mapping: of the criterion, over the batch and the model's outputs.
         output_keys: names of the model's outputs.
+        outputs: the same where `output_keys` does not say them: the keys of a dict that the model returns.
     """
     bound = bind(model, mapping, "cfg.model")
-    call, loss_bound = bound_criterion(criterion, loss_mapping, training)
+    call, loss_bound = bound_criterion(criterion, loss_mapping, training, outputs or output_keys)
     return pure_loss(Functional(model, training=training), bound, call, loss_bound, output_keys)
 
 
-def bound_criterion(criterion: Any, mapping: Mapping[str, str], training: bool) -> tuple[Any, Binding | None]:
+def bound_criterion(
+    criterion: Any, mapping: Mapping[str, str], training: bool, outputs: Sequence[str] = OUTPUT_KEYS
+) -> tuple[Any, Binding | None]:
     """The criterion as a function of (params, buffers, kwargs), and how its parameters are bound.
 
-    torch's own losses call the model's output `input`, and are asked for per-sample values where that is the same mathematics.
+    A parameter gets the field of its own name, with two exceptions. `input` is the model's first output, as in torch's own
+    losses, unless another parameter has the name of an output. `weight` is the batch's field "weight" where there is one, else
+    the weights of the samples: 0 for padding. torch's losses are asked for per-sample values where that is the same mathematics.
     """
     if criterion is None:
         return None, None
-    if not isinstance(criterion, nn.Module):
-        return lambda params, buffers, kwargs: criterion(**kwargs), bind(
-            criterion, mapping, "cfg.loss", defaults={"weight": WEIGHT}
-        )
-    builtin = type(criterion).__module__.startswith("torch.nn.")
-    call = Functional(criterion, training=training, prefix=LOSS_PREFIX, via=maskable if builtin else None)
-    defaults = {"input": OUTPUT_KEYS[0], "weight": WEIGHT} if builtin else {}
-    return call, bind(call.call, mapping, "cfg.loss", defaults=defaults)
+    module = isinstance(criterion, nn.Module)
+    builtin = module and type(criterion).__module__.startswith("torch.nn.")
+    call: Any = criterion
+    if module:
+        call = Functional(criterion, training=training, prefix=LOSS_PREFIX, via=maskable if builtin else None)
+    bare = bind(call.call if module else criterion, mapping, "cfg.loss")
+    defaults: dict[str, Sequence[str]] = {"weight": (WEIGHT,) if builtin else ("weight", WEIGHT)}
+    if not any(name in outputs for name in bare.names):
+        defaults["input"] = (outputs[0], "input")
+    bound = bind(call.call if module else criterion, mapping, "cfg.loss", defaults=defaults)
+    return call if module else lambda params, buffers, kwargs: criterion(**kwargs), bound

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ailab import tree
-from ailab.errors import DonatedError
+from ailab.errors import ConfigError, DonatedError
 
 PyTree: TypeAlias = Any  # nested dicts, lists, tuples and dataclasses of tensors and plain values
 Params: TypeAlias = dict[str, Tensor]
@@ -29,6 +29,22 @@ VIEWS = "_views"  # the reserved batch field: [(share, fields)], how often and w
 OUTPUT = "@"  # prefix under which model outputs that a host hook reads travel beside the logs
 STOP = "_stop"  # the reserved batch field: (), 1 where this rank asks to end the run; comes out as how many ranks do
 WEIGHT = "_weight"  # the reserved batch field: (B,) float32, 1 for a sample that counts and 0 for padding
+SIZE = "_size"  # the reserved batch field: () float32, samples of the whole batch that this one is a part of
+
+
+def batch_size(batch: Batch) -> int:
+    """Samples in a batch, padding included: the first dimension of its first tensor, at the top or in a nested field.
+
+    Raises:
+        ConfigError: when no field holds a tensor with a sample dimension.
+    """
+    for v in batch.values():
+        if isinstance(v, Tensor) and v.dim() > 0:
+            return int(v.shape[0])
+    for v in tree.leaves(batch):
+        if isinstance(v, Tensor) and v.dim() > 0:
+            return int(v.shape[0])
+    raise ConfigError(f"no field of the batch is a tensor with one row per sample. Fields: {', '.join(batch) or 'none'}.")
 
 
 @dataclass(frozen=True)
@@ -131,6 +147,16 @@ class Mean:
             return Mean(values.sum(), torch.full((), float(values.numel()), dtype=values.dtype, device=values.device))
         weight = weight.to(values.dtype)
         return Mean(torch.dot(values, weight), weight.sum())
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A loss that is the sum over the samples of the global batch, and not their mean.
+
+    Its gradient is that of the sum, however many micro-batches and ranks share the batch.
+    """
+
+    values: Tensor  # (B,) one value per sample; or () the sum over the samples at hand, which padding cannot be masked in
 
 
 @dataclass(frozen=True)

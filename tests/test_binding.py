@@ -82,7 +82,7 @@ def test_a_required_parameter_without_a_field_is_reported():
 
 def test_defaults_stand_in_for_the_own_name():
     """torch's `input` binds to the model's output and not to the batch field; `mapping` still wins."""
-    loss, defaults = nn.CrossEntropyLoss(), {"input": "output"}
+    loss, defaults = nn.CrossEntropyLoss(), {"input": ("output",)}
     assert bind(loss, {}, "cfg.loss", defaults=defaults).kwargs(FIELDS) == {"input": 3, "target": 2}
     assert bind(loss, {"input": "aux"}, "cfg.loss", defaults=defaults).kwargs(FIELDS) == {"input": 4, "target": 2}
     (problem,) = bind(loss, {}, "cfg.loss", defaults=defaults).check({"input", "target"})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ailab import dist
+from ailab.core.loss import tensors_held
 from ailab.core.reduce import control_message, reduced
 from ailab.errors import ConfigError
 from ailab.types import LOSS_SCALE, Aux, Batch, Buffers, Grad, Loss, Params, TrainState
@@ -83,7 +84,7 @@ def local_grad(loss: Loss, trainable: Collection[str] | None = None, nominal: fl
 
     def grad(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
         names = [n for n in state.params if trainable is None or n in trainable]
-        with torch.enable_grad():
+        with torch.enable_grad(), tensors_held():
             leaves = {n: _leaf(state.params[n]) for n in names}
             fixed = {n: p.detach() for n, p in state.params.items() if n not in leaves}
             total, aux = loss({**fixed, **leaves}, state.buffers, batch)
@@ -259,7 +260,7 @@ def ddp_grad(
         *first, last = parts
         grads, before, outputs = accumulated(local, state, first, divided=False) if first else ({}, None, [])
         grads = _scaled(grads, last)
-        with torch.enable_grad():
+        with torch.enable_grad(), tensors_held():
             total, aux, control = wrapped(fixed, state.buffers if before is None else before.buffers, last, before)
             buffers = dist.begin_from_first(aux.buffers)
             owner.expect(grads)

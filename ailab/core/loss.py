@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,24 +11,84 @@ import torch
 from torch import Tensor, nn
 
 from ailab.binding import Binding, name_outputs
+from ailab.core.criterion import Result, result_of
 from ailab.errors import ConfigError
-from ailab.types import VIEWS, WEIGHT, Aux, Batch, Buffers, Loss, Mean, Params, TrainState, widened
+from ailab.types import VIEWS, WEIGHT, Aux, Batch, Buffers, Loss, Mean, Params, TrainState
 
 LOSS_PREFIX = "loss."  # of the criterion's own parameters and buffers
 Change = Callable[[nn.Module], None]  # alters classes and attributes of sub-modules; every tensor stays where it is
 
 
-class Functional:
-    """A module as a pure function of its tensors.
+class _GradientHooks(torch.autograd.Function):
+    """The identity, whose gradient goes through the hooks that a user registered on a parameter."""
 
-    Holds a skeleton: a copy of the module whose parameters and buffers are on the meta device, so that the state is the only
-    place where values live and a training and an evaluating form can stand side by side.
+    @staticmethod
+    def forward(x: Tensor, hooks: tuple[Callable[[Tensor], Tensor | None], ...]) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.hooks = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0]
+        for hook in ctx.hooks:
+            changed = hook(grad)
+            grad = grad if changed is None else changed
+        return grad, None
+
+
+def gradient_hooks(param: Tensor) -> tuple[Callable[[Tensor], Tensor | None], ...]:
+    """What `param.register_hook` was given, in order; a private name of torch.
+
+    Raises:
+        ConfigError: for `register_post_accumulate_grad_hook`: here no gradient is accumulated in a parameter.
+    """
+    if getattr(param, "_post_accumulate_grad_hooks", None):
+        raise ConfigError(
+            "cfg.model: a parameter has a hook of register_post_accumulate_grad_hook, and gradients are not accumulated in "
+            "parameters here.\n  register_hook, or a hook of ailab at depth 'grad', changes a gradient."
+        )
+    return tuple((getattr(param, "_backward_hooks", None) or {}).values())
+
+
+_held: list[Callable[[], None]] | None = None  # how to put back what forwards have swapped in, while a backward may need it
+
+
+def tensors_held() -> AbstractContextManager[None]:
+    """Inside, forwards leave the tensors that they were given in their modules; they come out at the end.
+
+    A backward that computes a part of the forward again (`torch.utils.checkpoint` in a user's model) reads them there.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _Held()
+
+
+class _Held(AbstractContextManager[None]):
+    """A class and no generator: it is entered once a step."""
+
+    def __enter__(self) -> None:
+        global _held
+        self.before, _held = _held, []
+
+    def __exit__(self, *_: object) -> None:
+        global _held
+        done, _held = _held, self.before
+        for put_back in reversed(done or ()):
+            put_back()
+
+
+class Functional:
+    """A module as a pure function of its tensors: the user's own module is called, with other tensors swapped in.
+
+    So a closure, a forward hook or a lambda that reaches a tensor through an attribute of the module finds the right one. What
+    reaches it in another way (a plain list of parameters) is found by `ailab.job.proof` before the first step.
 
     Args:
-        module: any module; it is not changed.
-        training: the mode of the skeleton.
+        module: any module. Its mode (training or evaluation) becomes that of the last call.
+        training: the mode of a call.
         prefix: of the module's tensors in the state.
-        via: makes another callable out of the skeleton, to be called in its place (a loss asked for per-sample values).
+        via: makes another callable of the module, to be called in its place (a loss asked for per-sample values).
     """
 
     def __init__(
@@ -39,39 +99,37 @@ class Functional:
         prefix: str = "",
         via: Callable[[nn.Module], Callable[..., Any] | None] | None = None,
     ):
-        memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
-        memo.update({id(b): b.detach().to("meta") for b in module.buffers()})
-        skeleton = copy.deepcopy(module, memo).train(training)
-        self.call: Callable[..., Any] = (via(skeleton) if via else None) or skeleton
-        names = {id(t): prefix + n for n, t in [*skeleton.named_parameters(), *skeleton.named_buffers()]}
-        self._settle(skeleton, {path: names[id(store[key])] for path, store, key in homes(skeleton)})
-
-    def _settle(self, skeleton: nn.Module, names: Mapping[str, str]) -> None:
-        """Look up once where each tensor goes; `names`: of the state, by the dotted path in the skeleton."""
-        places = homes(skeleton)
-        self._root = _Root(skeleton, self.call)
-        self._names = [("skeleton." + path, names[path]) for path, _, _ in places]
-        self._homes = [(store, key, names[path]) for path, store, key in places]
-
-    def changed(self, change: Change) -> Functional:
-        """The same function of the same tensors, computed by a copy of the skeleton that `change` has altered in place."""
-        other = copy.copy(self)
-        skeleton = other.call = copy.deepcopy(self._root.skeleton)
-        change(skeleton)
-        other._settle(skeleton, {path.removeprefix("skeleton."): name for path, name in self._names})
-        return other
+        self.module, self.training = module, training
+        self.call: Callable[..., Any] = (via(module) if via else None) or module
+        self._root = _Root(module, self.call)
+        names = {id(t): prefix + n for n, t in [*module.named_parameters(), *module.named_buffers()]}
+        places = [(path, store, key, names[id(store[key])]) for path, store, key in homes(module)]
+        self._names = [("module." + path, name) for path, _, _, name in places]
+        self._homes = [(store, key, name) for _, store, key, name in places]
+        # What a forward leaves in plain attributes (the old weight_norm, features for a later layer). It must not leave a graph.
+        self._scratch = [(m, k) for m in module.modules() for k, v in vars(m).items() if isinstance(v, Tensor)]
+        found = {prefix + n: gradient_hooks(p) for n, p in module.named_parameters()}
+        self._hooks = {n: hooks for n, hooks in found.items() if hooks}
 
     def __call__(self, params: Params, buffers: Buffers, kwargs: Mapping[str, Any]) -> Any:
         """The module's output for these tensors; `buffers` are written to, or get a new tensor, where the module does so."""
+        if self._hooks:
+            params = {**params, **{n: self._hooked(params[n], hooks) for n, hooks in self._hooks.items()}}
         if torch.compiler.is_compiling():
+            self._set_mode()
+            before = [getattr(m, k) for m, k in self._scratch]
             own = {n: params[name] if name in params else buffers[name] for n, name in self._names}
-            # Every place is named, so nothing is left to tie: Dynamo cannot tell which of the skeleton's tensors are one.
+            # Every place is named, so nothing is left to tie: Dynamo cannot tell which of the module's tensors are one.
             result = torch.func.functional_call(self._root, own, (), dict(kwargs), tie_weights=False)
             for n, name in self._names:
                 if name in buffers and own[n] is not buffers[name]:
                     buffers[name] = own[n].detach()
+            for (m, k), value in zip(self._scratch, before, strict=True):
+                setattr(m, k, value)
             return result
         # Eager mode: what functional_call does, with its look-ups done once (they cost 5 % of a small step).
+        if self.module.training is not self.training:
+            self.module.train(self.training)
         kept = [store[key] for store, key, _ in self._homes]
         try:
             for store, key, name in self._homes:
@@ -82,27 +140,44 @@ class Functional:
                     buffers[name] = store[key].detach()
             return result
         finally:
-            for (store, key, _), old in zip(self._homes, kept, strict=True):
-                store[key] = old
+            if _held is None:
+                self._put_back(kept)
+            else:
+                _held.append(lambda: self._put_back(kept))
+
+    def _put_back(self, kept: list[Tensor]) -> None:
+        for (store, key, _), old in zip(self._homes, kept, strict=True):
+            store[key] = old
+
+    def _hooked(self, param: Tensor, hooks: tuple[Callable[[Tensor], Tensor | None], ...]) -> Tensor:
+        # A parameter that has the hooks itself needs no others.
+        own = param.requires_grad and not torch.compiler.is_compiling() and gradient_hooks(param) == hooks
+        return param if own or not param.requires_grad else _GradientHooks.apply(param, hooks)  # type: ignore[return-value]
+
+    @torch.compiler.assume_constant_result
+    def _set_mode(self) -> bool:
+        """Runs while a graph is traced, and not in it: the mode is fixed in the graph."""
+        self.module.train(self.training)
+        return True
 
 
 class _Root(nn.Module):
-    """A skeleton and the callable that stands for it, as one module for `functional_call`."""
+    """A module and the callable that stands for it, as one module for `functional_call`."""
 
     call: Callable[..., Any]
 
-    def __init__(self, skeleton: nn.Module, call: Callable[..., Any]):
+    def __init__(self, module: nn.Module, call: Callable[..., Any]):
         super().__init__()
-        self.skeleton = skeleton
-        self.__dict__["call"] = call  # not a sub-module of its own, though it may be the skeleton itself
+        self.module = module
+        self.__dict__["call"] = call  # not a sub-module of its own, though it may be the module itself
 
     def forward(self, **kwargs: Any) -> Any:
         return self.call(**kwargs)
 
 
-def homes(skeleton: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
+def homes(module: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
     """`(dotted path, dict, key)` for every place that holds a tensor; a tied one has several."""
-    stores = [(path, store) for path, module in skeleton.named_modules() for store in (module._parameters, module._buffers)]
+    stores = [(path, store) for path, m in module.named_modules() for store in (m._parameters, m._buffers)]
     return [
         (f"{path}.{key}" if path else key, store, key) for path, store in stores for key, t in store.items() if t is not None
     ]
@@ -137,97 +212,19 @@ def state_dict_of(model: nn.Module) -> Callable[[TrainState], dict[str, Tensor]]
     return named
 
 
-def batch_size(batch: Batch) -> int:
-    """Samples in a batch, padding included: the first dimension of its first tensor."""
-    return next(int(v.shape[0]) for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0)
-
-
-def as_mean(value: Any, batch: Batch, share: Tensor | None = None) -> Mean:
-    """What a criterion returned as a `Mean`: a `Mean`, per-sample losses (B,), or a scalar mean over the samples.
-
-    Args:
-        value: what it returned.
-        batch: what it was given, with the weights of the samples.
-        share: how often a value that no weights have reached is to count.
-
-    Raises:
-        ConfigError: for anything else. Shapes are static, so this is found on the first, shrunk step of a run.
-    """
-    size = batch_size(batch)
-    if isinstance(value, Tensor) and value.shape == (size,) and value.dim() > 0:
-        return Mean.of(value, batch.get(WEIGHT))
-    if isinstance(value, Mean):
-        return value if share is None else _shared(value, share)
-    if not isinstance(value, Tensor):
-        raise ConfigError(
-            f"cfg.loss: the criterion returned {type(value).__name__}; return a tensor, a Mean, or a dict of them."
-        )
-    if value.dim() == 0:
-        value = widened(value)
-        mean = Mean(value * size, torch.full_like(value, float(size)).detach())
-        return mean if share is None else _shared(mean, share)
-    raise ConfigError(
-        f"cfg.loss: the criterion returned a tensor of shape {tuple(value.shape)}, which is not a scalar.\n"
-        f"  Return a scalar, one loss per sample ({size},), or ailab.Mean(total, weight)."
-    )
-
-
-def _shared(mean: Mean, share: Tensor) -> Mean:
-    if share.dim():
-        raise ConfigError(
-            "cfg.loss: a hook weighs each sample on its own, and the criterion gives one number for all of them.\n"
-            "  Let it return one loss per sample (B,), or a Mean that obeys its argument `weight`."
-        )
-    return Mean(mean.total * share, mean.weight * share)
-
-
-def _views(ask: Callable[[Batch], Any], batch: Batch, obeys: bool) -> dict[str, Mean]:
-    """What the criterion says of a batch, by the name of the part ("" where it has none): the sums over all views of it.
-
-    Args:
-        ask: the criterion over the fields of a view.
-        batch: with the field VIEWS where a hook has put it; else there is one view, the batch itself.
-        obeys: whether the criterion is given the weights, so that a `Mean` of it has counted them.
-    """
-    if VIEWS not in batch:
-        return {n: as_mean(v, batch) for n, v in _named(ask(batch)).items()}
-    found: dict[str, Mean] = {}
-    for share, fields in batch[VIEWS]:
-        view = {**batch, **fields}
-        if share is not None:
-            view[WEIGHT] = share * (batch[WEIGHT] if WEIGHT in batch else torch.ones(batch_size(batch), device=share.device))
-        for name, value in _named(ask(view)).items():
-            mean = as_mean(value, view, None if isinstance(value, Mean) and obeys else share)
-            sums = found[name] + mean if name in found else mean
-            # The shares of a sample add up to 1; so do they here, without rounding.
-            found[name] = Mean(sums.total, as_mean(value, batch).weight) if isinstance(value, Tensor) else sums
-    return found
-
-
-def _named(result: Any) -> dict[str, Any]:
-    """A criterion's result by the names of its parts; "" where it is one number."""
-    return {str(n): v for n, v in result.items()} if isinstance(result, Mapping) else {"": result}
-
-
-def _combine(parts: Mapping[str, Mean], batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-    """The parts of a loss as the loss and its named parts (the sum of the parts is the loss)."""
-    if "" in parts:
-        return parts[""], {}
-    weight = batch[WEIGHT].sum() if WEIGHT in batch else float(batch_size(batch))
-    total = torch.stack([p.value * weight for p in parts.values()]).sum()
-    return Mean(total, torch.as_tensor(weight, dtype=total.dtype, device=total.device)), dict(parts)
-
-
 def remodelled(loss: Loss, change: Change) -> Loss:
-    """`loss` with the same tensors, names and criterion, over a copy of the model's skeleton that `change` has altered.
+    """`loss`, whose model `change` has altered in place: classes and attributes of sub-modules, but no tensor.
+
+    `change` may come several times, and does nothing the second time.
 
     Raises:
         ConfigError: when `loss` is none that `pure_loss` made, so that there is no module to alter.
     """
-    remake = getattr(loss, "remodelled", None)
-    if remake is None:
+    model = getattr(loss, "model", None)
+    if model is None:
         raise ConfigError("a hook changes modules of the model, and this loss was not made of a module by `loss_of`.")
-    return remake(change)
+    change(model)
+    return loss
 
 
 def unless_empty(loss: Loss) -> Loss:
@@ -243,7 +240,8 @@ def unless_empty(loss: Loss) -> Loss:
         logs = {n: Mean(m.total * 0, m.weight * 0) for n, m in aux.logs.items()}
         return total * 0, replace(aux, weight=aux.weight * 0, logs=logs)
 
-    counted.remodelled = lambda change: unless_empty(remodelled(loss, change))  # type: ignore[attr-defined]
+    counted.model = getattr(loss, "model", None)  # type: ignore[attr-defined]
+    counted.kind = getattr(loss, "kind", None)  # type: ignore[attr-defined]
     return counted
 
 
@@ -259,14 +257,10 @@ def pure_loss(
     The first result is the *total* of the loss over the batch, () in the loss's dtype; `aux.weight` is what it is to be
     divided by, so that micro-batches and ranks add up exactly. `aux.logs` holds "loss" and, for a criterion that returns a
     dict, its parts. Without a criterion the model itself must give an output named "loss".
-
-    A batch with the field VIEWS, [(share, fields)], has its criterion asked once for each: with these fields in place of the
-    batch's, and every sample counting `share` times, () or (B,); None is once. The shares of a sample add up to 1. The sums are
-    added, and divided once.
     """
-    obeys = loss_binding is not None and any(f == WEIGHT for _, f in (*loss_binding.mapped, *loss_binding.free))
+    obeys = loss_binding is not None and loss_binding.may_read(WEIGHT)
 
-    def loss(params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
+    def evaluated(params: Params, buffers: Buffers, batch: Batch) -> tuple[Result, Buffers, dict[str, Any]]:
         after = {n: b.clone() for n, b in buffers.items()}  # a forward may write to what it is given (BatchNorm)
         outputs = name_outputs(model(params, after, model_binding.kwargs(batch)), output_keys, "cfg.model.output_keys")
         if criterion is None and VIEWS in batch:
@@ -279,16 +273,21 @@ def pure_loss(
                 return outputs["loss"]
             return criterion(params, after, loss_binding.kwargs({**view, **outputs}))
 
-        found = _views(ask, batch, obeys)
-        mean, parts = _combine(found, batch)
-        logs = {"loss": Mean(mean.total.detach(), mean.weight.detach())}
-        for name, part in parts.items():
-            logs[name] = Mean(part.total.detach(), part.weight.detach())
-        seen = {n: v.detach() if isinstance(v, Tensor) else v for n, v in outputs.items()}
-        return mean.total, Aux(after, logs["loss"].weight, logs, seen)
+        return result_of(ask, batch, obeys), after, outputs
 
-    def remade(change: Change) -> Loss:
-        return pure_loss(model.changed(change), model_binding, criterion, loss_binding, output_keys)
+    def loss(params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
+        found, after, outputs = evaluated(params, buffers, batch)
+        logs = {"loss": found.loss, **found.parts}
+        logs = {n: Mean(m.total.detach(), m.weight.detach()) for n, m in logs.items()}
+        detached = {n: v.detach() if isinstance(v, Tensor) else v for n, v in outputs.items()}
+        return found.loss.total, Aux(after, logs["loss"].weight, logs, detached)
 
-    loss.remodelled = remade  # type: ignore[attr-defined]
+    loss.model = model.module  # type: ignore[attr-defined]
+    loss.kind = lambda *args: evaluated(*args)[0].kind  # type: ignore[attr-defined]
     return loss
+
+
+def kind_of(loss: Loss, params: Params, buffers: Buffers, batch: Batch) -> str:
+    """What the criterion returned for a batch: "mean", "sum" or "scalar"; "mean" for a loss that `pure_loss` did not make."""
+    kind = getattr(loss, "kind", None)
+    return "mean" if kind is None else kind(params, buffers, batch)

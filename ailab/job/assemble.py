@@ -115,7 +115,7 @@ def _alike(parts: Parts) -> Parts:
     if dist.world_size() == 1:
         return parts
     state = parts.state.replace(params=dist.from_first(parts.state.params), buffers=dist.from_first(parts.state.buffers))
-    losses = parts.losses if parts.pad else {phase: unless_empty(loss) for phase, loss in parts.losses.items()}
+    losses = {phase: loss if parts.pad.get(phase) else unless_empty(loss) for phase, loss in parts.losses.items()}
     return replace(parts, state=state, losses=losses)
 
 

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from ailab import tree
 from ailab.binding import Binding, bind, check_outputs, name_outputs
 from ailab.build import bound_criterion, loss_of
-from ailab.core.loss import Functional, module_state
+from ailab.core.loss import Functional, kind_of, module_state
 from ailab.datasets import Stream
 from ailab.datasets.files.cache import run_cache
 from ailab.datasets.stream.collate import build_collate
 from ailab.errors import AilabError, ConfigError, DataError, nearest
+from ailab.job.proof import Itself, prove_pure, row_wise
 from ailab.optim import Optimizer, build_optimizer
 from ailab.registry import DATASETS, LOSSES, MODELS, OPTIMIZERS, SAMPLERS
 from ailab.rng import mix
-from ailab.types import WEIGHT, Aux, Batch, Buffers, Loss, Params, TrainState
+from ailab.types import Aux, Batch, Buffers, Loss, Params, TrainState
 
 T = TypeVar("T")
 _NO_MAPPING: Mapping[str, str] = MappingProxyType({})
@@ -45,7 +46,8 @@ class Parts:
     datasets: Mapping[str, Any]
     sample: Batch  # a few real samples
     fields: tuple[str, ...]  # of a batch, and the names of the model's outputs
-    pad: bool  # whether the loss can mask padding
+    pad: Mapping[str, bool]  # by phase: whether the loss can mask padding
+    kind: str = "mean"  # what the criterion returns: "mean", "sum", or "scalar"
 
 
 def build_parts(cfg: Mapping[str, Any], device: torch.device) -> Parts:
@@ -69,8 +71,8 @@ def build_parts(cfg: Mapping[str, Any], device: torch.device) -> Parts:
         optimizer = _optimizer(cfg["optimizer"], state, trainable)
         state = state.replace(opt_state=optimizer.init(state.params))
     sample = _sample(cfg, datasets, device)
-    fields, losses, pad = _losses(cfg, model, criterion, state, sample, phases)
-    return Parts(model, optimizer, trainable, state, losses, datasets, sample, fields, pad)
+    fields, losses, pad, kind = _losses(cfg, model, criterion, state, sample, phases)
+    return Parts(model, optimizer, trainable, state, losses, datasets, sample, fields, pad, kind)
 
 
 def build_dataset(entry: Mapping[str, Any], path: str) -> Any:
@@ -143,8 +145,8 @@ def _sample(cfg: Mapping[str, Any], datasets: Mapping[str, Any], device: torch.d
 
 def _losses(
     cfg: Mapping[str, Any], model: nn.Module, criterion: Any, state: TrainState, sample: Batch, phases: list[str]
-) -> tuple[tuple[str, ...], dict[str, Loss], bool]:
-    """The fields of a run, the bare loss of each phase, and whether it can mask padding."""
+) -> tuple[tuple[str, ...], dict[str, Loss], dict[str, bool], str]:
+    """The fields of a run, the bare loss of each phase, whether it can mask padding, and of what kind it is."""
     keys, path = cfg["model"]["output_keys"], "cfg.model.output_keys"
     mapping, loss_mapping = cfg["model"]["mapping"], cfg["loss"]["mapping"] if cfg["loss"] else _NO_MAPPING
     bound = bind(model, mapping, "cfg.model")
@@ -157,21 +159,35 @@ def _losses(
     outputs = name_outputs(result, keys, path)
     fields = (*sample, *outputs)
     problems = check_outputs(list(outputs), list(sample), path)
-    _, loss_bound = bound_criterion(criterion, loss_mapping, True)
+    named = list(outputs)
+    _, loss_bound = bound_criterion(criterion, loss_mapping, True, named)
     _refuse(problems + (loss_bound.check(fields) if loss_bound else []))
     if criterion is None and "loss" not in outputs:
         if "train" in phases:
             raise ConfigError(
                 f"cfg.workflow: the phase 'train' needs cfg.loss; the model gives {', '.join(outputs)} and no 'loss'."
             )
-        return fields, dict.fromkeys(phases, _unscored(Functional(model, training=False), bound, keys)), True
+        unscored = _unscored(Functional(model, training=False), bound, keys)
+        pad = row_wise(unscored, state, sample)
+        return fields, dict.fromkeys(phases, unscored), dict.fromkeys(phases, pad), "mean"
     losses = {
         phase: loss_of(
-            model, criterion, training=phase == "train", mapping=mapping, loss_mapping=loss_mapping, output_keys=keys
+            model,
+            criterion,
+            training=phase == "train",
+            mapping=mapping,
+            loss_mapping=loss_mapping,
+            output_keys=keys,
+            outputs=named,
         )
         for phase in dict.fromkeys([*phases, "val"])  # "val" in any case: a loss without randomness is what checks need
     }
-    return fields, losses, _masks(losses[phases[0]], state, sample)
+    itself = Itself(model, bound, criterion, loss_bound, keys)
+    first = losses[phases[0]]
+    training = phases[0] == "train"
+    explained(lambda: prove_pure(itself, first, state, sample, training=training), "cfg.loss: failed on the first samples")
+    pad = {phase: row_wise(losses[phase], state, sample) for phase in phases}
+    return fields, losses, pad, kind_of(first, state.params, tree.clone(state.buffers), sample)
 
 
 def _unscored(forward: Functional, bound: Binding, keys: Sequence[str]) -> Loss:
@@ -189,15 +205,6 @@ def _unscored(forward: Functional, bound: Binding, keys: Sequence[str]) -> Loss:
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-def _masks(loss: Loss, state: TrainState, sample: Batch) -> bool:
-    """Whether the loss, and each part of it, obeys the weights of the samples: with all of them zero nothing is counted."""
-    size = next(v.shape[0] for v in sample.values() if isinstance(v, Tensor) and v.dim() > 0)
-    masked = {**sample, WEIGHT: torch.zeros(size, device=state.step.device)}
-    with torch.no_grad():
-        _, aux = explained(lambda: loss(state.params, state.buffers, masked), "cfg.loss: failed on the first samples")
-    return all(float(mean.weight) == 0.0 for mean in aux.logs.values())
 
 
 def explained(call: Callable[[], T], what: str) -> T:
@@ -248,7 +255,7 @@ def build_stream(
         seed=cfg["seed"],
         rank=rank,
         world_size=world_size,
-        pad=parts.pad,
+        pad=parts.pad[phase],
         device=device,
         iters=entry["iters"],
         name=f"cfg.data.{phase}",

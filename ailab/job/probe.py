@@ -10,12 +10,11 @@ import torch
 
 from ailab import tree
 from ailab.core.grad import local_grad
-from ailab.core.loss import batch_size
 from ailab.core.step import eval_step, train_step
 from ailab.errors import ConfigError, nearest
 from ailab.job.build import Parts, explained
 from ailab.stack import Middleware, at, stack
-from ailab.types import RunInfo, TrainState, seal
+from ailab.types import RunInfo, TrainState, batch_size, seal
 
 Hook = Middleware[Any]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ailab.losses import maskable
-from ailab.types import Mean
+from ailab.types import Mean, Sum
 
 B = 6
 
@@ -122,13 +123,35 @@ def test_every_loss_of_torch_is_in_the_table() -> None:
         assert maskable(getattr(nn, name)(**NONE[name])) is None
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_another_reduction_is_left_alone(reduction: str) -> None:
-    """A sum over the batch is no mean: the criterion stays as the user made it."""
+def test_no_reduction_is_left_alone() -> None:
+    """With reduction="none" the criterion is what the user wants it to be."""
     for cls in (nn.MSELoss, nn.CrossEntropyLoss, nn.KLDivLoss):
-        criterion = cls(reduction=reduction)
-        assert maskable(criterion) is None
-        assert criterion.reduction == reduction
+        assert maskable(cls(reduction="none")) is None
+
+
+@pytest.mark.parametrize(("cls", "settings", "inputs"), CASES)
+def test_a_sum_is_the_sum_of_its_samples(cls: Any, settings: Any, inputs: Any) -> None:
+    """With reduction="sum" the form is a `Sum` of per-sample values, which add up to what torch gives; the criterion stays."""
+    if settings.get("reduction") == "batchmean":
+        return
+    criterion = cls(**{**settings, "reduction": "sum"})
+    form = maskable(criterion)
+    assert form is not None
+    found = form(*inputs)
+    assert isinstance(found, Sum)
+    assert found.values.shape == (6,)
+    torch.testing.assert_close(found.values.sum(), criterion(*inputs), rtol=1e-6, atol=1e-9)
+    assert criterion.reduction == "sum"
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float16, 70_000), (torch.bfloat16, 1003)])
+def test_targets_of_a_half_model_are_counted(dtype: torch.dtype, count: int) -> None:
+    """Total and weight of cross-entropy are float32: a half overflows at 65504 targets, and bfloat16 has no 1003."""
+    form = maskable(nn.CrossEntropyLoss())
+    assert form is not None
+    mean = form(torch.zeros(count, 2, dtype=dtype), torch.zeros(count, dtype=torch.int64))
+    assert mean.weight.item() == count
+    torch.testing.assert_close(mean.total.item(), count * math.log(2), rtol=1e-2, atol=0)
 
 
 def test_a_subclass_with_its_own_forward_is_not_taken_for_torchs() -> None:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ailab import dist, tree
 from ailab.core.grad import Core, accumulated
-from ailab.core.loss import batch_size
 from ailab.errors import ConfigError
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
-from ailab.types import WEIGHT, Aux, Batch, Grad, Params, TrainState
+from ailab.types import SIZE, WEIGHT, Aux, Batch, Grad, Params, TrainState, batch_size
 
 
 @HOOKS.register_module()
@@ -64,7 +63,9 @@ def _cut(batch: Batch, n: int) -> tuple[list[Batch], list[int]]:
     starts = range(0, size, each)
     parts: list[Batch] = [tree.map(lambda v, s=start: part(v, s), batch) for start in starts]
     missing = n - len(parts) if dist.world_size() > 1 else 0
-    device = next(v.device for v in batch.values() if isinstance(v, Tensor))
+    device = next(v.device for v in tree.leaves(batch) if isinstance(v, Tensor))
+    whole = batch[WEIGHT].sum() if WEIGHT in batch else torch.full((), float(size), device=device)
+    parts = [{SIZE: whole, **part} for part in parts]
     parts += [{**parts[0], WEIGHT: torch.zeros(each, device=device)} for _ in range(missing)]
     return parts, [min(each, size - start) for start in starts]
 

@@ -8,11 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ailab.core.loss import batch_size
 from ailab.errors import ConfigError, nearest
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
-from ailab.types import VIEWS, WEIGHT, Aux, Batch, Buffers, Loss, Params
+from ailab.types import VIEWS, WEIGHT, Aux, Batch, Buffers, Loss, Params, batch_size
 
 Per = Literal["batch", "sample"]
 Mix = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, partner's x, share) -> (mixed x, share as it came out)

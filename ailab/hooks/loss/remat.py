@@ -39,20 +39,21 @@ def RematHook(modules: Sequence[str], name: str = "remat") -> Middleware[Loss]:
     if not modules:
         raise ConfigError(f"{path}.modules is empty; name sub-modules of the model, such as ['blocks.*'].")
 
-    def change(skeleton: nn.Module) -> None:
-        for module in _outermost(skeleton, modules, path):
-            module.__class__ = _rematerialized(type(module))
+    def change(model: nn.Module) -> None:
+        for module in _outermost(model, modules, path):
+            if not hasattr(type(module), "rematerialized"):
+                module.__class__ = _rematerialized(type(module))
 
     return Middleware(name, unchanged, "loss", bare=lambda loss: remodelled(loss, change), core={"compile": {"cut": "loss"}})
 
 
-def _outermost(skeleton: nn.Module, patterns: Sequence[str], path: str) -> list[nn.Module]:
-    names = [n for n, _ in skeleton.named_modules() if n]
+def _outermost(model: nn.Module, patterns: Sequence[str], path: str) -> list[nn.Module]:
+    names = [n for n, _ in model.named_modules() if n]
     for i, pattern in enumerate(patterns):
         if not fnmatch.filter(names, pattern):
             raise ConfigError(f"{path}.modules[{i}]: no sub-module matches {pattern!r}.{nearest(pattern, names)}")
     hit = [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
-    return [skeleton.get_submodule(n) for n in hit if not any(n.startswith(other + ".") for other in hit)]
+    return [model.get_submodule(n) for n in hit if not any(n.startswith(other + ".") for other in hit)]
 
 
 @cache
@@ -60,15 +61,19 @@ def _rematerialized(cls: type[nn.Module]) -> type[nn.Module]:
     """A class of modules like `cls` that keep nothing for their backward but their inputs."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return cls.forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():  # the compiler functionalizes what is written to buffers
             return checkpoint(cls.forward, self, *args, use_reentrant=False, **kwargs)
         return _checkpointed(cls.forward, self, args, kwargs)
 
-    return type(f"Rematerialized{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__})
+    return type(
+        f"Rematerialized{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__, "rematerialized": True}
+    )
 
 
 def _checkpointed(forward: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """As torch's checkpoint, of a pure function: by the time of the backward the skeleton holds other tensors, or none."""
+    """As torch's checkpoint, of a pure function: buffers are written to once, and not again as the backward computes them anew."""
     places = [(store, key) for _, store, key in homes(module)]
     buffers = {id(store) for m in module.modules() for store in (m._buffers,)}
 

@@ -22,17 +22,16 @@ def SyncBatchNormHook(name: str = "sync_batchnorm") -> Middleware[Loss]:
     """Normalise by the mean and variance over the batches of all ranks in training; running statistics are theirs, too.
 
     Parameters and running statistics are then those of one process with the whole batch. One small reduction per BatchNorm in
-    the forward and one in the backward. The padding of a short last batch, which repeats its samples, is in the statistics, as it
-    is without the hook. Evaluation is as it was, and so is everything in one process. The model needs no
+    the forward and one in the backward. Evaluation is as it was, and so is everything in one process. The model needs no
     conversion, and `torch.nn.SyncBatchNorm` in a model is served as well, also on a CPU.
 
     Args:
         name: of this hook.
     """
 
-    def change(skeleton: nn.Module) -> None:
-        for module in skeleton.modules():
-            if isinstance(module, _BatchNorm):
+    def change(model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and not hasattr(type(module), "synchronised"):
                 module.__class__ = _synchronised(type(module))  # pyright: ignore[reportAttributeAccessIssue]
 
     def bare(loss: Loss) -> Loss:
@@ -46,12 +45,12 @@ def _synchronised(cls: type[_BatchNorm]) -> type[_BatchNorm]:
     """A class like this one of BatchNorm, whose moments are those over all ranks."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        if not (self.training or self.running_mean is None):
-            return functional.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if not self.training or dist.world_size() == 1:
+            return cls.forward(self, input)
         self._check_input_dim(input)
         x = widened(input.flatten(2) if input.dim() > 2 else input.unsqueeze(2))  # (N, C, L)
         mean, variance, count = moments_of_all(x)
-        if self.training and self.running_mean is not None:
+        if self.running_mean is not None:
             _remember(self, mean.detach(), variance.detach() * (count / (count - 1)))
         scale = torch.rsqrt(variance + self.eps)
         scale = scale if self.weight is None else scale * self.weight
@@ -59,7 +58,7 @@ def _synchronised(cls: type[_BatchNorm]) -> type[_BatchNorm]:
         out = out if self.bias is None else out + self.bias.view(1, -1, 1)
         return out.view(input.shape).to(input.dtype)
 
-    return type(f"Synchronised{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__})
+    return type(f"Synchronised{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__, "synchronised": True})
 
 
 def moments_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -52,7 +52,7 @@ def MetricHook(*, run: RunInfo, name: str = "metrics", **metrics: Mapping[str, A
         path = f"cfg.hooks.{name}.{key}"
         metric = METRICS.build({k: v for k, v in entry.items() if k not in _OWN}, path)
         phases = tuple(entry.get("phases", PHASES))
-        bound = bind(metric, entry.get("mapping", {}), path, defaults={"weight": WEIGHT})
+        bound = bind(metric, entry.get("mapping", {}), path, defaults={"weight": (WEIGHT,)})
         if hasattr(metric, "compute"):
             own = Entry(key, path, metric, bound, phases, entry.get("reduce"), entry.get("probe", True))
             hooks += class_metric(own, run)
