@@ -14,7 +14,7 @@ class AilabError(Exception):
     """Base of every error that ends a run with one clear message instead of a traceback."""
 
     exit_code = 1
-    shared = False  # whether every rank of several raises the same
+    on_all_ranks = False  # whether every rank of several raises the same
 
 
 class ConfigError(AilabError, ValueError):

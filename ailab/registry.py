@@ -46,13 +46,13 @@ class Registry:
 
     Args:
         kind: what one of them is called in messages.
-        home: the package of ailab's own; it is imported when the registry is first used.
+        package: the package of ailab's own; it is imported when the registry is first used.
         modules: where torch's own are looked up; a module that is not installed offers nothing.
         offers: which (name, object) of those modules is a component of this kind.
     """
 
-    def __init__(self, kind: str, home: str, modules: tuple[str, ...] = (), offers: Callable[[str, Any], bool] = _is_class):
-        self.kind, self.home, self.modules = kind, home, modules
+    def __init__(self, kind: str, package: str, modules: tuple[str, ...] = (), offers: Callable[[str, Any], bool] = _is_class):
+        self.kind, self.package, self.modules = kind, package, modules
         self._offers = offers
         self._entries: dict[str, _Entry] = {}
 
@@ -77,8 +77,8 @@ class Registry:
         return registered
 
     def _add(self, name: str, entry: _Entry, force: bool) -> None:
-        if not f"{entry.builder.__module__}.".startswith(self.home + "."):
-            importlib.import_module(self.home)  # first come, first served: ailab's own names, then the user's
+        if not f"{entry.builder.__module__}.".startswith(self.package + "."):
+            importlib.import_module(self.package)  # first come, first served: ailab's own names, then the user's
         earlier = self._entries.get(name)
         if earlier is not None and earlier.source != entry.source and not force:
             raise ConfigError(
@@ -89,7 +89,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """The registered names, ailab's own included."""
-        importlib.import_module(self.home)
+        importlib.import_module(self.package)
         return sorted(self._entries)
 
     def get(self, type_: Any, path: str = "type") -> Callable[..., Any]:

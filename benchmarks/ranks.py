@@ -37,8 +37,8 @@ from ailab.types import STOP, Aux, Batch
 STEPS = 10
 
 
-class Mute(core._Owner):
-    """Tells the others nothing."""
+class GradientsOnly(core._Owner):
+    """Sends no control message."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -54,12 +54,12 @@ def known(aux: Aux, *_: Any) -> Aux:
     return replace(aux, weight=aux.weight * dist.world_size())
 
 
-OWNER, HEARD = core._Owner, core.heard
+OWNER, REDUCED = core._Owner, core.reduced
 MODES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "none": (Mute, known, {}),
-    "none again": (Mute, known, {}),
-    "in a bucket": (OWNER, HEARD, {"numbers": 6}),
-    "apart": (OWNER, HEARD, {"numbers": 6, "compress": torch.float32}),
+    "none": (GradientsOnly, known, {}),
+    "none again": (GradientsOnly, known, {}),
+    "in a bucket": (OWNER, REDUCED, {"numbers": 6}),
+    "apart": (OWNER, REDUCED, {"numbers": 6, "compress": torch.float32}),
 }
 
 
@@ -73,12 +73,12 @@ def rank(me: int, world: int, store: str, rounds: int, width: int, out: Any) -> 
     state, loss = module_state(model).clone(), loss_of(model, nn.CrossEntropyLoss())
     batch = {"input": torch.randn(256, 64), "target": torch.randint(10, (256,)), STOP: torch.zeros(())}
     grads: dict[str, Any] = {}
-    for mode, (core._Owner, core.heard, settings) in MODES.items():
+    for mode, (core._Owner, core.reduced, settings) in MODES.items():
         grads[mode] = core.ddp_grad(loss, state, sample=(loss, batch), gradient_as_bucket_view=True, **settings)
     took: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
     for number in range(rounds + 2):
         for mode in sorted(MODES, key=lambda m: (list(MODES).index(m) + number) % len(MODES)):
-            core.heard, grad = MODES[mode][1], grads[mode]
+            core.reduced, grad = MODES[mode][1], grads[mode]
             dist.barrier()
             start, worked = time.perf_counter(), time.process_time()
             for _ in range(STEPS):

@@ -84,12 +84,12 @@ def _failure(file: Path, resolved: Path, e: Exception) -> str:
     return f"{where}: {said}" if isinstance(e, AilabError) else f"{where}: {type(e).__name__}: {said}"
 
 
-def copied(value: Any) -> Any:
+def copy_containers(value: Any) -> Any:
     """The same dicts, lists and tuples anew, around the same objects."""
     if isinstance(value, dict):
-        return {k: copied(v) for k, v in cast("dict[Any, Any]", value).items()}
+        return {k: copy_containers(v) for k, v in cast("dict[Any, Any]", value).items()}
     if type(value) in (list, tuple):
-        return type(value)(copied(v) for v in value)
+        return type(value)(copy_containers(v) for v in value)
     return value
 
 
@@ -102,7 +102,7 @@ def override(cfg: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     Raises:
         ConfigError: when one is malformed or leads nowhere.
     """
-    result = copied(dict(cfg))
+    result = copy_containers(dict(cfg))
     for item in overrides:
         path, equals, text = item.partition("=")
         keys = path.strip().split(".")

@@ -64,7 +64,7 @@ def pick_device() -> torch.device:
     return torch.device("cuda", local)
 
 
-def meet(init_method: str = "env://", timeout_s: float = 600) -> None:
+def connect(init_method: str = "env://", timeout_s: float = 600) -> None:
     """Find the other ranks of this launch, where a launcher started several: what `compare` needs, and the first half of `start`.
 
     Raises:
@@ -74,12 +74,12 @@ def meet(init_method: str = "env://", timeout_s: float = 600) -> None:
     if not launched() or int(os.environ["WORLD_SIZE"]) == 1 or _rendezvous is not None:
         return
     me, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    home = launcher.address(init_method, os.environ)
+    home = launcher.store_address(init_method, os.environ)
     try:
         _store = _tcp_store(*home, me == 0, timeout_s) if home else next(td.rendezvous(init_method, me, world))[0]
         _rendezvous = Rendezvous(td.PrefixStore("ailab", _store), me, world, timeout_s)
     except (RuntimeError, ValueError) as e:
-        why = launcher.occupied(home[1]) if home and me == 0 else ""
+        why = launcher.port_problem(home[1]) if home and me == 0 else ""
         raise PeerError(f"rank {me} of {world} could not meet the others at {init_method}: {why or _first_line(e)}") from e
 
 
@@ -130,7 +130,7 @@ def start(cfg: Mapping[str, Any], device: torch.device) -> str | None:
     if not launched() or int(os.environ["WORLD_SIZE"]) == 1 or active():
         return None
     backend, warning = _backend(cfg.get("backend"), device)
-    meet(cfg["init_method"], float(cfg["timeout_s"]))
+    connect(cfg["init_method"], float(cfg["timeout_s"]))
     assert _rendezvous is not None
     me, world, limit = _rendezvous.rank, _rendezvous.world_size, timedelta(seconds=float(cfg["timeout_s"]))
     home: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
@@ -165,27 +165,27 @@ def stop() -> None:
 
 def all_reduce(tensor: Tensor) -> Tensor:
     """The sum over all ranks, in a new tensor; traced into the graph when compiled."""
-    return begin_sum(tensor)()
+    return begin_all_reduce(tensor)()
 
 
-def begin_sum(tensor: Tensor, *, fresh: bool = False) -> Callable[[], Tensor]:
+def begin_all_reduce(tensor: Tensor, *, in_place: bool = False) -> Callable[[], Tensor]:
     """Begin the sum over all ranks; call what comes back for the result. What is computed in between hides it.
 
     Args:
         tensor: this rank's part.
-        fresh: nobody else has it, so that the result may take its place.
+        in_place: nobody else has it, so that the result may take its place.
     """
     if world_size() == 1:
         return lambda: tensor
-    summed = tensor if fresh else tensor.clone()
+    summed = tensor if in_place else tensor.clone()
     if torch.compiler.is_compiling():
         td.all_reduce(summed)  # the compiler moves the wait to where the sum is used
         return lambda: summed
-    with peers("a sum over all ranks"):
+    with as_peer_error("a sum over all ranks"):
         work: Any = td.all_reduce(summed, async_op=True)
 
     def finished() -> Tensor:
-        with peers("a sum over all ranks"):
+        with as_peer_error("a sum over all ranks"):
             work.wait()
         return summed
 
@@ -204,12 +204,12 @@ class _Summed(torch.autograd.Function):
         return all_reduce(grads[0].contiguous())
 
 
-def summed(tensor: Tensor) -> Tensor:
+def all_reduce_differentiable(tensor: Tensor) -> Tensor:
     """The sum over all ranks, differentiable; every rank has to use it in its loss, and in the same order as the others."""
     return tensor if world_size() == 1 else cast("Tensor", _Summed.apply(tensor))
 
 
-def begin_sum_of_bucket(bucket: Tensor, dtype: torch.dtype | None) -> Any:
+def begin_all_reduce_bucket(bucket: Tensor, dtype: torch.dtype | None) -> Any:
     """The future of a bucket of DDP, summed over the ranks; it travels as `dtype`."""
     sent = bucket if dtype is None else bucket.to(dtype)
     future: Any = cast(Any, td.all_reduce(sent, async_op=True)).get_future()
@@ -226,7 +226,7 @@ def begin_sum_of_bucket(bucket: Tensor, dtype: torch.dtype | None) -> Any:
     return future.then(arrived)
 
 
-def begin_from_first(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+def begin_broadcast_tensors(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
     """Begin to bring rank 0's tensors to every rank: one reduction per dtype; traced into the graph when compiled."""
     if world_size() == 1 or not tensors:
         return lambda: tensors
@@ -235,7 +235,7 @@ def begin_from_first(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tenso
         names = [n for n, t in tensors.items() if t.dtype == dtype]
         flat = torch.cat([tensors[n].detach().reshape(-1) for n in names])
         # A sum to which the others add zeros: Dynamo does not trace a broadcast.
-        begun.append((names, begin_sum(flat if rank() == 0 else torch.zeros_like(flat), fresh=True)))
+        begun.append((names, begin_all_reduce(flat if rank() == 0 else torch.zeros_like(flat), in_place=True)))
 
     def finished() -> dict[str, Tensor]:
         out = dict(tensors)
@@ -247,12 +247,12 @@ def begin_from_first(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tenso
     return finished
 
 
-def from_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def broadcast_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rank 0's tensors on every rank."""
-    return begin_from_first(tensors)()
+    return begin_broadcast_tensors(tensors)()
 
 
-def agree(flag: bool, device: torch.device) -> bool:
+def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether any rank says yes; every rank must ask."""
     if world_size() == 1:
         return flag
@@ -262,7 +262,7 @@ def agree(flag: bool, device: torch.device) -> bool:
 def barrier() -> None:
     """Wait for every rank."""
     if active():
-        with peers("a barrier"):
+        with as_peer_error("a barrier"):
             td.barrier()
 
 
@@ -272,7 +272,7 @@ def all_gather(tensor: Tensor) -> Tensor:
         return tensor
     length = torch.tensor([tensor.shape[0]], device=tensor.device)
     lengths = [torch.empty_like(length) for _ in range(world_size())]
-    with peers("a gathering of samples"):
+    with as_peer_error("a gathering of samples"):
         td.all_gather(lengths, length)
         sizes = [int(n) for n in lengths]
         padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
@@ -285,7 +285,7 @@ def all_gather(tensor: Tensor) -> Tensor:
 def broadcast_bytes(data: bytes, device: torch.device) -> bytes:
     """Rank 0's bytes on every rank. Tensors only: nothing is unpickled."""
     length = torch.tensor([len(data)], device=device)
-    with peers("a message of rank 0"):
+    with as_peer_error("a message of rank 0"):
         td.broadcast(length, 0)
         content = torch.zeros(int(length), dtype=torch.uint8, device=device)
         if rank() == 0:
@@ -295,7 +295,7 @@ def broadcast_bytes(data: bytes, device: torch.device) -> bytes:
 
 
 @contextmanager
-def peers(what: str) -> Generator[None]:
+def as_peer_error(what: str) -> Generator[None]:
     """What torch raises inside, where nothing but collectives runs, as a `PeerError` that says what failed."""
     try:
         yield
@@ -306,7 +306,7 @@ def peers(what: str) -> Generator[None]:
 
 
 @contextmanager
-def blamed(what: Callable[[], str]) -> Generator[None]:
+def peer_error_at(what: Callable[[], str]) -> Generator[None]:
     """A `PeerError` raised inside with `what()` in front; and one for what torch raises there if the group is broken."""
     try:
         yield

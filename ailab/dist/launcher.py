@@ -12,7 +12,7 @@ from ailab.errors import ConfigError
 _FIRST_PORT, _PORTS = 12000, 20000  # of a job's store: below the range that systems hand out by themselves
 
 
-def adopt(environ: MutableMapping[str, str]) -> None:
+def set_torchrun_variables(environ: MutableMapping[str, str]) -> None:
     """Complete `environ` with torchrun's variables where a job of SLURM runs without torchrun."""
     environ.update(from_slurm(environ))
 
@@ -57,7 +57,7 @@ def _tasks_here(environ: Mapping[str, str]) -> int:
     return max(counts[node] if node < len(counts) else 1, local + 1)
 
 
-def address(init_method: str, environ: Mapping[str, str]) -> tuple[str, int] | None:
+def store_address(init_method: str, environ: Mapping[str, str]) -> tuple[str, int] | None:
     """Host and port of the store of a launch; None for a store of another kind, a file say.
 
     Raises:
@@ -78,7 +78,7 @@ def address(init_method: str, environ: Mapping[str, str]) -> tuple[str, int] | N
         ) from e
 
 
-def occupied(port: int) -> str:
+def port_problem(port: int) -> str:
     """A sentence, if a port of this machine cannot be opened."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -65,8 +65,8 @@ class Rendezvous:
         """Meet all ranks; every one of them must ask. Goes on where all have the same fingerprint and none has a problem.
 
         Raises:
-            AilabError: the same on every rank, naming the rank: of the problem's class, or a `PeerError` for a different fingerprint or for a
-                rank that did not come.
+            AilabError: the same one on every rank. Its class is that of the problem. It is a `PeerError` where fingerprints differ
+                or a rank did not come.
         """
         self._stage += 1
         place = f"{self.attempt}/stage{self._stage}"
@@ -76,11 +76,11 @@ class Rendezvous:
         self.store.set(f"{place}/{self.rank}", json.dumps(mine))
         if self.rank == 0:
             reports = [json.loads(self._read(f"{place}/{r}", f"rank {r}")) for r in range(self.world_size)]
-            self.store.set(f"{place}/verdict", json.dumps(verdict(reports)))
+            self.store.set(f"{place}/verdict", json.dumps(common_error(reports)))
         kind, text = json.loads(self._read(f"{place}/verdict", "rank 0"))
         if kind:
             error: AilabError = getattr(errors, kind)(text)
-            error.shared = True
+            error.on_all_ranks = True
             raise error from problem
 
     def _read(self, key: str, who: str) -> str:
@@ -112,7 +112,7 @@ class Rendezvous:
             return True
         return False
 
-    def fail(self, problem: BaseException) -> None:
+    def report_failure(self, problem: BaseException) -> None:
         """Leave what ended this rank, for those that will see no more than a broken connection."""
         self._first(f"{self.attempt}/failed", json.dumps([self.rank, socket.gethostname(), _named(problem)]))
 
@@ -135,11 +135,11 @@ class Rendezvous:
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._first(f"reported/{key}" if ever else f"{self.attempt}/reported/{key}", str(self.rank))
 
-    def mark(self, name: str) -> None:
+    def set_flag(self, name: str) -> None:
         """Leave a mark that outlives the launcher's restarts."""
         self._first(f"note/{name}", "1")
 
-    def marked(self, name: str) -> bool:
+    def has_flag(self, name: str) -> bool:
         """Whether a mark was left, before this restart or after."""
         try:
             return bool(self.store.check([f"note/{name}"]))
@@ -156,7 +156,7 @@ class Rendezvous:
             return self.rank <= 1
 
 
-def verdict(reports: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+def common_error(reports: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """The kind and text of the error that all ranks raise, ("", "") for none, from the report of each."""
     failed = {rank: (str(t["kind"]), str(t["text"])) for rank, t in enumerate(reports) if "kind" in t}
     if failed:

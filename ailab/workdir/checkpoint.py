@@ -22,7 +22,7 @@ from ailab.errors import AilabError, CheckpointError, ConfigError, NonFiniteErro
 from ailab.types import TrainState
 from ailab.workdir import commit
 from ailab.workdir.commit import Keep, newest, retain
-from ailab.workdir.manifest import Checkpoint, read
+from ailab.workdir.manifest import Checkpoint, read_checkpoint
 
 __all__ = [
     "Checkpoint",
@@ -66,7 +66,7 @@ def save(
     written; then older checkpoints are untouched.
     """
     try:
-        if (path := commit.committed(directory, step, epoch)) is not None:
+        if (path := commit.find_committed(directory, step, epoch)) is not None:
             return path
         _refuse_non_finite(content["state"])
         stored = _stored({**content, "epoch": epoch, "step": step})
@@ -83,7 +83,7 @@ def save(
 
 def load(path: Path) -> tuple[dict[str, Any], Checkpoint]:
     """The content of a checkpoint, on the CPU, verified. Never executes what it reads; raises `CheckpointError`."""
-    checkpoint, data = read(Path(path))
+    checkpoint, data = read_checkpoint(Path(path))
     try:
         _check_archive(data)
         content = _plain(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), _dense)

@@ -19,7 +19,18 @@ from typing import Any, Literal
 
 from ailab.errors import CheckpointError, ConfigError
 from ailab.workdir import durable
-from ailab.workdir.manifest import MANIFEST, STATE, Checkpoint, DamagedError, explained, glance, opened, read, seal, sha256
+from ailab.workdir.manifest import (
+    MANIFEST,
+    STATE,
+    Checkpoint,
+    DamagedError,
+    as_checkpoint_error,
+    encode_manifest,
+    open_folder,
+    read_checkpoint,
+    read_manifest,
+    sha256,
+)
 
 _STEP = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
 _LEFTOVER = re.compile(r"\.(tmp|del)-[0-9]{8,}-[0-9]+")  # of a commit or a retention that was killed
@@ -46,15 +57,15 @@ def step_path(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
 
 
-def committed(directory: Path, step: int, epoch: int) -> Path | None:
+def find_committed(directory: Path, step: int, epoch: int) -> Path | None:
     """The folder of this step if it is there, valid and not of an earlier epoch; an invalid one is moved aside."""
     path = step_path(directory, step)
     if not os.path.lexists(path):
         return None
     try:
-        return path if _in_place(read(path)[0]).epoch >= epoch else None
+        return path if _in_place(read_checkpoint(path)[0]).epoch >= epoch else None
     except DamagedError:
-        set_aside(path)
+        quarantine(path)
         return None
 
 
@@ -65,7 +76,7 @@ def commit(directory: Path, head: Mapping[str, Any], payload: memoryview) -> Pat
     disk is compared with `payload`. Raises OSError or `DamagedError`. Older checkpoints are not touched.
     """
     final, partial = step_path(directory, head["step"]), directory / f".tmp-{head['step']:08d}-{os.getpid()}"
-    grave = _grave(directory, head["step"])
+    trash = _trash_path(directory, head["step"])
     if not directory.is_dir():
         directory.mkdir(parents=True)
         durable.sync_directory(directory.parent)
@@ -75,19 +86,19 @@ def commit(directory: Path, head: Mapping[str, Any], payload: memoryview) -> Pat
         with ThreadPoolExecutor(1) as beside:  # sha256 lets go of the GIL, so it costs nothing while the disk is busy
             digest = beside.submit(sha256, payload)
             durable.write(partial / STATE, payload)
-        manifest = seal(head, len(payload), digest.result())
+        manifest = encode_manifest(head, len(payload), digest.result())
         durable.write(partial / MANIFEST, manifest)
         durable.sync_directory(partial)
         if os.path.lexists(final):  # of the same step, before its epoch was complete
-            os.rename(final, grave)
+            os.rename(final, trash)
         os.replace(partial, final)
     finally:
         with contextlib.suppress(OSError, RuntimeError):
             _remove(partial)
     durable.sync_directory(directory)
-    if not (durable.holds(final / STATE, payload) and durable.holds(final / MANIFEST, manifest)):
-        raise DamagedError(f"{set_aside(final)} did not read back as it was written.")
-    _remove(grave)
+    if not (durable.has_content(final / STATE, payload) and durable.has_content(final / MANIFEST, manifest)):
+        raise DamagedError(f"{quarantine(final)} did not read back as it was written.")
+    _remove(trash)
     return final
 
 
@@ -98,15 +109,15 @@ def newest(directory: Path, *, sweep: bool = True, say: Callable[[str], None] = 
     the holder of the work_dir's lock may sweep. Raises `CheckpointError` where there are checkpoints and none is valid: a run
     never starts anew in silence.
     """
-    with explained(str(directory)):
+    with as_checkpoint_error(str(directory)):
         if sweep:
             _sweep(directory)
         steps = _steps(directory)
         for path in steps:
             try:
-                return _in_place(read(path)[0])
+                return _in_place(read_checkpoint(path)[0])
             except DamagedError as error:
-                say(f"damaged checkpoint skipped: {error}" + (f" It is now {set_aside(path).name}." if sweep else ""))
+                say(f"damaged checkpoint skipped: {error}" + (f" It is now {quarantine(path).name}." if sweep else ""))
         if steps or any(name.startswith(".bad-") for name in _names(directory)):
             raise CheckpointError(f"{directory}: none of the checkpoints is valid. To start anew, use another work_dir.")
     return None
@@ -123,22 +134,22 @@ def retain(directory: Path, keep: Keep, protect: Iterable[Path] = ()) -> list[Pa
     spared = {c.path.resolve() for c in held[: keep.last]} | {path.resolve() for _, _, path in scored[: keep.best]}
     spared |= {Path(path).resolve() for path in protect}
     doomed = [c for c in reversed(held) if c.path.resolve() not in spared]
-    with explained(f"{directory}: an old checkpoint cannot be removed"):
+    with as_checkpoint_error(f"{directory}: an old checkpoint cannot be removed"):
         for checkpoint in doomed:
-            grave = _grave(directory, checkpoint.step)
-            os.rename(checkpoint.path, grave)  # out of sight first: a kill must not leave half a checkpoint
-            shutil.rmtree(grave)
+            trash = _trash_path(directory, checkpoint.step)
+            os.rename(checkpoint.path, trash)  # out of sight first: a kill must not leave half a checkpoint
+            shutil.rmtree(trash)
     return [c.path for c in doomed]
 
 
-def _grave(directory: Path, step: int) -> Path:
+def _trash_path(directory: Path, step: int) -> Path:
     """A free name for a folder that is about to be deleted."""
-    grave = directory / f".del-{step:08d}-{os.getpid()}"
-    _remove(grave)
-    return grave
+    trash = directory / f".del-{step:08d}-{os.getpid()}"
+    _remove(trash)
+    return trash
 
 
-def set_aside(path: Path) -> Path:
+def quarantine(path: Path) -> Path:
     """Rename a damaged folder to the first free `.bad-*` name beside it."""
     names = (path.with_name(f".bad-{path.name}-{n}") for n in itertools.count())
     target = next(name for name in names if not os.path.lexists(name))
@@ -165,8 +176,8 @@ def _steps(directory: Path) -> list[Path]:
 def _plausible(directory: Path) -> Iterator[Checkpoint]:
     """The checkpoints that look valid without their states being read, highest step first."""
     for path in _steps(directory):
-        with contextlib.suppress(DamagedError), opened(path) as folder:
-            yield _in_place(glance(path, folder))
+        with contextlib.suppress(DamagedError), open_folder(path) as folder:
+            yield _in_place(read_manifest(path, folder))
 
 
 def _sweep(directory: Path) -> None:

@@ -51,7 +51,7 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def holds(path: Path, data: bytes | memoryview) -> bool:
+def has_content(path: Path, data: bytes | memoryview) -> bool:
     """Whether a file has exactly these bytes; without a second copy of them in memory."""
     view, at = memoryview(data), 0
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)

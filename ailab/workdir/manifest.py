@@ -35,7 +35,7 @@ _FIELDS = {
     "torch": str,
     "files": dict,  # {name: [bytes, sha256]}
 }
-_SEAL = b',"sha256":"%s"}\n'  # the same in every format, so that a newer one is told from a damaged one
+_CHECKSUM = b',"sha256":"%s"}\n'  # the same in every format, so that a newer one is told from a damaged one
 # What a broken folder answers; any other errno blames the system.
 _DAMAGE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
@@ -59,22 +59,22 @@ def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def seal(head: Mapping[str, Any], size: int, digest: str) -> bytes:
+def encode_manifest(head: Mapping[str, Any], size: int, digest: str) -> bytes:
     """The bytes of manifest.json for a state of `size` bytes; raises OSError if they are too many to be read again."""
     body = to_json({"format": FORMAT, **head, "files": {STATE: [size, digest]}})[:-1].encode("ascii")
-    sealed = body + _SEAL % sha256(body).encode("ascii")
-    if len(sealed) > _LIMIT:
-        raise OSError(errno.EFBIG, f"its manifest takes {len(sealed)} bytes, the limit is {_LIMIT}")
-    return sealed
+    data = body + _CHECKSUM % sha256(body).encode("ascii")
+    if len(data) > _LIMIT:
+        raise OSError(errno.EFBIG, f"its manifest takes {len(data)} bytes, the limit is {_LIMIT}")
+    return data
 
 
-def read(path: Path) -> tuple[Checkpoint, bytes]:
+def read_checkpoint(path: Path) -> tuple[Checkpoint, bytes]:
     """A checkpoint and the bytes of its state, verified.
 
     Raises `DamagedError` where they are not what was committed, `CheckpointError` where they cannot be read or are newer.
     """
-    with opened(path) as folder:
-        checkpoint = glance(path, folder)
+    with open_folder(path) as folder:
+        checkpoint = read_manifest(path, folder)
         size, digest = checkpoint.manifest["files"][STATE]
         data = _bytes(folder, STATE, size)
     if sha256(data) != digest:
@@ -82,12 +82,12 @@ def read(path: Path) -> tuple[Checkpoint, bytes]:
     return checkpoint, data
 
 
-def glance(path: Path, folder: int) -> Checkpoint:
+def read_manifest(path: Path, folder: int) -> Checkpoint:
     """The checkpoint in an open folder by its names, its manifest and the size of its state, whose bytes are not read."""
     names = sorted(os.listdir(folder))
     if names != [MANIFEST, STATE]:
         raise DamagedError(f"{path}: it should hold {MANIFEST} and {STATE}, and has {len(names)} files.")
-    manifest = _unseal(path, _bytes(folder, MANIFEST, _LIMIT))
+    manifest = _decode_manifest(path, _bytes(folder, MANIFEST, _LIMIT))
     state, size = os.stat(STATE, dir_fd=folder, follow_symlinks=False), manifest["files"][STATE][0]
     if not stat.S_ISREG(state.st_mode) or state.st_size != size:
         raise DamagedError(f"{path}: {STATE} has {state.st_size} bytes instead of {size}, or is no plain file.")
@@ -95,9 +95,9 @@ def glance(path: Path, folder: int) -> Checkpoint:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Generator[int, None, None]:
+def open_folder(path: Path) -> Generator[int, None, None]:
     """A descriptor of the folder itself, never of what a symlink points to; an OSError inside becomes the error it means."""
-    with explained(str(path)):
+    with as_checkpoint_error(str(path)):
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             yield folder
@@ -106,7 +106,7 @@ def opened(path: Path) -> Generator[int, None, None]:
 
 
 @contextlib.contextmanager
-def explained(where: str) -> Generator[None, None, None]:
+def as_checkpoint_error(where: str) -> Generator[None, None, None]:
     """Turn an OSError into `DamagedError` or `CheckpointError`."""
     try:
         yield
@@ -122,9 +122,9 @@ def _bytes(folder: int, name: str, limit: int) -> bytes:
         return file.read(limit)
 
 
-def _unseal(path: Path, data: bytes) -> dict[str, Any]:
-    body = data[: -len(_SEAL % (b"0" * 64))]
-    if data != body + _SEAL % sha256(body).encode("ascii"):
+def _decode_manifest(path: Path, data: bytes) -> dict[str, Any]:
+    body = data[: -len(_CHECKSUM % (b"0" * 64))]
+    if data != body + _CHECKSUM % sha256(body).encode("ascii"):
         raise DamagedError(f"{path}: {MANIFEST} does not match its sha256.")
     try:
         manifest: Any = json.loads(body + b"}", object_pairs_hook=_unique, parse_constant=_refused)

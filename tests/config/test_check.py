@@ -15,7 +15,7 @@ from ailab.registry import HOOKS, LR_SCHEDULERS, METRICS
 
 @pytest.fixture(autouse=True)
 def _apart(monkeypatch):
-    monkeypatch.setattr(HOOKS, "home", "ailab.core")
+    monkeypatch.setattr(HOOKS, "package", "ailab.core")
 
 
 class SeedModel(nn.Module):

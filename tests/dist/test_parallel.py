@@ -36,12 +36,12 @@ from ranks import (
 )
 from torch import Tensor, nn
 
-from ailab.workdir import checkpoint
 from ailab import dist
 from ailab.errors import AilabError, ConfigError, DataError, PeerError
 from ailab.metrics import LabBaseMetric
 from ailab.stack import Middleware
 from ailab.types import TrainState
+from ailab.workdir import checkpoint
 
 # One process and many.
 

@@ -10,12 +10,12 @@ from ranks import CORES, built, compared, config, distance, trained
 from torch import Tensor, nn
 
 from ailab import dist, tree
-from ailab.dist import group
 from ailab.build import loss_of
 from ailab.compile import compile, overlap_options
 from ailab.core.epoch import Interrupted
 from ailab.core.grad import _bucketed, ddp_grad
 from ailab.core.loss import module_state
+from ailab.dist import group
 from ailab.errors import ConfigError
 from ailab.hooks import DDPHook
 from ailab.stack import Middleware

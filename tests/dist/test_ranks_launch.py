@@ -14,12 +14,12 @@ import pytest
 import torch
 from ranks import Crew, config, free_port, torchrun_environ
 
-from ailab.config import check
 from ailab import dist
+from ailab.config import check
 from ailab.dist import fingerprint, group, launcher
-from ailab.dist.rendezvous import verdict
-from ailab.errors import ConfigError, DataError
 from ailab.dist.launcher import first_host, from_slurm
+from ailab.dist.rendezvous import common_error
+from ailab.errors import ConfigError, DataError
 from ailab.stack import Middleware
 
 # Variables of the launcher.
@@ -69,13 +69,13 @@ def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
 def test_the_address_of_the_store() -> None:
     """Read from MASTER_ADDR and MASTER_PORT or from the url; a part that is missing is a ConfigError; a file has none."""
     environ = {"MASTER_ADDR": "gpu1", "MASTER_PORT": "29500"}
-    assert launcher.address("env://", environ) == ("gpu1", 29500)
-    assert launcher.address("tcp://10.0.0.1:23456", {}) == ("10.0.0.1", 23456)
-    assert launcher.address("tcp://[::1]:23456", {}) == ("::1", 23456)
-    assert launcher.address("file:///tmp/store", environ) is None
+    assert launcher.store_address("env://", environ) == ("gpu1", 29500)
+    assert launcher.store_address("tcp://10.0.0.1:23456", {}) == ("10.0.0.1", 23456)
+    assert launcher.store_address("tcp://[::1]:23456", {}) == ("::1", 23456)
+    assert launcher.store_address("file:///tmp/store", environ) is None
     for method in ("env://", "tcp://host", "tcp://:1", "tcp://host:port"):
         with pytest.raises(ConfigError, match=r"cfg\.dist\.init_method is .*, from which no host and port can be read"):
-            launcher.address(method, {})
+            launcher.store_address(method, {})
 
 
 def test_a_port_that_is_taken_is_found() -> None:
@@ -84,8 +84,8 @@ def test_a_port_that_is_taken_is_found() -> None:
         server.bind(("", 0))
         server.listen()
         port = server.getsockname()[1]
-        assert launcher.occupied(port).startswith(f"port {port} cannot be opened here")
-    assert launcher.occupied(port) == ""
+        assert launcher.port_problem(port).startswith(f"port {port} cannot be opened here")
+    assert launcher.port_problem(port) == ""
 
 
 # What must be alike.
@@ -93,22 +93,22 @@ def test_a_port_that_is_taken_is_found() -> None:
 
 def test_the_rank_that_differs_is_named() -> None:
     """The value that most ranks have is the usual one; each other value is told with its ranks."""
-    told = [{"facts": {"cfg.seed": s, "torch": "2.14"}} for s in ("1", "1", "7", "1", "8", "7")]
-    kind, text = verdict(told)
+    told = [{"fingerprint": {"cfg.seed": s, "torch": "2.14"}} for s in ("1", "1", "7", "1", "8", "7")]
+    kind, text = common_error(told)
     assert kind == "PeerError"
     assert text.splitlines() == [
         "the ranks do not run the same:",
         "  cfg.seed: 7 on ranks 2, 5, 1 on the others",
         "  cfg.seed: 8 on rank 4, 1 on the others",
     ]
-    assert verdict([told[0]] * 3) == ("", "")
+    assert common_error([told[0]] * 3) == ("", "")
 
 
 def test_a_problem_of_some_ranks_is_that_of_all() -> None:
     """The class of the first problem, its ranks if not all have it, and its words as they are if all do."""
     problem: dict[str, Any] = {"kind": "DataError", "text": "no file"}
-    assert verdict([{"facts": {}}, problem]) == ("DataError", "on rank 1 of 2: no file")
-    assert verdict([problem, problem]) == ("DataError", "no file")
+    assert common_error([{"fingerprint": {}}, problem]) == ("DataError", "on rank 1 of 2: no file")
+    assert common_error([problem, problem]) == ("DataError", "no file")
 
 
 def test_every_value_of_a_cfg_counts() -> None:

@@ -33,11 +33,11 @@ from ranks import (
 )
 from tiny import files_of, newest_content, rows_of
 
-from ailab.workdir import checkpoint
 from ailab import dist
 from ailab.datasets import Stream
 from ailab.errors import Preempted
 from ailab.stack import Middleware
+from ailab.workdir import checkpoint
 
 
 def until(cfg: dict[str, Any], last: int) -> dict[str, Any]:
