@@ -97,7 +97,7 @@ def test_the_rank_that_differs_is_named() -> None:
     kind, text = common_error(told)
     assert kind == "PeerError"
     assert text.splitlines() == [
-        "the ranks do not run the same:",
+        "the ranks differ:",
         "  cfg.seed: 7 on ranks 2, 5, 1 on the others",
         "  cfg.seed: 8 on rank 4, 1 on the others",
     ]
@@ -207,7 +207,7 @@ def test_another_cfg_on_a_rank(tmp_path: Path) -> None:
     """Every rank ends with 7, and rank 0 says which rank has which value of which key."""
     codes, printed = launched(tmp_path, argv={1: ["optimizer.lr=0.7"]})
     assert codes == [7, 7], printed
-    told_once(printed, "PeerError: the ranks do not run the same:", "cfg.optimizer.lr: 0.7 on rank 1, 0.3 on the others")
+    told_once(printed, "PeerError: the ranks differ:", "cfg.optimizer.lr: 0.7 on rank 1, 0.3 on the others")
 
 
 def test_other_data_on_a_rank(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         method = f"dist.init_method=tcp://127.0.0.1:{port}"
         crew = Crew(tmp_path, lambda rank: [cfg_file(tmp_path), method], torchrun_environ(2, 1), 1)
         assert crew.ended(15) == [7], crew.printed()
-    told_once(crew.printed(), f"port {port} cannot be opened here", "choose another port")
+    told_once(crew.printed(), f"port {port} cannot be opened here", "Choose another port")
 
 
 def test_a_rank_that_never_comes(tmp_path: Path) -> None:
