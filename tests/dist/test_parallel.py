@@ -333,7 +333,7 @@ def launched(folder: Path, *overrides: str) -> subprocess.Popen[str]:
         f"from pathlib import Path\nfrom test_parallel import long_config\ncfg = long_config(Path({str(folder)!r}) / 'run')\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ailab.fit"]
-    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests/dist'}", "OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen([*torchrun, str(file), *overrides], cwd=ROOT, env={**os.environ, **paths}, **pipes)
 
