@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all, gives back what was saved, and never runs what it holds."""
+"""A checkpoint is complete or not there, restores what was saved, and is never executed."""
 
 from __future__ import annotations
 
@@ -391,7 +391,7 @@ def test_a_death_at_any_call_leaves_old_or_new(tmp_path: Path, scenario: str) ->
 
 @pytest.mark.parametrize("n", range(2))
 def test_a_death_in_the_middle_of_a_write(tmp_path: Path, n: int) -> None:
-    """Half a file on the disk is never taken for a checkpoint."""
+    """Half a file on the disk is never read as a checkpoint."""
     prepare(tmp_path, "fresh")
 
     def work() -> None:
