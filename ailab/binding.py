@@ -1,4 +1,4 @@
-"""Fields to arguments, by name and never by position: `mapping = {parameter: field}`; a model's result to named fields."""
+"""Bind the fields of a batch to parameters by name, `mapping = {parameter: field}`, and name the outputs of a model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ailab.errors import ConfigError, DataError, nearest
 from ailab.signature import Parameters, name_list, name_of, parameters
 
-OUTPUT_KEYS = ("output",)  # what a model's result is called where the cfg does not say
+OUTPUT_KEYS = ("output",)  # the default name of the output of a model
 _NONE: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Binding:
-    """Which field each parameter of one callable is given."""
+    """Which field each parameter of a callable gets."""
 
     path: str  # of the component in the cfg, e.g. "cfg.loss"
     what: str  # its name in messages
@@ -29,10 +29,13 @@ class Binding:
     open: bool  # has **kwargs, so any parameter can be mapped
 
     def kwargs(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments for one call. An optional parameter without a field is left to its default.
+        """The keyword arguments for one call. An optional parameter without a field keeps its default.
+
+        Args:
+            fields: the values by name.
 
         Raises:
-            KeyError: when a field that `mapping` names is missing; `check` reports that beforehand.
+            KeyError: a field that `mapping` names is missing. `check` reports that before a run.
         """
         given = {p: fields[f] for p, some in self.free for f in some[::-1] if f in fields}  # the first one stays
         return {**given, **{p: fields[f] for p, f in self.mapped}}
@@ -42,12 +45,12 @@ class Binding:
         return any(field in some for _, some in self.free) or any(f == field for _, f in self.mapped)
 
     def check(self, fields: Collection[str] | None = None) -> list[str]:
-        """The problems of calling with these fields; without fields only whether the mapped parameters exist."""
-        strange = [p for p, _ in (*self.mapped, *self.free) if p not in self.names and not self.open]
+        """The problems of a call with these fields, as messages. Without fields, only the mapped parameters are checked."""
+        unknown = [p for p, _ in (*self.mapped, *self.free) if p not in self.names and not self.open]
         problems = [
             f"{self.path}.mapping.{p}: {self.what} has no parameter '{p}'.\n"
             f" {nearest(p, self.names)} {self.what} takes: {name_list(self.names) or 'nothing by name'}."
-            for p in strange
+            for p in unknown
         ]
         if fields is None:
             return problems
@@ -58,24 +61,23 @@ class Binding:
         ]
         bound = {p for p, _ in self.mapped} | {p for p, some in self.free if any(f in fields for f in some)}
         return problems + [
-            f"{self.path}: {self.what} needs '{p}', and no field goes by that name.\n"
-            f"  Say which one it is: mapping={{'{p}': ...}}. Fields: {name_list(fields)}."
+            f"{self.path}: {self.what} needs '{p}', and no field has that name.\n"
+            f"  Choose a field: mapping={{'{p}': ...}}. Fields: {name_list(fields)}."
             for p in self.required
             if p not in bound
         ]
 
 
 def bind(fn: Any, mapping: Mapping[str, str], path: str, *, defaults: Mapping[str, Sequence[str]] = _NONE) -> Binding:
-    """How the parameters of `fn` get their fields: by `mapping`, else by `defaults`, else by their own name.
+    """Bind the parameters of a callable to fields: by `mapping`, else by `defaults`, else by their own name.
 
-    Of a module (object or class) `forward` is bound; of a metric, which has `update` and `compute`, `update`.
+    For a module (object or class) its `forward` is bound. For a metric, which has `update` and `compute`, `update` is bound.
 
     Args:
         fn: a function, a module, or a metric; it is not called here.
         mapping: {parameter: field}, from the cfg. A reserved field ("_weight") is given where a batch has it.
         path: of the component in the cfg.
-        defaults: {parameter: fields} for parameters that `mapping` leaves out: the first of these fields that exists, in place
-            of the field of the parameter's own name.
+        defaults: {parameter: fields} for parameters that are not in `mapping`: the first of these fields that exists.
     """
     takes = _called(fn)
     mapped = {p: f for p, f in mapping.items() if not f.startswith("_")}
@@ -87,12 +89,12 @@ def bind(fn: Any, mapping: Mapping[str, str], path: str, *, defaults: Mapping[st
 
 
 def has_forward(fn: Any) -> bool:
-    """Whether `fn` is a module or a class of modules, so that its `forward` can be looked at."""
+    """Whether `fn` is an `nn.Module` or a class of them, so that it has a `forward`."""
     return isinstance(fn, nn.Module) or (isinstance(fn, type) and issubclass(fn, nn.Module))
 
 
 def _called(fn: Any) -> Parameters:
-    """The parameters of the function that a step calls, without `self`."""
+    """The parameters of the function that a training step calls, without `self`."""
     is_metric = callable(getattr(fn, "update", None)) and callable(getattr(fn, "compute", None))
     is_module = has_forward(fn)
     if not is_metric and not is_module:
@@ -102,15 +104,16 @@ def _called(fn: Any) -> Parameters:
 
 
 def name_outputs(value: Any, output_keys: Sequence[str] | None, path: str) -> dict[str, Any]:
-    """The result of a model as named fields.
+    """The output of a model as named fields.
 
     Args:
-        value: a tensor; a tuple or list, named one by one; or a dict, which keeps its names.
-        output_keys: the names. Of a dict they select; `None` or the default `("output",)` keeps all of it.
+        value: a tensor; a tuple or list, which gets one name per part; or a dict, which keeps its names.
+        output_keys: the names. Of a dict they select entries; `None` and the default `("output",)` keep all entries.
         path: of `output_keys` in the cfg.
 
     Raises:
-        ConfigError: when the names and the parts differ in number, a dict lacks a name, or the result is none of these.
+        ConfigError: the number of names is not that of the parts, a dict has no entry of a name, or the output is of
+            another type.
     """
     keys = OUTPUT_KEYS if output_keys is None else tuple(output_keys)
     if isinstance(value, Mapping):
@@ -122,7 +125,7 @@ def name_outputs(value: Any, output_keys: Sequence[str] | None, path: str) -> di
     if len(parts) != len(keys):
         raise ConfigError(
             f"{path}: {_count(keys, 'name')} ({name_list(keys)}), but the model returned {_count(parts, 'value')}.\n"
-            "  Name every one, e.g. output_keys=['output', 'aux']; none is dropped."
+            "  Name every value, e.g. output_keys=['output', 'aux']. None is dropped."
         )
     return dict(zip(keys, parts, strict=True))
 
@@ -140,7 +143,7 @@ def _count(things: Sequence[Any], noun: str) -> str:
 
 
 def check_outputs(output_keys: Collection[str], batch_fields: Collection[str], path: str) -> list[str]:
-    """The problems of adding the model's outputs to the fields of a batch: an output must not hide one."""
+    """The problems of the names of a model's outputs, as messages. An output must not have the name of a batch field."""
     return [
         f"{path}: the output '{k}' would hide the batch field '{k}'.\n  Give the output another name."
         for k in output_keys
@@ -149,10 +152,13 @@ def check_outputs(output_keys: Collection[str], batch_fields: Collection[str], p
 
 
 def wrap_sample(sample: Any) -> dict[str, Any]:
-    """What a dataset delivers, as named fields: a dict; `(input, target, field2, ...)`; or a bare tensor or array, the input.
+    """A sample of a dataset as named fields.
+
+    Args:
+        sample: a dict; a tuple or list `(input, target, field2, ...)`; or a tensor or array, which is the input.
 
     Raises:
-        DataError: for anything else.
+        DataError: the sample is of another type, or an empty tuple or list.
     """
     if isinstance(sample, Mapping):
         return dict(cast("Mapping[str, Any]", sample))

@@ -1,7 +1,7 @@
-"""What can go wrong, each with the exit code that a shell sees.
+"""The errors of ailab, each with the exit code of the process.
 
-A user's mistake is an `AilabError` with a message of at most a few lines: where, what came, what would do. `assert` is for
-our own invariants only.
+An `AilabError` is for users. Its message has at most a few lines: where it is, what was found, what would be right. `assert`
+is for ailab's own invariants only.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Iterable
 
 
 class AilabError(Exception):
-    """Base of every error that ends a run with one clear message instead of a traceback."""
+    """Base class of the errors that end a run with a message and without a traceback."""
 
     exit_code = 1
-    shared = False  # whether every rank of several raises the same
+    on_all_ranks = False  # whether every rank raises this same error
 
 
 class ConfigError(AilabError, ValueError):
-    """The cfg asks for something that does not exist or does not fit; nothing was built."""
+    """The cfg has something that does not exist or does not fit. Nothing was built."""
 
     exit_code = 2
 
 
 class DataError(AilabError):
-    """A dataset is empty, unreadable or does not deliver what the cfg says."""
+    """A dataset is empty, cannot be read, or does not have what the cfg says."""
 
     exit_code = 3
 
@@ -36,31 +36,31 @@ class NonFiniteError(AilabError):
 
 
 class SpikeError(AilabError):
-    """The loss left the range of its recent past, and the cfg says that this ends the run."""
+    """The loss is far from its recent values, and the cfg says that this ends the run."""
 
     exit_code = 4
 
 
 class CheckpointError(AilabError):
-    """A checkpoint cannot be written, or none that is valid and fits can be read."""
+    """A checkpoint cannot be written, or there is none that is valid and fits this run."""
 
     exit_code = 5
 
 
 class WorkDirError(AilabError):
-    """Another run holds this work_dir."""
+    """Another run has locked this work_dir."""
 
     exit_code = 6
 
 
 class PeerError(AilabError):
-    """Another process of the group failed or did not answer in time."""
+    """Another rank failed or did not answer in time, or the ranks differ."""
 
     exit_code = 7
 
 
 class Preempted(AilabError):
-    """A signal asked the run to end; the state was saved first."""
+    """A signal stopped the run. With a CheckpointHook the state was saved first."""
 
     exit_code = 143
 
@@ -70,7 +70,7 @@ class DonatedError(AilabError, RuntimeError):
 
 
 def nearest(name: str, offered: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the closest of `offered`, or `""` when nothing is close."""
+    """A hint for a message, `" Did you mean 'x'?"`, with the closest of the offered names; `""` if none is close."""
     names = [str(o) for o in offered]
     lower = {n.lower(): n for n in names}
     match = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.6)

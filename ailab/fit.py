@@ -94,7 +94,7 @@ def ailab_train(cfg: Mapping[str, Any]) -> Result:
 def _started(load: Callable[[], Mapping[str, Any]]) -> Generator[tuple[dict[str, Any], torch.device, list[str]]]:
     """The completed cfg, the device and the process group; nothing is built before the cfg is checked, on every rank alike."""
     keep_freed(_KEPT)
-    launcher.adopt(os.environ)
+    launcher.set_torchrun_variables(os.environ)
     with _ended_by_launcher():
         full, device, problem = None, torch.device("cpu"), None
         try:
@@ -105,7 +105,7 @@ def _started(load: Callable[[], Mapping[str, Any]]) -> Generator[tuple[dict[str,
         except Exception as e:
             problem = e
         settings: Mapping[str, Any] = full["dist"] if full else {}
-        dist.meet(settings.get("init_method", "env://"), float(settings.get("timeout_s", 600)))
+        dist.connect(settings.get("init_method", "env://"), float(settings.get("timeout_s", 600)))
         dist.compare(fingerprint.of_cfg(full) if full and dist.launched() else {}, problem)
         assert full is not None
         warnings = [dist.start(full["dist"], device), little_memory(full["data"]["cache"])]
@@ -114,7 +114,7 @@ def _started(load: Callable[[], Mapping[str, Any]]) -> Generator[tuple[dict[str,
             yield _resuming(full), device, [w for w in warnings if w]
     except BaseException as e:
         if (rendezvous := dist.current_rendezvous()) is not None and not isinstance(e, (PeerError, Preempted)):
-            rendezvous.fail(e)
+            rendezvous.report_failure(e)
         raise
     finally:
         dist.stop()
@@ -141,7 +141,7 @@ def _resuming(cfg: dict[str, Any]) -> dict[str, Any]:
     """The cfg, with a ResumeHook if the launcher has restarted a run that saves checkpoints and had begun."""
     rendezvous = dist.current_rendezvous()
     kinds = {_kind(entry): entry for entry in cfg["hooks"].values() if entry["enable"]}
-    if rendezvous is None or "ResumeHook" in kinds or "CheckpointHook" not in kinds or not rendezvous.marked("begun"):
+    if rendezvous is None or "ResumeHook" in kinds or "CheckpointHook" not in kinds or not rendezvous.has_flag("begun"):
         return cfg
     entry = {"type": "ResumeHook", "save_dir": kinds["CheckpointHook"].get("save_dir"), "enable": True}
     return {**cfg, "hooks": {**cfg["hooks"], "resume_after_restart": entry}}
@@ -303,7 +303,7 @@ def show(cfg: Mapping[str, Any]) -> str:
 def _report_error(e: AilabError) -> int:
     """Print an error once, however many ranks make it, and return its exit code."""
     rank, rendezvous, text = int(os.environ.get("RANK", "0")), dist.current_rendezvous(), f"{type(e).__name__}: {e}"
-    if isinstance(e, PeerError) and not e.shared and rendezvous is not None:
+    if isinstance(e, PeerError) and not e.on_all_ranks and rendezvous is not None:
         if first := rendezvous.first_failure():
             text = f"{text}\n  {first}"
         elif rank:
@@ -313,7 +313,7 @@ def _report_error(e: AilabError) -> int:
         mine = rank == 0 or not isinstance(e, (ConfigError, Preempted))
     else:
         # A mistake that a restart makes again is told the first time.
-        mine = (rank == 0 or not e.shared) and rendezvous.is_first_to_report(text, ever=isinstance(e, ConfigError))
+        mine = (rank == 0 or not e.on_all_ranks) and rendezvous.is_first_to_report(text, ever=isinstance(e, ConfigError))
     if mine:
         print(text, file=sys.stderr, flush=True)
     return e.exit_code

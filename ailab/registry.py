@@ -1,4 +1,4 @@
-"""Names to builders: `@MODELS.register_module()` offers one, `MODELS.build(dict(type="MyModel", ...), path)` calls it.
+"""Registries of components: `@MODELS.register_module()` adds one, `MODELS.build(dict(type="MyModel", ...), path)` builds it.
 
 A `type` is a registered name, a name of torch or torchvision, a dotted path, or the object itself.
 """
@@ -33,7 +33,7 @@ class _Entry:
 
     @property
     def source(self) -> tuple[str, str]:
-        """What tells one definition from another. The module's name does not: `__main__` may be imported a second time."""
+        """The identity of a definition. The name of the module does not count: `__main__` may be imported a second time."""
         return self.file, str(getattr(self.builder, "__qualname__", self.builder))
 
 
@@ -42,33 +42,37 @@ def _is_class(_: str, obj: Any) -> bool:
 
 
 class Registry:
-    """The components of one kind.
+    """A registry of the components of one kind.
 
     Args:
-        kind: what one of them is called in messages.
-        home: the package of ailab's own; it is imported when the registry is first used.
-        modules: where torch's own are looked up; a module that is not installed offers nothing.
-        offers: which (name, object) of those modules is a component of this kind.
+        kind: the name of the kind in messages, such as "model".
+        package: ailab's package with components of this kind. It is imported when the registry is first used.
+        modules: modules of torch and torchvision that have such components. One that is not installed is skipped.
+        offers: (name, object) -> whether an object of those modules is a component of this kind.
     """
 
-    def __init__(self, kind: str, home: str, modules: tuple[str, ...] = (), offers: Callable[[str, Any], bool] = _is_class):
-        self.kind, self.home, self.modules = kind, home, modules
+    def __init__(self, kind: str, package: str, modules: tuple[str, ...] = (), offers: Callable[[str, Any], bool] = _is_class):
+        self.kind, self.package, self.modules = kind, package, modules
         self._offers = offers
         self._entries: dict[str, _Entry] = {}
 
     def register_module(self, name: str | None = None, *, force: bool = False) -> Callable[[T], T]:
-        """A decorator that offers a class or function under `name`, or else under its own name.
+        """A decorator that registers a class or function.
 
-        The same definition executed again (a cfg file that is read twice) replaces the earlier one.
+        The same definition may be registered again, as when a cfg file is read twice: it replaces the earlier one.
+
+        Args:
+            name: of the component; by default the name of the class or function.
+            force: replace another definition of this name.
 
         Raises:
-            ConfigError: when another definition has the name, unless `force`; or the parentheses are missing.
+            ConfigError: another definition has the name, and `force` is not set; or the parentheses are missing.
         """
         if name is not None and not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"write `@{self.kind.upper()}...register_module()`, with parentheses, over {name_of(name)}")
-        frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage] # where the decorator stands
+        frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage] # where the decorator is used
         file = os.path.realpath(frame.f_code.co_filename)
-        place = file if os.path.exists(file) else "<interactive>"  # notebooks give every cell a file name of its own
+        place = file if os.path.exists(file) else "<interactive>"  # a notebook has another file name for each cell
 
         def registered(builder: T) -> T:
             self._add(name or name_of(builder), _Entry(builder, place, frame.f_lineno), force)
@@ -77,8 +81,8 @@ class Registry:
         return registered
 
     def _add(self, name: str, entry: _Entry, force: bool) -> None:
-        if not f"{entry.builder.__module__}.".startswith(self.home + "."):
-            importlib.import_module(self.home)  # first come, first served: ailab's own names, then the user's
+        if not f"{entry.builder.__module__}.".startswith(self.package + "."):
+            importlib.import_module(self.package)  # ailab's own names are registered first, then the user's
         earlier = self._entries.get(name)
         if earlier is not None and earlier.source != entry.source and not force:
             raise ConfigError(
@@ -88,20 +92,24 @@ class Registry:
         self._entries[name] = entry
 
     def names(self) -> list[str]:
-        """The registered names, ailab's own included."""
-        importlib.import_module(self.home)
+        """The registered names, sorted; those of ailab are included."""
+        importlib.import_module(self.package)
         return sorted(self._entries)
 
     def get(self, type_: Any, path: str = "type") -> Callable[..., Any]:
-        """The builder that `type_` stands for.
+        """The builder for a `type`: a registered name, a name of torch, a dotted path, or the object itself.
+
+        Args:
+            type_: the `type` of a cfg entry.
+            path: of `type_` in the cfg, for messages.
 
         Raises:
-            ConfigError: when there is none, or its module cannot be imported.
+            ConfigError: there is no such builder, or its module cannot be imported.
         """
         if not isinstance(type_, str):
             if callable(type_):
                 return type_
-            raise ConfigError(f"{path}: expected a name or something that can be called, got {type(type_).__name__} {type_!r}.")
+            raise ConfigError(f"{path}: expected a name, a class or a function, got {type(type_).__name__} {type_!r}.")
         if type_ in self.names():
             return self._entries[type_].builder
         if "." in type_ or ":" in type_:
@@ -118,7 +126,7 @@ class Registry:
         )
 
     def _from_torch(self, path: str) -> dict[str, Any]:
-        """What torch and torchvision offer of this kind, by name."""
+        """The components of this kind in torch and torchvision, by name."""
         found: dict[str, Any] = {}
         for module in self.modules:
             if importlib.util.find_spec(module.partition(".")[0]) is None:
@@ -128,13 +136,13 @@ class Registry:
         return found
 
     def check(self, cfg: Any, path: str, *, injected: Collection[str] = (), keys: Mapping[str, Any] = _NO_KEYS) -> list[str]:
-        """The problems of `build(cfg, path)`, without building.
+        """The problems that `build(cfg, path)` would have, as messages. Nothing is built.
 
         Args:
             cfg: `dict(type=..., **arguments)`.
             path: of `cfg`, for messages.
-            injected: arguments that the caller will give; they are neither asked for nor accepted in `cfg`.
-            keys: further keys of `cfg` and their types, meant for the framework and not for the constructor.
+            injected: arguments that the framework passes. They are not required in `cfg`, and not allowed there.
+            keys: {key: type} of further keys of `cfg`, which the framework uses and the constructor does not get.
         """
         if not isinstance(cfg, Mapping):
             return [f"{path}: expected dict(type=...) of a {self.kind}, got {type(cfg).__name__} {cfg!r}."]
@@ -158,15 +166,15 @@ class Registry:
         return [*check_arguments(ours, given, path, what), *own_check(rest, path)]
 
     def build(self, cfg: Mapping[str, Any], path: str, **injected: Any) -> Any:
-        """Call what `cfg["type"]` stands for with the other entries of `cfg`, by name.
+        """Build a component: call the builder of `cfg["type"]` with the other entries of `cfg` as keyword arguments.
 
         Args:
             cfg: `dict(type=..., **arguments)`; it is not changed.
             path: of `cfg`, for messages.
-            injected: what the framework has to give; passed on where the signature names it.
+            injected: arguments that the framework passes, if the signature has them.
 
         Raises:
-            ConfigError: when the arguments do not fit, or the constructor raises a TypeError or ValueError.
+            ConfigError: the arguments do not fit, or the constructor raises a TypeError or ValueError.
         """
         problems = self.check(cfg, path, injected=injected)
         if problems:
@@ -185,10 +193,10 @@ class Registry:
 
 
 def _module(name: str, path: str) -> Any:
-    """An imported module.
+    """Import a module.
 
     Raises:
-        ConfigError: when it does not exist, or raises while it is imported.
+        ConfigError: the module does not exist, or raises when it is imported.
     """
     try:
         return importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""Seeds as a pure function of integers, so that no generator state is ever stored."""
+"""Seeds from integers by a pure function, so that the state of a generator never has to be stored."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ _MASK = (1 << 64) - 1
 
 
 def _scramble(z: int) -> int:
-    """The output function of SplitMix64: a bijection of 64-bit words in which each input bit flips about half of the output."""
+    """The output function of SplitMix64: a bijection of 64-bit words. Each input bit changes about half of the output bits."""
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
 
 
 def mix(*ints: int) -> int:
-    """One seed in [0, 2**63) out of any integers; another order, number or value of them gives another seed.
+    """One seed in [0, 2**63) from any integers. Another value, order or number of integers gives another seed.
 
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (SplitMix64). The low 32 bits,
-    all that torch's CPU generator reads of a seed, are as well mixed as the rest.
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (SplitMix64). torch's CPU
+    generator reads only the low 32 bits of a seed; they are as well mixed as the others.
     """
     h = len(ints)
     for i in ints:
@@ -27,7 +27,7 @@ def mix(*ints: int) -> int:
 
 
 def seed_device(device: torch.device, seed: int) -> None:
-    """Seed the default generators that a step on `device` draws from; 1 us, where `torch.manual_seed` takes 100."""
+    """Seed the default generators that a step on `device` uses. It takes 1 us; `torch.manual_seed` takes 100 us."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What a callable takes, and whether given names and values fit it; nothing is ever dropped or cast."""
+"""The parameters of a callable, and checks of names and values against them. Nothing is dropped or cast."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ _SHOWN = 24  # names listed in one message
 
 @dataclass(frozen=True)
 class AtLeast:
-    """A lower bound of a number: `Annotated[int, AtLeast(1)]`."""
+    """An annotation: the lowest value of a number, as in `Annotated[int, AtLeast(1)]`."""
 
     low: float
 
 
 @dataclass(frozen=True)
 class CheckedBy:
-    """A check of a value that is itself a description of something: `Annotated[Any, CheckedBy(check)]`."""
+    """An annotation: a function that checks the value, as in `Annotated[Any, CheckedBy(check)]`."""
 
     check: Callable[[Any, str], list[str]]  # (value, path) -> problems
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters of a callable that can be given by name."""
+    """The parameters of a callable that can be passed by name."""
 
     types: Mapping[str, Any]  # name -> annotation; `Any` where there is none
     required: tuple[str, ...]
     open: bool = False  # has **kwargs
 
     def without(self, names: Collection[str]) -> Parameters:
-        """What is left for the caller when `names` come from elsewhere."""
+        """The parameters without those called `names`."""
         types_ = {n: t for n, t in self.types.items() if n not in names}
         return replace(self, types=types_, required=tuple(n for n in self.required if n not in names))
 
     def joined(self, other: Parameters) -> Parameters:
-        """The parameters of both; `other` wins where a name is in both."""
+        """The parameters of both. If a name is in both, `other` counts."""
         mine = self.without(other.types)
         return Parameters({**mine.types, **other.types}, mine.required + other.required, self.open or other.open)
 
 
 def parameters(fn: Callable[..., Any]) -> Parameters:
-    """The parameters of a function, a class (those of its constructor) or a callable object."""
+    """The parameters of a function, of the constructor of a class, or of a callable object."""
     if inspect.isclass(fn) and issubclass(fn, nn.Module) and fn.__init__ is nn.Module.__init__:
-        return Parameters({}, ())  # nn.Module spells it (*args, **kwargs) and then refuses both
+        return Parameters({}, ())  # nn.Module declares (*args, **kwargs), and refuses both
     try:
         found = _signature(fn).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature
@@ -79,7 +79,7 @@ def _annotation(parameter: inspect.Parameter) -> Any:
 def _signature(fn: Callable[..., Any]) -> inspect.Signature:
     try:
         return inspect.signature(fn, eval_str=True)
-    except (NameError, AttributeError, SyntaxError):  # an annotation for type checkers alone: no types are checked
+    except (NameError, AttributeError, SyntaxError):  # an annotation that exists for type checkers alone: types are not checked
         if sys.version_info >= (3, 14):
             from annotationlib import Format
 
@@ -88,19 +88,29 @@ def _signature(fn: Callable[..., Any]) -> inspect.Signature:
 
 
 def name_of(fn: Any) -> str:
-    """How a callable is called in messages."""
+    """The name of a callable for messages."""
     return str(getattr(fn, "__name__", None) or type(fn).__name__)
 
 
 def name_list(names: Iterable[Any]) -> str:
-    """Names for a message, the first ones of many."""
+    """Names for a message, separated by commas; of many, the first 24."""
     all_names = [str(n) for n in names]
     more = f" and {len(all_names) - _SHOWN} more" if len(all_names) > _SHOWN else ""
     return ", ".join(all_names[:_SHOWN]) + more
 
 
 def check_arguments(takes: Parameters, given: Mapping[str, Any], path: str, what: str) -> list[str]:
-    """The problems of calling something with `given` by name: unknown, of a wrong type, missing. Each has at most 3 lines."""
+    """The problems of a call with keyword arguments: unknown names, wrong types, missing arguments.
+
+    Args:
+        takes: the parameters of the callable.
+        given: the arguments by name.
+        path: of the arguments in the cfg.
+        what: the name of the callable.
+
+    Returns:
+        Messages of at most 3 lines each; none if the call is right.
+    """
     problems: list[str] = []
     for key, value in given.items():
         if key in takes.types:
@@ -113,9 +123,9 @@ def check_arguments(takes: Parameters, given: Mapping[str, Any], path: str, what
 
 
 def mismatch(value: Any, annotation: Any, path: str) -> list[str]:
-    """The problem of giving `value` where `annotation` is asked for, if there is one.
+    """The problem of a value that does not fit an annotation, as a list of at most one message.
 
-    Only simple annotations are judged: builtins, None, `Literal`, unions and containers of these. Any other accepts all.
+    Only simple annotations are checked: builtins, None, `Literal`, unions, and containers of these. Any other accepts all values.
     """
     if check := _check_of(annotation):
         return check.check(value, path)
@@ -128,14 +138,14 @@ def mismatch(value: Any, annotation: Any, path: str) -> list[str]:
 
 
 def _check_of(annotation: Any) -> CheckedBy | None:
-    """The check in an annotation, also in a union of it with None."""
+    """The `CheckedBy` of an annotation, or of a member of a union."""
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     found = [a for m in members if get_origin(m) is Annotated for a in get_args(m)[1:] if isinstance(a, CheckedBy)]
     return found[0] if found else None
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether `value` is what a simple annotation asks for. An int is a float; a bool is no int; lists and tuples are one."""
+    """Whether a value fits a simple annotation. An int fits float, a bool is no number, a list fits tuple and a tuple list."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return any(fits(value, a) for a in args)
@@ -178,7 +188,7 @@ _RULES: dict[Any, Callable[[Any, tuple[Any, ...]], bool]] = {
     float: lambda v, _: _number(v, numbers.Real),
     str: lambda v, _: isinstance(v, str),
     Path: lambda v, _: isinstance(v, (str, os.PathLike)),
-    Tensor: lambda v, _: not isinstance(v, (str, bool)),  # `float | Tensor` would accept any string else
+    Tensor: lambda v, _: not isinstance(v, (str, bool)),  # without it `float | Tensor` would accept any string
     list: _sequence,
     Sequence: _sequence,
     tuple: _tuple,
@@ -188,15 +198,15 @@ _RULES: dict[Any, Callable[[Any, tuple[Any, ...]], bool]] = {
 
 
 def check_choice(value: Any, literal: Any, what: str) -> None:
-    """Check a value that did not come out of a cfg, whose check has seen to it there.
+    """Check that a value is one of several choices. It is for values that do not come from a cfg, which is checked elsewhere.
 
     Args:
-        value: what came.
-        literal: a `Literal[...]` of what there is.
-        what: the argument, for the message.
+        value: what to check.
+        literal: a `Literal[...]` of the choices.
+        what: the name of the argument, for the message.
 
     Raises:
-        ConfigError: the value is none of them.
+        ConfigError: the value is none of the choices.
     """
     if problems := mismatch(value, literal, what):
         raise ConfigError(problems[0])

@@ -1,7 +1,7 @@
-"""Pure maths on nested tensors: dicts, lists, tuples and dataclasses whose leaves are tensors or plain values.
+"""Functions on trees: nested dicts, lists, tuples and dataclasses whose leaves are tensors or plain values.
 
-The order of the leaves is the order of insertion, so two trees built the same way zip. Plain Python, so that `torch.compile`
-traces through it and no private pytree API is needed.
+Leaves come in the order of insertion, so two trees that were built alike have their leaves in the same order. It is plain
+Python: `torch.compile` can trace it, and no private pytree API is needed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _rebuild(tree: Any, values: list[Any]) -> Any:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """Every leaf, tensors and plain values alike, in order."""
+    """All leaves in order, tensors and plain values."""
     nodes = _children(tree)
     return [tree] if nodes is None else [leaf for _, child in nodes for leaf in leaves(child)]
 
@@ -55,18 +55,18 @@ def items(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def unflatten(like: Any, new: Sequence[Any]) -> Any:
-    """The tree `like` with its leaves replaced, in order, by `new` (as many as `like` has)."""
+    """A tree like `like` with the leaves `new`, in order. There must be as many as `like` has."""
     return _filled(like, iter(new))
 
 
 def _filled(node: Any, rest: Iterator[Any]) -> Any:
-    # No closure that calls itself: such a cycle would keep the leaves until the garbage collector comes by.
+    # No closure that calls itself: such a cycle would keep the leaves until the garbage collector runs.
     nodes = _children(node)
     return next(rest) if nodes is None else _rebuild(node, [_filled(child, rest) for _, child in nodes])
 
 
 def map(fn: Callable[..., Any], tree: T, *others: Any) -> T:
-    """Apply `fn` to the tensors of `tree` (and of trees like it); leaves that are no tensors stay as they are."""
+    """Apply `fn` to each tensor of `tree`, and of other trees of the same structure. Other leaves stay as they are."""
     columns = zip(leaves(tree), *(leaves(o) for o in others), strict=True)
     return unflatten(tree, [fn(*column) if isinstance(column[0], Tensor) else column[0] for column in columns])
 
@@ -77,12 +77,12 @@ def clone(tree: T) -> T:
 
 
 def to(tree: T, device: torch.device) -> T:
-    """The tree with every tensor on `device`; `non_blocking`, so a pinned source does not stall the host."""
+    """The tree with every tensor on `device`. The copies are `non_blocking`: from pinned memory the host does not wait."""
     return map(lambda t: t.to(device, non_blocking=True), tree)
 
 
 def lerp(start: dict[str, Tensor], end: dict[str, Tensor], weight: Tensor | float) -> dict[str, Tensor]:
-    """`start + weight * (end - start)`, leaf by leaf; integer leaves (counters) are taken from `end`."""
+    """`start + weight * (end - start)` for each leaf. Integer leaves (counters) are those of `end`."""
     return {
         k: torch.lerp(s, end[k].to(s.dtype), weight.to(s.dtype) if isinstance(weight, Tensor) else weight)
         if s.is_floating_point()
@@ -92,20 +92,20 @@ def lerp(start: dict[str, Tensor], end: dict[str, Tensor], weight: Tensor | floa
 
 
 def where(condition: Tensor, a: T, b: T) -> T:
-    """`a` where the 0-d bool tensor `condition` holds, else `b`; no device read."""
+    """`a` if the condition, () bool, holds, else `b`. The device is not read."""
     return map(lambda x, y: torch.where(condition, x, y), a, b)
 
 
 def norm(tree: Any, order: float = 2.0) -> Tensor:
-    """The norm of all tensors taken as one vector; () in the tensors' dtype."""
+    """The norm of all tensors as one vector, () in the dtype of the tensors."""
     return torch.nn.utils.get_total_norm([t for t in leaves(tree) if isinstance(t, Tensor)], order)
 
 
 def finite(tree: Any) -> Tensor:
-    """Whether every element of every tensor is finite, () bool; no device read."""
-    return torch.isfinite(norm(tree, float("inf")))  # the largest element: it cannot overflow, and NaN stays NaN
+    """Whether all elements of all tensors are finite, () bool. The device is not read."""
+    return torch.isfinite(norm(tree, float("inf")))  # the largest absolute value cannot overflow, and NaN stays NaN
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes held by the tensors of `tree`."""
+    """The bytes of all tensors of `tree`."""
     return sum(t.numel() * t.element_size() for t in leaves(tree) if isinstance(t, Tensor))

@@ -1,12 +1,12 @@
-"""How fast batches come, against a well-written torchvision pipeline on the same files, in interleaved repeats.
+"""The speed of data loading, relative to a well-written torchvision pipeline on the same files, in interleaved repeats.
 
     OMP_NUM_THREADS=1 python benchmarks/data.py [--pictures 512] [--repeats 7] [--out benchmarks/results/data.json]
 
-Theirs: `ImageFolder`, transforms.v2 on uint8 tensors, `DataLoader` with persistent workers, to a normalised float32 batch in the
-main process, which reads it once. Ours: `ClassificationImageDataset` with the same crop and mirroring by name, the stream with the
-same workers, and normalisation of the batch in a compiled graph, as in the step, which reads it too. Both on made pictures of
-500x375 that look like photographs (90 kB JPEGs), in a process that keeps freed memory as a run does. Also: what in-memory data
-costs a step of digits and of Fashion-MNIST. Medians of times of whole epochs, and of ratios.
+Theirs: `ImageFolder`, transforms.v2 on uint8 tensors, and `DataLoader` with persistent workers. The result is a normalised float32
+batch in the main process, which reads it once. Ours: `ClassificationImageDataset` with the same crop and flip, the stream with the
+same number of workers, and normalisation of the batch in a compiled graph, as in a training step, which reads it once too. Both
+use generated pictures of 500x375 pixels that look like photographs (JPEGs of 90 kB), in a process that keeps freed memory as a run
+does. A second part measures how long a step waits for in-memory data (digits, Fashion-MNIST). Times are medians over whole epochs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def pictures_of_tests() -> Any:
-    """tests/pictures.py, which makes the files."""
+    """The module tests/pictures.py, which generates the files."""
     spec = importlib.util.spec_from_file_location("pictures", ROOT / "tests" / "pictures.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -53,13 +53,13 @@ def pictures_of_tests() -> Any:
 
 
 def make_files(folder: Path, count: int) -> float:
-    """`count` JPEGs in 4 folders; their mean size in kB."""
+    """Write `count` JPEGs into 4 folders, and return their mean size in kB."""
     pictures = pictures_of_tests()
     sizes = []
     for i in range(count):
         path = folder / f"class{i % 4}" / f"{i:05}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Every 8th is a picture of its own, the others its shifts: made faster, and as hard to decode.
+        # Every 8th picture is new, the others are flips of it: faster to make, and as slow to decode.
         if i % 8 == 0:
             base = pictures.photo(i, (375, 500), 14)
         path.write_bytes(pictures.encoded(base[:, ::-1] if i % 2 else base, "JPEG", quality=92))
@@ -74,7 +74,7 @@ def crops(kind: str) -> list[Any]:
 
 
 def theirs(folder: Path, kind: str, batch: int, workers: int) -> Callable[[], Iterable[Any]]:
-    """The pipeline of a careful user of torchvision."""
+    """The torchvision pipeline: a function that gives the batches of an epoch."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
@@ -92,7 +92,7 @@ def theirs(folder: Path, kind: str, batch: int, workers: int) -> Callable[[], It
 
 
 def ours_read(folder: Path, kind: str) -> Dataset[Any]:
-    """A folder per class of ours: read as uint8, cropped, mirrored."""
+    """ailab's dataset with one folder per class: uint8, cropped, flipped."""
     crop = dict(type="RandomResizedCrop" if kind == "resized crop" else "RandomCrop", size=224)
     transform = [crop, dict(type="RandomHorizontalFlip")]
     return ClassificationImageDataset(folder, transform=transform, resize=256 if kind == "resize, crop" else None)
@@ -100,15 +100,15 @@ def ours_read(folder: Path, kind: str) -> Dataset[Any]:
 
 @torch.compile(dynamic=False)
 def read_once(x: Tensor) -> Tensor:
-    """What a step reads first."""
+    """Read a batch once, as a training step does."""
     return x.mean((0, 2, 3))
 
 
 @torch.compile(dynamic=False)
-def in_step(x: Tensor, room: Tensor) -> Tensor:
-    """The same of a batch that is normalised in the step; it is written to memory that the step has."""
-    room.copy_(BatchNormalize([255 * m for m in MEAN], [255 * s for s in STD])(x))
-    return room.mean((0, 2, 3))
+def normalize_and_read(x: Tensor, out: Tensor) -> Tensor:
+    """Normalise a uint8 batch into `out`, and read it once."""
+    out.copy_(BatchNormalize([255 * m for m in MEAN], [255 * s for s in STD])(x))
+    return out.mean((0, 2, 3))
 
 
 def ours(folder: Path, kind: str, batch: int, workers: int, cache: Cache | None = None) -> Callable[[], Iterable[Any]]:
@@ -116,17 +116,17 @@ def ours(folder: Path, kind: str, batch: int, workers: int, cache: Cache | None 
     stream = Stream(
         ours_read(folder, kind), batch_size=batch, shuffle=True, seed=0, pad=False, drop_last=False, cache=cache, **settings
     )
-    epoch, room = iter(range(10**6)), torch.zeros(batch, 3, 224, 224)
+    epoch, out = iter(range(10**6)), torch.zeros(batch, 3, 224, 224)
 
     def batches() -> Iterable[Any]:
         for loaded in stream.epoch(next(epoch)):
-            yield in_step(loaded["input"], room[: len(loaded["input"])])
+            yield normalize_and_read(loaded["input"], out[: len(loaded["input"])])
 
     return batches
 
 
 def cpu_seconds() -> float:
-    """Of this process and its living workers: what counts where all cores are busy, whoever else uses them."""
+    """CPU seconds of this process and its workers. They count where all cores are busy, also with other programs."""
     total = time.process_time()
     for worker in multiprocessing.active_children():
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
@@ -135,7 +135,7 @@ def cpu_seconds() -> float:
 
 
 def timed(batches: Callable[[], Iterable[Any]]) -> tuple[float, float]:
-    """Seconds of an epoch, and CPU seconds."""
+    """The wall seconds and the CPU seconds of an epoch."""
     start, cpu = time.perf_counter(), cpu_seconds()
     for means in batches():
         assert means.dtype == torch.float32
@@ -143,7 +143,7 @@ def timed(batches: Callable[[], Iterable[Any]]) -> tuple[float, float]:
 
 
 def compare(name: str, pipelines: dict[str, Callable[[], Iterable[Any]]], count: int, repeats: int) -> dict[str, Any]:
-    """Pictures per second of each pipeline, one after the other in each repeat, the first one the reference."""
+    """The pictures per second of each pipeline. Each repeat runs all of them; the first is the reference of the ratios."""
     for pipeline in pipelines.values():
         timed(pipeline)  # workers start, caches fill
     took: dict[str, list[tuple[float, float]]] = {n: [] for n in pipelines}
@@ -169,7 +169,7 @@ def compare(name: str, pipelines: dict[str, Callable[[], Iterable[Any]]], count:
 
 
 def fashion_mnist(folder: Path) -> str:
-    """Where Fashion-MNIST is; else files of its sizes and no meaning, which cost as much to read."""
+    """The folder of Fashion-MNIST. If it is not installed, random files of the same sizes are written to `folder`."""
     from ailab.datasets.ready.fashion_mnist import DEBIAN, ENVIRONMENT
 
     found = os.environ.get(ENVIRONMENT) or (str(DEBIAN) if DEBIAN.is_dir() else "")
@@ -183,8 +183,8 @@ def fashion_mnist(folder: Path) -> str:
     return str(folder)
 
 
-def waiting(cfg_file: str, epochs: int, *more: str) -> dict[str, Any]:
-    """The share of the time of a run that passes between two steps, waiting for the batch."""
+def data_wait(cfg_file: str, epochs: int, *more: str) -> dict[str, Any]:
+    """The share of a run's time in which it waits for the next batch."""
     waited: list[float] = []
     whole: list[float] = []
 
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", choices=("resized crop", "resize, crop", "waits"), help="one part of it")
+    parser.add_argument("--only", choices=("resized crop", "resize, crop", "waits"), help="run this part alone")
     parser.add_argument("--out", default="benchmarks/results/data.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -268,9 +268,9 @@ def main() -> None:
             finally:
                 Cache(Path("/dev/shm") / f"ailab-benchmark-{os.getpid()}").clear()
                 Cache(Path(name) / "cache").clear()
-    waits = [waiting("exp.py", 6)]
+    waits = [data_wait("exp.py", 6)]
     with tempfile.TemporaryDirectory() as name:
-        waits.append(waiting("fashion_mnist.py", 3, f"data.train.root={fashion_mnist(Path(name))}"))
+        waits.append(data_wait("fashion_mnist.py", 3, f"data.train.root={fashion_mnist(Path(name))}"))
     report = {
         "date": date.today().isoformat(),
         "torch": torch.__version__,

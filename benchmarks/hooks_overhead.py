@@ -1,16 +1,15 @@
-"""What hooks add to the default job, `cfgs/exp.py`: within one run, epochs with the hooks and without them take turns.
+"""The time that hooks add to the default job, `cfgs/exp.py`. Epochs with and without them alternate within one run.
 
     python benchmarks/hooks_overhead.py [--epochs 200] [--out benchmarks/results/hooks_overhead.json]
 
-Bare: the job with what is part of its recipe (augmentation, autocast) and no other hook, not even those that every run has. Each
-variant adds hooks to that. Both kinds of epoch (12 steps and an evaluation; eager, one thread) are given the same state and the
-same batches, in turns of with, without, without, with: so the weights, the memory that they lie in and the state of the machine
-are the same for both, and only the hooks differ. (Runs beside each other, with memory and weights of their own, differed by up
-to 11 % from causes that were no hook's.) The row `nothing` adds no hook: what it shows is the noise.
+Bare: the job with the hooks of its recipe (augmentation, autocast) and no other hook, also without those that every run has. Each
+variant adds hooks to that. An epoch is 12 steps and an evaluation, eager, with one thread. Both kinds of epoch get the same state
+and the same batches, in the order with, without, without, with. So weights, memory and the state of the machine are the same, and
+only the hooks differ. (Separate runs differed by up to 11 % for other reasons.) The row `nothing` adds no hook: it shows the noise.
 
-`median` is the median, over turns, of the time of two epochs with hooks by that of two without, on two clocks: the CPU time of the
-process (with the threads of writers) and the wall (with waiting for the disk). `total` is all the time with hooks by all without:
-rare work, such as a checkpoint every ten epochs, shows in it alone.
+`median` is the median of a ratio: the time of two epochs with hooks divided by that of two epochs without. There are two clocks:
+the CPU time of the process (with the threads of writers), and the wall time (with waiting for the disk). `total` is the whole time
+with hooks divided by the whole time without. Rare work, such as a checkpoint every ten epochs, shows only there.
 """
 
 from __future__ import annotations
@@ -46,18 +45,18 @@ SKIP = 8  # epochs: imports, allocations
 MORE: dict[str, dict[str, Any]] = {
     "throughput": dict(type="ThroughputHook"),
     "early_stop": dict(type="EarlyStopHook", patience=10**6),
-    "profiler": dict(type="ProfilerHook", wait=10**6),  # outside its window; inside, a step is several times slower
+    "profiler": dict(type="ProfilerHook", wait=10**6),  # outside its window; in the window a step is several times slower
     "wandb": dict(type="WandbHook", init_args=dict(mode="offline", project="overhead")),
 }
 
 
 def record(*, run: Any) -> list[Middleware[Any]]:
-    """What every run has, as an entry of the cfg."""
+    """The record that every run has, as a hook for the cfg."""
     return RecordHook(50, run=run)
 
 
 def job(hooks: dict[str, Any], around: Callable[[Epoch], Epoch], epochs: int, folder: Path) -> Job:
-    """The default job with these hooks and `around` outside of them all."""
+    """The default job with these hooks, and with `around` as the outermost hook."""
     cfg = load_cfg(str(ROOT / "cfgs" / "exp.py"), [])
     cfg = {**cfg, "work_dir": str(folder), "total_epochs": epochs, "compile": False}
     recipe = {n: cfg["hooks"][n] for n in RECIPE}
@@ -68,7 +67,7 @@ def job(hooks: dict[str, Any], around: Callable[[Epoch], Epoch], epochs: int, fo
 
 
 def measure(hooks: dict[str, Any], epochs: int, folder: Path) -> dict[str, dict[bool, list[float]]]:
-    """Seconds of each epoch by clock, and by whether it ran with the hooks."""
+    """Seconds of each epoch, by clock and by whether it ran with the hooks."""
     took = {clock: {True: list[float](), False: list[float]()} for clock in CLOCKS}
     without: list[Epoch] = []
 
@@ -83,7 +82,7 @@ def measure(hooks: dict[str, Any], epochs: int, folder: Path) -> dict[str, dict[
         def turned(state: Any, batches: Any) -> Any:
             nonlocal done
             hooked, done = done % 4 in (0, 3), done + 1
-            totals = torch.zeros_like(state.slots[TOTALS])  # metrics have rows there, and an epoch leaves them at zero
+            totals = torch.zeros_like(state.slots[TOTALS])  # metrics have rows there; after an epoch they are zero
             state = state if hooked else state.with_slot(TOTALS, torch.zeros_like(bare))
             before = {name: clock() for name, clock in CLOCKS.items()}
             state, logs = (epoch if hooked else without[0])(state, batches)
@@ -114,12 +113,12 @@ def row(took: dict[str, dict[bool, list[float]]]) -> dict[str, Any]:
 
 
 def variants() -> dict[str, dict[str, Any]]:
-    """Name and added hooks."""
+    """{name of a variant: the hooks that it adds}."""
     given = load_cfg(str(ROOT / "cfgs" / "exp.py"), [])["hooks"]
     own = {n: h for n, h in given.items() if n not in (*RECIPE, "wandb")}
     always = {"record": dict(type=record)}
-    alone = {n: {n: h} for n, h in {**always, **own, **MORE}.items() if n != "resume"}  # which is done before the first epoch
-    alone["checkpoint"]["checkpoint"] = {**own["checkpoint"], "keep": {"last": 2}}  # by itself it knows no top-1
+    alone = {n: {n: h} for n, h in {**always, **own, **MORE}.items() if n != "resume"}  # it works only before the first epoch
+    alone["checkpoint"]["checkpoint"] = {**own["checkpoint"], "keep": {"last": 2}}  # without the metric hook there is no top-1
     early = {n: h for n, h in own.items() if n not in ("logger", "tensorboard")}
     everything = {**always, **early, **MORE, "logger": own["logger"], "tensorboard": own["tensorboard"]}
     return {"nothing": {}, **alone, "all of cfgs/exp.py": {**always, **own}, "all, and every observer": everything}

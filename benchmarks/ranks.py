@@ -1,12 +1,15 @@
-"""What the control message of a step costs between gloo ranks, against the same step without it, in interleaved repeats.
+"""The cost of a step's control message between gloo ranks, relative to the same step without it, in interleaved rounds.
 
     python benchmarks/ranks.py [--world 2] [--rounds 60] [--out benchmarks/results/ranks.json]
 
-Each rank computes the gradient of an MLP through the ddp core, some 10 ms a step. "none": gradients only, as if every rank knew
-the weight of the global batch. "none again": the same, with memory of its own; it says what the noise is. "in a bucket": as ailab
-does it, weight, logs and the wish to stop as the gradient of one parameter more. "apart": the same in a message of its own, under
-the backward too; so it is where gradients travel in another dtype. Rounds of 10 steps of each in turn; the ratios are of medians
-over rounds, of the slowest rank.
+Each rank computes the gradient of an MLP with `ddp_grad`; a step takes about 10 ms. The variants:
+
+- "none": gradients only, as if every rank knew the weight of the global batch.
+- "none again": the same with memory of its own. Its ratio shows the noise.
+- "in a bucket": what ailab does. Weight, logs and stop flag are the gradient of one more parameter.
+- "apart": the control message is an all-reduce of its own during the backward, as when gradients are sent in another dtype.
+
+A round has 10 steps of each variant, one after the other. The ratios are medians over rounds, of the slowest rank.
 """
 
 from __future__ import annotations
@@ -37,8 +40,8 @@ from ailab.types import STOP, Aux, Batch
 STEPS = 10
 
 
-class Mute(core._Owner):
-    """Tells the others nothing."""
+class GradientsOnly(core._Owner):
+    """Sends no control message."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -54,12 +57,12 @@ def known(aux: Aux, *_: Any) -> Aux:
     return replace(aux, weight=aux.weight * dist.world_size())
 
 
-OWNER, HEARD = core._Owner, core.heard
+OWNER, REDUCED = core._Owner, core.reduced
 MODES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "none": (Mute, known, {}),
-    "none again": (Mute, known, {}),
-    "in a bucket": (OWNER, HEARD, {"numbers": 6}),
-    "apart": (OWNER, HEARD, {"numbers": 6, "compress": torch.float32}),
+    "none": (GradientsOnly, known, {}),
+    "none again": (GradientsOnly, known, {}),
+    "in a bucket": (OWNER, REDUCED, {"numbers": 6}),
+    "apart": (OWNER, REDUCED, {"numbers": 6, "compress": torch.float32}),
 }
 
 
@@ -73,12 +76,12 @@ def rank(me: int, world: int, store: str, rounds: int, width: int, out: Any) -> 
     state, loss = module_state(model).clone(), loss_of(model, nn.CrossEntropyLoss())
     batch = {"input": torch.randn(256, 64), "target": torch.randint(10, (256,)), STOP: torch.zeros(())}
     grads: dict[str, Any] = {}
-    for mode, (core._Owner, core.heard, settings) in MODES.items():
+    for mode, (core._Owner, core.reduced, settings) in MODES.items():
         grads[mode] = core.ddp_grad(loss, state, sample=(loss, batch), gradient_as_bucket_view=True, **settings)
     took: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
     for number in range(rounds + 2):
         for mode in sorted(MODES, key=lambda m: (list(MODES).index(m) + number) % len(MODES)):
-            core.heard, grad = MODES[mode][1], grads[mode]
+            core.reduced, grad = MODES[mode][1], grads[mode]
             dist.barrier()
             start, worked = time.perf_counter(), time.process_time()
             for _ in range(STEPS):

@@ -1,4 +1,4 @@
-"""The scaling model of benchmarks/README.md: what data parallelism costs from 1 to 1,024 GPUs, on paper.
+"""The scaling model of benchmarks/README.md: the estimated efficiency of data parallelism on 1 to 1,024 GPUs.
 
     python benchmarks/scaling.py [--resnet-ms 64] [--gpt-ms 142] [--jitter 0.01]
 
@@ -12,25 +12,25 @@ import math
 from dataclasses import dataclass
 
 PER_NODE = 8
-SUSTAINED = 0.8  # of a link's peak, as large all-reduces reach it
+SUSTAINED = 0.8  # share of a link's peak that a large all-reduce reaches
 NVLINK = 450e9 * SUSTAINED  # bytes/s a GPU sends; NVLink 4: 900 GB/s both ways
-HOP_NVLINK, HOP_NETWORK = 1e-6, 5e-6  # s, of one message
+HOP_NVLINK, HOP_NETWORK = 1e-6, 5e-6  # s, latency of one message
 BUCKET = 25 * 2**20  # bytes; DDPHook(bucket_cap_mb=25)
-BACKWARD = 2 / 3  # of a step
+BACKWARD = 2 / 3  # share of the time of a step
 
 
 @dataclass(frozen=True)
 class Network:
     name: str
-    per_node: float  # bytes/s that leave a node
+    per_node: float  # bytes/s that a node sends
 
 
-NETWORKS = (Network("400 Gb/s a GPU", PER_NODE * 50e9 * SUSTAINED), Network("400 Gb/s a node", 50e9 * SUSTAINED))
+NETWORKS = (Network("400 Gb/s per GPU", PER_NODE * 50e9 * SUSTAINED), Network("400 Gb/s per node", 50e9 * SUSTAINED))
 WORLDS = (1, 2, 8, 16, 64, 256, 1024)
 
 
-def exchange(gpus: int, nbytes: float, network: Network) -> float:
-    """Seconds of an all-reduce: 2 (n - 1) / n of the bytes over the narrowest link, and the hops there and back."""
+def all_reduce_seconds(gpus: int, nbytes: float, network: Network) -> float:
+    """Seconds of a ring all-reduce: 2 (n - 1) / n of the bytes over the slowest link, and the latency of the hops."""
     if gpus == 1:
         return 0.0
     nodes = math.ceil(gpus / PER_NODE)
@@ -40,13 +40,13 @@ def exchange(gpus: int, nbytes: float, network: Network) -> float:
 
 
 def efficiency(step: float, params: float, width: int, gpus: int, network: Network, jitter: float, overlap: bool) -> float:
-    """The time of a step on one GPU over that of the same step, with as many samples a GPU, on many."""
-    buckets = max(1, round(4 * params / BUCKET))  # a cap on float32 gradients, whatever they travel as
-    each = exchange(gpus, width * params / buckets, network)
+    """The time of a step on one GPU divided by its time on many GPUs, with the same number of samples per GPU."""
+    buckets = max(1, round(4 * params / BUCKET))  # the size limit is for float32 gradients, whatever dtype is sent
+    each = all_reduce_seconds(gpus, width * params / buckets, network)
     exposed = buckets * each
-    if overlap:  # the first bucket is full after its share of the backward, and the last one when nothing is left to hide it
+    if overlap:  # the first bucket is sent after its share of the backward; after the last one no backward is left
         exposed = each + max(0.0, (buckets - 1) * (each - BACKWARD * step / buckets))
-    waiting = jitter * step * math.sqrt(2 * math.log(gpus))  # for the slowest of many, each normally distributed
+    waiting = jitter * step * math.sqrt(2 * math.log(gpus))  # for the slowest rank; the times are normally distributed
     return step / (step + exposed + waiting)
 
 
@@ -56,9 +56,8 @@ def table(name: str, step: float, params: float, jitter: float) -> str:
         for what, width in (("float32", 4), ("bf16", 2)):
             for overlap in (True, False):
                 cells = [f"{100 * efficiency(step, params, width, n, network, jitter, overlap):.1f}" for n in WORLDS]
-                rows.append(
-                    f"| {network.name}, {what}, {'under the backward' if overlap else 'after it'} | {' | '.join(cells)} |"
-                )
+                when = "during the backward" if overlap else "after the backward"
+                rows.append(f"| {network.name}, {what}, {when} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

@@ -1,10 +1,10 @@
-"""What a step costs on the host, against a bare eager loop in the same process, in interleaved repeats.
+"""The time of a training step on the host, relative to a bare eager loop in the same process, in interleaved repeats.
 
     python benchmarks/step_overhead.py [--repeats 9] [--out benchmarks/results/step_overhead.json]
 
-Bare: `zero_grad, forward, backward, step` with fused AdamW over batches that were sliced beforehand. Ours: everything that a
-default run does for a step (batch from the stream, seeding, step, logs, the logger's and the record's look at the clock).
-The times are of whole epochs, each followed by as many bare steps; ratios are of medians.
+Bare: `zero_grad, forward, backward, step` with fused AdamW, over batches that are sliced beforehand. Ours: everything that a
+default run does for a step (batch from the stream, seeding, step, logs, the logger, the record). Whole epochs are timed, each
+followed by the same number of bare steps. Ratios are ratios of medians.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def data(batch: int, steps: int, features: int, classes: int) -> TensorDataset:
 
 
 class Bare:
-    """The loop that everybody writes."""
+    """The usual training loop."""
 
     def __init__(self, sizes: list[int], batch: int, steps: int):
         torch.manual_seed(0)
@@ -128,7 +128,7 @@ def row(name: str, sizes: list[int], batch: int, steps: int, repeats: int) -> di
 
 
 def deep(tensors: int) -> list[int]:
-    """A net of 16 units a layer with this many parameter tensors."""
+    """The layer sizes of an MLP with 16 units per layer and this many parameter tensors."""
     return [16] * (tensors // 2) + [10]
 
 
@@ -148,7 +148,7 @@ def main() -> None:
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for case in cases:  # written as they come: the last one compiles for minutes
+    for case in cases:  # written after each case: the last one compiles for minutes
         rows.append(row(*case))
         report = {"date": date.today().isoformat(), "torch": torch.__version__, "machine": machine, "rows": rows}
         out.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Warm gloo ranks on a CPU, and what they run: a run of a tenth of a second whose every sample and byte is recorded."""
+"""Warm gloo ranks on a CPU, and what they run: runs of a tenth of a second, with every sample and every byte recorded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WORLDS = (2, 3)
 CORES = ("ddp", "graph")
 
 
-# Ranks: forked from a process that has imported everything, joined once, and told what to run.
+# Ranks are forked from a process that has imported everything. They join one group and run one job after another.
 
 
 def _serve(pipe: Any, rank: int, world: int, folder: str) -> None:
@@ -58,7 +58,7 @@ def _serve(pipe: Any, rank: int, world: int, folder: str) -> None:
 
 
 class Ranks:
-    """`world` warm processes; `ranks(job, ...)` runs `job(...)` on each and returns what each gave."""
+    """`world` warm processes. `ranks(job, ...)` runs `job(...)` on each, and returns a list of the results."""
 
     def __init__(self, world: int, folder: Path):
         forker = multiprocessing.get_context("forkserver")
@@ -101,7 +101,7 @@ class Ranks:
 
 
 class Net(nn.Module):
-    """A classifier of points, in float64 unless asked otherwise; its BatchNorm can be `still`, in eval mode for good."""
+    """A classifier of points, in float64 by default. With `still` its BatchNorm is always in eval mode."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Net(nn.Module):
 
 
 class Points:
-    """`size` points of four classes with their ids; `bad` of them is not a number."""
+    """`size` points of four classes with their ids. The point with the index `bad` is NaN."""
 
     def __init__(self, size: int, bad: int | None = None):
         random = torch.Generator().manual_seed(size)
@@ -162,7 +162,7 @@ class ScalarLoss:
 
 
 class Ordered(LabBaseMetric):
-    """A number that changes with any sample, and with their order."""
+    """A metric that depends on every sample and on their order."""
 
     def reset(self) -> None:
         self.seen: list[tuple[int, int]] = []
@@ -195,7 +195,7 @@ def config(
     hooks: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """A run of 12 steps over 17 points: each epoch has batches of 8, 8 and 1, the last one padding on all ranks but 0."""
+    """The cfg of a run of 12 steps over 17 points. An epoch has batches of 8, 8 and 1; the last is padding except on rank 0."""
     return dict(
         seed=3,
         work_dir="/nonexistent",
@@ -218,7 +218,7 @@ def config(
 
 
 def digest(state: Any) -> str:
-    """The bytes of every tensor of a tree, with their names."""
+    """A hash of the names and bytes of all leaves of a tree."""
     found = hashlib.sha256()
     for name, leaf in tree.items(state):
         found.update(f"{name}{getattr(leaf, 'dtype', leaf)}".encode())
@@ -228,7 +228,7 @@ def digest(state: Any) -> str:
 
 
 class Spy:
-    """What happened in a run: ids, logs, outputs and the state's bytes."""
+    """Records what happens in a run: sample ids, logs, and hashes of the state."""
 
     def __init__(self) -> None:
         self.ids: list[list[int]] = []
@@ -265,7 +265,7 @@ def built(cfg: Mapping[str, Any], **more: Any) -> Job:
 
 
 def traced(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """`trained`, where `torch.compile` traces and functionalizes as always and generates no code: half a minute less."""
+    """`trained`, but `torch.compile` generates no code. It traces and functionalizes as always, and takes half a minute less."""
     whole = torch.compile
 
     def compiled(fn: Any, **options: Any) -> Any:
@@ -277,7 +277,7 @@ def traced(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trained(cfg: Mapping[str, Any], stop_at: int | None = None) -> dict[str, Any]:
-    """Run a cfg on this rank."""
+    """Run a cfg on this rank, up to its end or to the step `stop_at`, and return what happened."""
     spy, steps, graphs = Spy(), 0, graphs_compiled()
 
     def interrupted() -> bool:
@@ -317,7 +317,7 @@ _alone: dict[str, dict[str, Any]] = {}
 
 
 def alone(ranks: Any, cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The run of one process; runs that differ in nothing but `dist` share it."""
+    """The run of a cfg in one process. It is cached; cfgs that differ only in `dist` share it."""
     key = repr({k: v for k, v in cfg.items() if k != "dist"})
     if key not in _alone:
         [_alone[key]] = ranks(1)(trained, cfg)
@@ -325,14 +325,14 @@ def alone(ranks: Any, cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def together(runs: list[dict[str, Any]]) -> list[list[int]]:
-    """The ids of each step, those of all ranks one after the other."""
+    """The sample ids of each step, concatenated over the ranks."""
     return [list(chain(*parts)) for parts in zip(*(run["ids"] for run in runs), strict=True)]
 
 
 def compared(ranks: Any, world: int, cfg: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> tuple[float, float]:
-    """How far the parameters, and the logs, of `world` ranks are from those of one process, which runs `like`.
+    """The distances of parameters and of logs between `world` ranks and one process, which runs `like`.
 
-    Everything else that must agree is asserted here.
+    Everything that must be equal is asserted here.
     """
     one, all_of_them = alone(ranks, like or cfg), ranks(world)(trained, cfg)
     for other in all_of_them[1:]:
@@ -373,7 +373,7 @@ def _command(argv: list[str], environ: dict[str, str], log: str) -> None:
 
 
 class Crew:
-    """`world` processes of one command, each with its own log; `argv` and `environ` may differ between them."""
+    """`world` processes that run the command line, each with its own log. `argv` and `environ` may differ between them."""
 
     def __init__(self, folder: Path, argv: Callable[[int], list[str]], environ: Callable[[int], dict[str, str]], world: int):
         forker = multiprocessing.get_context("forkserver")
@@ -386,7 +386,7 @@ class Crew:
             process.start()
 
     def ended(self, limit: float) -> list[int | None]:
-        """Exit codes; None for one that is still there after `limit` seconds, and is killed now."""
+        """The exit codes. A process that runs longer than `limit` seconds is killed, and has None."""
         until = time.monotonic() + limit
         for process in self.processes:
             process.join(max(0.0, until - time.monotonic()))

@@ -77,7 +77,7 @@ def test_every_misspelt_parameter_is_reported_with_and_without_fields(parameter)
 def test_a_required_parameter_without_a_field_is_reported():
     """A parameter without default needs a mapping or a field of its name."""
     (problem,) = bind(shapes, {}, "cfg.loss").check({"output", "label"})
-    assert problem.startswith("cfg.loss: shapes needs 'target', and no field goes by that name.")
+    assert problem.startswith("cfg.loss: shapes needs 'target', and no field has that name.")
 
 
 def test_defaults_stand_in_for_the_own_name():

@@ -286,7 +286,7 @@ def test_peers_that_do_not_come_are_exit_code_7(tmp_path: Path, capsys: Cap, mon
     for key, value in dict(RANK=1, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=1).items():
         monkeypatch.setenv(key, str(value))
     code, message = told([cfg_file(tmp_path, "cfg['dist'] = dict(timeout_s=1)")], capsys)
-    assert code == 7 and "PeerError: rank 1 of 2 could not meet the others at env://" in message
+    assert code == 7 and "PeerError: rank 1 of 2 could not connect to the other ranks at env://" in message
     assert not (tmp_path / "run").exists()
 
 

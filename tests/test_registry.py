@@ -114,7 +114,7 @@ def test_names_of_torchvision_where_it_is_installed():
         ("torch.nn.functional.math", "'torch.nn.functional.math' is module, which cannot be called"),
         (".Adam", "is no path to an object"),
         ("Adam.", "is no path to an object"),
-        (3, "expected a name or something that can be called, got int 3"),
+        (3, "expected a name, a class or a function, got int 3"),
     ],
 )
 def test_an_unknown_type_is_explained_in_four_lines(type_, said):

@@ -38,13 +38,13 @@ class Net(nn.Module):
 
 
 def Points(n: int = 50, seed: int = 0) -> TensorDataset:
-    """Kept in memory, so read without workers."""
+    """A dataset in memory, so that no workers read it."""
     g = torch.Generator().manual_seed(seed)
     return TensorDataset(torch.randn(n, 4, generator=g), torch.randint(0, 3, (n,), generator=g))
 
 
 class NoisyPoints(Dataset[Any]):
-    """Read by sample, each with noise of its own."""
+    """A dataset that is read by sample; each sample has its own noise."""
 
     def __init__(self, n: int = 50, seed: int = 0):
         self.points = Points(n, seed)
@@ -58,7 +58,7 @@ class NoisyPoints(Dataset[Any]):
 
 
 def Die(*, step: int = -1, epoch: int = -1, by: int = signal.SIGKILL, name: str = "die") -> list[Middleware[Any]]:
-    """A signal to this process after a training step, or at the first validation batch of an epoch (counted from 1)."""
+    """A hook that sends a signal to this process: after a training step, or at the second validation batch of an epoch (from 1)."""
     seen = {"val": 0}
 
     def wrap(train: Any) -> Any:
@@ -116,12 +116,12 @@ def cfg_file(folder: Path, *lines: str, hooks: str = "") -> str:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file by its path, and every folder."""
+    """{path: bytes} of every file, and {path: b"/"} of every folder."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"/" for p in sorted(folder.rglob("*"))}
 
 
 def rows_of(work_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what the clock says, in the order of their keys."""
+    """The rows of metrics.jsonl without times; the order of the keys stays."""
     lines = (work_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("wall_")} for line in lines]
 

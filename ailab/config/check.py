@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from ailab.binding import bind, has_forward
-from ailab.config.load import copied
+from ailab.config.load import copy_containers
 from ailab.config.schema import PHASES, Cfg, Compile, Criterion, Data, Dist, Loader, Model, Optimizer, Phase, Switch
 from ailab.errors import ConfigError
 from ailab.registry import COLLATES, DATASETS, HOOKS, LOSSES, MODELS, OPTIMIZERS, SAMPLERS, Registry
@@ -23,7 +23,7 @@ _SHARDS = {
 
 def complete(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a checked cfg with every default filled in and `hooks` as a dict by name, in their order."""
-    full = _filled(Cfg, copied(dict(cfg)))
+    full = _filled(Cfg, copy_containers(dict(cfg)))
     full["workflow"] = [_filled(Phase, p) for p in _workflow(full)]
     full["dist"] = _filled(Dist, full["dist"])
     full["data"] = _filled(Data, full["data"])

@@ -1,4 +1,4 @@
-"""The cfg file: executed once, changed by `a.b.c=value` overrides, and written down again without its secrets."""
+"""The cfg file: load it, apply overrides `a.b.c=value`, and take a snapshot without secrets."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ from ailab.signature import name_list
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The `cfg` that a Python file defines, with `overrides` applied.
+    """Execute a cfg file, and return its `cfg` with the overrides applied.
 
-    The file runs as a script would: its folder comes first on `sys.path`. It becomes a module under its own name, so that
-    worker processes can unpickle the classes in it.
+    The file runs like a script: its folder comes first on `sys.path`. It becomes a module under its own name, so that worker
+    processes can unpickle the classes in it.
+
+    Args:
+        path: of a Python file that defines a dict `cfg`.
+        overrides: see `override`.
 
     Raises:
-        ConfigError: when the file is missing, raises, or defines no dict `cfg`; or an override does not fit.
+        ConfigError: the file is missing, raises, or defines no dict `cfg`; or an override does not fit.
     """
     file = Path(path)
     if not file.is_file():
@@ -55,7 +59,9 @@ def _executed(file: Path) -> types.ModuleType:
     sys.modules[name] = module
     try:
         source = importlib.util.decode_source(resolved.read_bytes())
-        exec(compile(source, str(resolved), "exec"), module.__dict__)  # not the import system: its cache looks at seconds
+        exec(
+            compile(source, str(resolved), "exec"), module.__dict__
+        )  # not by import: its cache does not see a change within a second
     except Exception as e:
         del sys.modules[name]
         if before is not None:
@@ -65,14 +71,14 @@ def _executed(file: Path) -> types.ModuleType:
 
 
 def _module_name(file: Path) -> str:
-    """The file's own name, or a prefixed one where another module has that."""
+    """The name of the file, with a prefix if another module has that name."""
     holder = sys.modules.get(file.stem)
     ours = holder is None or str(getattr(holder, "__file__", None)) == str(file)
     return file.stem if ours and file.stem.isidentifier() else "ailab_cfg_" + re.sub(r"\W", "_", file.stem)
 
 
 def _failure(file: Path, resolved: Path, e: Exception) -> str:
-    """What went wrong and in which line of the cfg file, without a traceback."""
+    """The error and the line of the cfg file, without a traceback."""
     line = e.lineno if isinstance(e, SyntaxError) and e.filename == str(resolved) else None
     trace = e.__traceback__
     while trace is not None:
@@ -84,25 +90,25 @@ def _failure(file: Path, resolved: Path, e: Exception) -> str:
     return f"{where}: {said}" if isinstance(e, AilabError) else f"{where}: {type(e).__name__}: {said}"
 
 
-def copied(value: Any) -> Any:
-    """The same dicts, lists and tuples anew, around the same objects."""
+def copy_containers(value: Any) -> Any:
+    """A copy of nested dicts, lists and tuples. The objects in them are shared, not copied."""
     if isinstance(value, dict):
-        return {k: copied(v) for k, v in cast("dict[Any, Any]", value).items()}
+        return {k: copy_containers(v) for k, v in cast("dict[Any, Any]", value).items()}
     if type(value) in (list, tuple):
-        return type(value)(copied(v) for v in value)
+        return type(value)(copy_containers(v) for v in value)
     return value
 
 
 def override(cfg: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `cfg` after `"optimizer.lr=3e-4"`, `"workflow.0.iters=5"`, ... in their order.
+    """A copy of `cfg` with the overrides applied in order: `"optimizer.lr=3e-4"`, `"workflow.0.iters=5"`, ...
 
-    A value is a Python literal, or else a string. Only the last key may be new, below the cfg's own sections, which need not be
-    there (`dist.sync=graph`); and a new hook has to be a dict with a `type`.
+    A value is a Python literal, or else a string. Only the last key may be new. A section of the cfg that is missing, such as
+    `dist` in `dist.sync=graph`, is created. A new hook must be a dict with a `type`.
 
     Raises:
-        ConfigError: when one is malformed or leads nowhere.
+        ConfigError: an override is malformed, or its path does not exist.
     """
-    result = copied(dict(cfg))
+    result = copy_containers(dict(cfg))
     for item in overrides:
         path, equals, text = item.partition("=")
         keys = path.strip().split(".")
@@ -122,12 +128,12 @@ def _literal(text: str) -> Any:
         return text
 
 
-# What a cfg may leave out; an override of what is in them makes them.
+# Sections that a cfg may leave out. An override of a key in one of them creates it.
 _SECTIONS = {"cfg.dist", "cfg.compile", "cfg.hooks", *(f"cfg.data.{p}_dataloader" for p in ("train", "val", "test"))}
 
 
 def _replaced(node: Any, keys: Sequence[str], value: Any, path: str) -> Any:
-    """`node` with another value at the end of `keys`."""
+    """A copy of `node` with `value` at the path `keys`."""
     if not keys:
         return value
     key, rest = keys[0], keys[1:]
@@ -152,8 +158,8 @@ def _replaced(node: Any, keys: Sequence[str], value: Any, path: str) -> Any:
 
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _ALWAYS = re.compile(r"secrets?|passw.*|passphrases?|pwd|creds?|credentials?|cookies?|auth|authorization|bearer|apikeys?")
-_GUARDED = {"api", "access", "private", "auth", "license", "encryption", "signing", "ssh"}  # what makes even `keys` secret
-_HARMLESS = {  # what makes `..._key` a name and `..._token` a symbol
+_GUARDED = {"api", "access", "private", "auth", "license", "encryption", "signing", "ssh"}  # before `keys`, these make a secret
+_HARMLESS = {  # before `_key` or `_token`, these make no secret
     *("monitor", "metric", "output", "input", "target", "label", "image", "mask", "text", "loss", "sort", "group", "index"),
     *("state", "field", "dict", "cache", "primary", "foreign", "public", "pad", "cls", "unk", "bos", "eos", "sep", "class"),
     *("start", "end", "stop", "special"),
@@ -161,7 +167,7 @@ _HARMLESS = {  # what makes `..._key` a name and `..._token` a symbol
 
 
 def is_secret(key: str) -> bool:
-    """Whether the value under a key of this name is to be kept to oneself: `wandb_api_key` is, `monitor_key` is not."""
+    """Whether the name of a key means a secret: `wandb_api_key` does, `monitor_key` does not."""
     words = [w.lower() for w in _WORD.findall(key)]
     if any(_ALWAYS.fullmatch(w) for w in words):
         return True
@@ -172,14 +178,14 @@ def is_secret(key: str) -> bool:
 
 
 def snapshot(cfg: Any) -> Any:
-    """A copy of a cfg that JSON can hold and that others may read.
+    """A copy of a cfg for JSON, without secrets.
 
-    Objects become their qualified names, tensors and arrays their shape and dtype, non-finite floats strings. Secrets, by the
-    name of their key, in URLs too, become "***".
+    Objects become their qualified names. Tensors and arrays become their shape and dtype. Non-finite floats become strings. The
+    value of a key that names a secret becomes "***", also in the query of a URL; the user and password of a URL are removed.
     """
     if isinstance(cfg, Mapping):
         items = cast("Mapping[Any, Any]", cfg).items()
-        return {str(k): "***" if is_secret(str(k)) and _holds(v) else snapshot(v) for k, v in items}
+        return {str(k): "***" if is_secret(str(k)) and _may_be_secret(v) else snapshot(v) for k, v in items}
     if isinstance(cfg, (set, frozenset)):
         return sorted(map(snapshot, cast("set[Any]", cfg)), key=str)
     if isinstance(cfg, (list, tuple)):
@@ -189,13 +195,13 @@ def snapshot(cfg: Any) -> Any:
     return _scalar(cfg)
 
 
-def _holds(value: Any) -> bool:
-    """Whether a value can be a secret; a switch, a count in steps or nothing at all cannot."""
+def _may_be_secret(value: Any) -> bool:
+    """Whether a value can be a secret. A bool, a float, a function and an empty value cannot."""
     return not (value is None or isinstance(value, (bool, float)) or value == "" or callable(value))
 
 
 def _without_secrets(text: str) -> str:
-    """A string without the user and password of a URL and without the secrets of its query."""
+    """A string without the user, the password and the secret query parameters of a URL."""
     text = re.sub(r"([A-Za-z][\w+.-]*://)[^/\s?#]*@", r"\1", text)
     return re.sub(r"([?&;])([\w.-]+)=([^&;#\s]+)", lambda m: f"{m[1]}{m[2]}=***" if is_secret(m[2]) else m[0], text)
 

@@ -132,7 +132,7 @@ def eval_epoch(step: Step, names: Sequence[str], interrupted: Callable[[], bool]
         for i, batch in enumerate(batches, 1):
             working, _ = step(working, batch)
             flag = interrupted() or flag
-            if (dist.world_size() == 1 or i % _AGREE_EVERY == 0) and dist.agree(flag, state.step.device):
+            if (dist.world_size() == 1 or i % _AGREE_EVERY == 0) and dist.any_rank(flag, state.step.device):
                 raise Interrupted(state)
         return state, Logs(tuple(names), dist.all_reduce(working.slots[TOTALS]))
 

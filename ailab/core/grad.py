@@ -243,12 +243,12 @@ def ddp_grad(
     """
     mine = {n: p for n, p in state.params.items() if trainable is None or n in trainable}
     owner, local = _Owner(through or loss, mine, numbers, compress), local_grad(loss, mine, nominal)
-    with dist.peers("the comparison of the models of all ranks"):
+    with dist.as_peer_error("the comparison of the models of all ranks"):
         wrapped = DistributedDataParallel(owner, gradient_as_bucket_view=gradient_as_bucket_view, **ddp)
     own: list[Tensor] = list(owner.own)
 
     def send(buffer: Tensor) -> Any:
-        return dist.begin_sum_of_bucket(buffer, None if buffer.dtype == owner.message.dtype else compress)
+        return dist.begin_all_reduce_bucket(buffer, None if buffer.dtype == owner.message.dtype else compress)
 
     wrapped.register_comm_hook(None, lambda _, bucket: send(bucket.buffer()))  # DDP refuses annotations that are strings
 
@@ -262,7 +262,7 @@ def ddp_grad(
         grads = _scaled(grads, last)
         with torch.enable_grad(), tensors_held():
             total, aux, control = wrapped(fixed, state.buffers if before is None else before.buffers, last, before)
-            buffers = dist.begin_from_first(aux.buffers)
+            buffers = dist.begin_broadcast_tensors(aux.buffers)
             owner.expect(grads)
             torch.autograd.backward((total, control), (_cotangent(total, aux, last, nominal), torch.ones_like(control)))
         found, sums = owner.found()
@@ -295,14 +295,14 @@ def graph_grad(
 
     def many(state: TrainState, parts: Sequence[Batch]) -> tuple[Params, Aux, list[dict[str, Any]]]:
         grads, aux, outputs = accumulated(local, state, parts, divided=False)
-        buffers, buckets = dist.begin_from_first(aux.buffers), _bucketed(grads, bucket_cap_mb)
+        buffers, buckets = dist.begin_broadcast_tensors(aux.buffers), _bucketed(grads, bucket_cap_mb)
         flat = [torch.cat([grads[n].reshape(-1) for n in names]) for names in buckets]
         mine = control_message(aux, parts[-1], _message_dtype([part.dtype for part in flat], compress))
         if compress is not None:
             flat = [part.to(compress) for part in flat]
         carrier = next((i for i, part in enumerate(flat) if part.dtype == mine.dtype), len(flat))
         flat[carrier : carrier + 1] = [torch.cat([*flat[carrier : carrier + 1], mine])]  # behind a bucket, or one of its own
-        begun = [dist.begin_sum(part, fresh=True) for part in flat]
+        begun = [dist.begin_all_reduce(part, in_place=True) for part in flat]
         sums = [result() for result in begun]
         aux = reduced(aux, parts[-1], sums[carrier][-mine.numel() :], buffers())
         summed: Params = {}

@@ -1,4 +1,4 @@
-"""What every rank must have alike, as short texts by name: the cfg, the code and the data."""
+"""The fingerprint of a rank: short texts about the cfg, the code and the data. It must be the same on every rank."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch import Tensor
 import ailab
 from ailab import tree
 
-_SHOWN = 60  # characters of a value that a message may quote; a longer one is a hash
+_SHOWN = 60  # characters: a longer value is hashed, so that a message can quote it
 
 
 def of_cfg(cfg: Mapping[str, Any]) -> dict[str, str]:
-    """Each value of a cfg by its path, and the versions of what runs it."""
+    """The fingerprint of a cfg: {path: value} for each value, and the versions of torch, Python and ailab's source."""
     versions = {"torch": str(torch.__version__), "python": platform.python_version()}
     return {**versions, "source of ailab": _package(), **dict(_values(cfg, "cfg"))}
 
@@ -29,9 +29,16 @@ def of_cfg(cfg: Mapping[str, Any]) -> dict[str, str]:
 def of_parts(
     parts: Mapping[str, Any], datasets: Mapping[str, Any], params: Mapping[str, Tensor], sample: Any
 ) -> dict[str, str]:
-    """The source files of some components by name, the size of each dataset, the shapes of the model, and a few samples.
+    """The fingerprint of what was built: source files, dataset sizes, parameter shapes and dtypes, the first samples.
 
-    Numbers that are no integers may differ in their last digits from machine to machine, so of those only mean and spread count.
+    Floating point values may differ in the last digits between machines. So only their mean and standard deviation count,
+    to three digits.
+
+    Args:
+        parts: components by name; the file that defines the class of each is hashed.
+        datasets: by name; the length of each counts.
+        params: the parameters of the model by name.
+        sample: a tree with the first samples.
     """
     found = {f"source of {name}": text for name, part in parts.items() if (text := _source(type(part)))}
     found |= {name: f"{len(data)} samples" for name, data in datasets.items() if hasattr(data, "__len__")}
@@ -73,7 +80,7 @@ def _content(value: Any) -> Any:
 
 
 def _source(cls: Callable[..., Any]) -> str:
-    """The name of a class and a hash of the file that defines it; "" for one of a library, which has a version."""
+    """The name of a class and a hash of the file that defines it; "" for a class of an installed library."""
     try:
         file = inspect.getsourcefile(cls)
     except TypeError:

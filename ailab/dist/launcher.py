@@ -1,4 +1,4 @@
-"""Who started this process: torchrun's variables, or SLURM's turned into them."""
+"""The launcher's environment variables: those of torchrun, or those of SLURM translated into them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from urllib.parse import urlsplit
 
 from ailab.errors import ConfigError
 
-_FIRST_PORT, _PORTS = 12000, 20000  # of a job's store: below the range that systems hand out by themselves
+_FIRST_PORT, _PORTS = 12000, 20000  # of the store of a SLURM job; below the ports that a system gives out by itself
 
 
-def adopt(environ: MutableMapping[str, str]) -> None:
-    """Complete `environ` with torchrun's variables where a job of SLURM runs without torchrun."""
+def set_torchrun_variables(environ: MutableMapping[str, str]) -> None:
+    """Add torchrun's variables to `environ` if `srun` started this process; see `from_slurm`."""
     environ.update(from_slurm(environ))
 
 
 def from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task that `srun` started.
 
-    Empty where torchrun's own are there, or there is no such task, or it is the only one. What is set already stays: a
-    MASTER_PORT of one's own, say. With GPUs bound to tasks (`--gpus-per-task`) a task sees its own as device 0.
+    The result is empty if torchrun's variables are there, or if SLURM started no task or only one. A variable that is already
+    set (a MASTER_PORT, for example) is left out. With `--gpus-per-task` each task sees one GPU, as device 0.
     """
     world = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "1")
     if "RANK" in environ or "WORLD_SIZE" in environ or "SLURM_PROCID" not in environ or int(world) < 2:
@@ -41,14 +41,14 @@ def from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first of a list of hosts as SLURM writes it: "gpu[003-006,9],login" is gpu003 and others."""
+    """The first host of a list in SLURM's short form: "gpu003" for "gpu[003-006,9],login"."""
     found = re.match(r"([^\[,]*)(?:\[([^\],-]*)[^\]]*\])?([^,]*)", nodes.strip())
     assert found is not None  # it matches the empty string
     return "".join(part or "" for part in found.groups())
 
 
 def _tasks_here(environ: Mapping[str, str]) -> int:
-    """Tasks on this node: "4(x2),3" is 4, 4 and 3 on three nodes; at least as many as this task's local number says."""
+    """The number of tasks on this node, at least local number + 1. SLURM writes "4(x2),3" for 4, 4 and 3 on three nodes."""
     text = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "")
     counts: list[int] = []
     for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
@@ -57,11 +57,11 @@ def _tasks_here(environ: Mapping[str, str]) -> int:
     return max(counts[node] if node < len(counts) else 1, local + 1)
 
 
-def address(init_method: str, environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """Host and port of the store of a launch; None for a store of another kind, a file say.
+def store_address(init_method: str, environ: Mapping[str, str]) -> tuple[str, int] | None:
+    """The host and port of the launcher's store; None for another kind of store, such as a file.
 
     Raises:
-        ConfigError: when a part of it is missing.
+        ConfigError: the host or the port is missing.
     """
     if init_method != "env://" and not init_method.startswith("tcp://"):
         return None
@@ -74,16 +74,16 @@ def address(init_method: str, environ: Mapping[str, str]) -> tuple[str, int] | N
     except (KeyError, ValueError, AssertionError) as e:
         raise ConfigError(
             f"cfg.dist.init_method is {init_method!r}, from which no host and port can be read.\n"
-            "  'env://' reads MASTER_ADDR and MASTER_PORT; else give 'tcp://host:port' of rank 0."
+            "  Set MASTER_ADDR and MASTER_PORT for 'env://', or give 'tcp://host:port' of rank 0."
         ) from e
 
 
-def occupied(port: int) -> str:
-    """A sentence, if a port of this machine cannot be opened."""
+def port_problem(port: int) -> str:
+    """A sentence that says why a TCP port of this machine cannot be opened; "" if it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as e:
-            return f"port {port} cannot be opened here ({e.strerror}); another program may use it: choose another port."
+            return f"port {port} cannot be opened here ({e.strerror}); another program may use it. Choose another port."
     return ""

@@ -114,7 +114,9 @@ def _alike(parts: Parts) -> Parts:
     """The parts on each of several ranks: rank 0's first values, and losses that know a batch of padding only."""
     if dist.world_size() == 1:
         return parts
-    state = parts.state.replace(params=dist.from_first(parts.state.params), buffers=dist.from_first(parts.state.buffers))
+    state = parts.state.replace(
+        params=dist.broadcast_tensors(parts.state.params), buffers=dist.broadcast_tensors(parts.state.buffers)
+    )
     losses = {phase: loss if parts.pad.get(phase) else unless_empty(loss) for phase, loss in parts.losses.items()}
     return replace(parts, state=state, losses=losses)
 
@@ -278,7 +280,9 @@ class _Blame:
         """`run`, explained."""
 
         def explained(state: TrainState) -> TrainState:
-            with dist.blamed(lambda: f"step {self.at + 1}" if self.phase == "train" else f"{self.phase} after step {self.at}"):
+            with dist.peer_error_at(
+                lambda: f"step {self.at + 1}" if self.phase == "train" else f"{self.phase} after step {self.at}"
+            ):
                 return run(state)
 
         return explained

@@ -1,1 +1,1 @@
-"""Everything that a run writes, and how it is read again."""
+"""The files that a run writes, and how they are read: lock, logs, checkpoints, bad samples."""

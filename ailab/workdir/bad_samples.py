@@ -1,4 +1,4 @@
-"""`bad_samples.jsonl`: a JSON object for each bad sample, once, whichever rank or earlier run of the work_dir found it."""
+"""`bad_samples.jsonl`: one JSON object per bad sample. Each sample is written once, by any rank or run of the work_dir."""
 
 from __future__ import annotations
 
@@ -12,23 +12,30 @@ from ailab.datasets.files.bad_file import Bad
 from ailab.workdir import durable
 
 BAD_SAMPLES = "bad_samples.jsonl"  # in the work_dir
-_MOST = 1000  # lines of one kind
+_MAX_LINES = 1000  # of one kind
 
 
 class BadSampleLog:
-    """Appends bad samples to a file that several processes write; made when the first one comes.
+    """Appends bad samples to a file that several processes share. The file is created with the first line.
 
-    A lock on the file keeps its lines whole and apart. What others wrote is read before each line, so that none is there twice.
+    A file lock keeps the lines of different processes apart. The lines of other processes are read before a line is written,
+    so that no sample is there twice.
     """
 
     def __init__(self, path: Path):
         self._path = path
         self._known: set[tuple[str, int]] = set()
         self._count: dict[str, int] = {}
-        self._read = 0  # bytes of the file that were looked at
+        self._read = 0  # bytes of the file that have been read
 
     def __call__(self, split: str, bad: Bad, kept: bool) -> bool:
-        """Write one down; whether it was news. A disk that is full costs the line and not the run."""
+        """Append one bad sample, and return whether it is new. An OSError, such as a full disk, is ignored.
+
+        Args:
+            split: the data set, such as "train".
+            bad: what is wrong with the sample.
+            kept: whether the sample is used all the same.
+        """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -36,21 +43,21 @@ class BadSampleLog:
             return True
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX)
-            self._catch_up(fd)
+            self._read_new_lines(fd)
             if (split, bad.sample) in self._known:
                 return False
-            if self._count.get(bad.kind, 0) < _MOST:
+            if self._count.get(bad.kind, 0) < _MAX_LINES:
                 record = {"split": split, "sample": bad.sample, "path": bad.path, "kind": bad.kind, "error": bad.message}
                 os.write(fd, (durable.to_json({**record, "kept": kept}) + "\n").encode("ascii"))
-                self._catch_up(fd)
+                self._read_new_lines(fd)
             return True
         except OSError:
             return True
         finally:
-            os.close(fd)  # and gives the lock back
+            os.close(fd)  # releases the lock too
 
-    def _catch_up(self, fd: int) -> None:
-        """Read what was added since the last look; a torn last line, of a process that was killed, is ended here."""
+    def _read_new_lines(self, fd: int) -> None:
+        """Read the lines that were added since the last call. A killed process may have left half a line: it is ended here."""
         size = os.fstat(fd).st_size
         if size and os.pread(fd, 1, size - 1) != b"\n":
             size += os.write(fd, b"\n")

@@ -1,4 +1,4 @@
-"""Trees <-> files: a `TrainState` and what goes with it, as plain dicts of CPU tensors that any torch can read.
+"""Save and load checkpoints: a `TrainState`, and more, as plain dicts of CPU tensors that torch alone can read.
 
 torch.load(path / "state.pt", weights_only=True)["model_state"]
 """
@@ -22,7 +22,7 @@ from ailab.errors import AilabError, CheckpointError, ConfigError, NonFiniteErro
 from ailab.types import TrainState
 from ailab.workdir import commit
 from ailab.workdir.commit import Keep, newest, retain
-from ailab.workdir.manifest import Checkpoint, read
+from ailab.workdir.manifest import Checkpoint, read_checkpoint
 
 __all__ = [
     "Checkpoint",
@@ -36,14 +36,15 @@ __all__ = [
     "save",
     "to_plain",
 ]
-_PLAIN = (bool, int, float, str, type(None))  # by exact type: a numpy float is a float that weights_only refuses
+_PLAIN = (bool, int, float, str, type(None))  # exact types: a numpy float is a float, but weights_only refuses it
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and DataParallel, and of torch.compile
 
 
 def to_plain(state: TrainState) -> dict[str, Any]:
-    """The state as nested dicts, lists and tuples that share its tensors.
+    """The state as nested dicts, lists and tuples. The tensors are shared, not copied.
 
-    Raises `CheckpointError` for a leaf that is neither a tensor nor a bool, int, float, str or None.
+    Raises:
+        CheckpointError: a leaf is neither a tensor nor a bool, int, float, str or None.
     """
     return _plain(state, lambda tensor: tensor)
 
@@ -57,20 +58,32 @@ def save(
     fingerprint: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write `content`, which has at least the entry `state` of `to_plain`, and return the folder once it is durable.
+    """Write a checkpoint, and return its folder once it is durable, that is, safe from a power failure.
 
-    `step` and `epoch` count what has been completed. The same content gives the same bytes. A tensor that other entries share
-    with `state` is stored once. If the step is there already, valid and not of an earlier epoch (a run that was stopped between
-    the training and the evaluation of an epoch saves its last step twice), it is kept. Raises `NonFiniteError` naming the first
-    tensor with a NaN or an infinity (in buffers: with a NaN; a mask may hold -inf), and `CheckpointError` when it cannot be
-    written; then older checkpoints are untouched.
+    The same content gives the same bytes. A tensor that other entries share with `state` is stored once. A valid checkpoint of
+    the same step and of the same or a later epoch is kept, and nothing is written. (A run that is stopped between the training
+    and the evaluation of an epoch saves its last step twice: then the epoch is higher the second time.)
+
+    Args:
+        directory: the folder of all checkpoints; made if it is missing.
+        content: plain values and tensors by name. It must have the entry `state`, from `to_plain`.
+        step: training steps completed.
+        epoch: epochs completed.
+        fingerprint: what the run is, for the manifest.
+        metrics: results, for the manifest. `retain` reads them.
+
+    Raises:
+        NonFiniteError: a parameter or a tensor of the optimizer has a NaN or an infinity, or a buffer has a NaN. (A mask may
+            hold -inf.) The first such tensor is named.
+        CheckpointError: the content has a leaf that cannot be saved, or the files cannot be written. Older checkpoints are
+            untouched.
     """
     try:
-        if (path := commit.committed(directory, step, epoch)) is not None:
+        if (path := commit.find_committed(directory, step, epoch)) is not None:
             return path
         _refuse_non_finite(content["state"])
         stored = _stored({**content, "epoch": epoch, "step": step})
-        buffer = io.BytesIO()  # torch.save names the inner folder after a path, and hides what a full disk said
+        buffer = io.BytesIO()  # torch.save names the inner folder after a path, and hides the error of a full disk
         torch.save(stored, buffer)
         head = {"step": step, "epoch": epoch, "tree": _described(stored["state"]), "torch": torch.__version__}
         head |= {"fingerprint": fingerprint or {}, "metrics": metrics or {}}
@@ -82,23 +95,36 @@ def save(
 
 
 def load(path: Path) -> tuple[dict[str, Any], Checkpoint]:
-    """The content of a checkpoint, on the CPU, verified. Never executes what it reads; raises `CheckpointError`."""
-    checkpoint, data = read(Path(path))
+    """Read and verify a checkpoint: its content, with tensors on the CPU, and its manifest. Nothing in the file is executed.
+
+    Args:
+        path: the folder of one checkpoint.
+
+    Raises:
+        DamagedError: the files are not as they were saved.
+        CheckpointError: the files cannot be read, are refused, or have a newer format.
+    """
+    checkpoint, data = read_checkpoint(Path(path))
     try:
         _check_archive(data)
         content = _plain(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), _dense)
         described = _described(content["state"])
-    except Exception as error:  # whatever foreign bytes provoke; there is no second, less safe attempt
-        raise CheckpointError(f"{path}: its state is refused: {type(error).__name__}.") from error
+    except Exception as error:  # unknown bytes may raise anything; there is no second, less safe attempt
+        raise CheckpointError(f"{path}: its state is refused ({type(error).__name__}). Use an older checkpoint.") from error
     if described != checkpoint.manifest["tree"]:
-        raise CheckpointError(f"{path}: its state is not the one that its manifest describes.")
+        raise CheckpointError(f"{path}: its state is not the one that its manifest describes. Use an older checkpoint.")
     return content, checkpoint
 
 
 def restore(like: TrainState, saved: Any) -> TrainState:
-    """A new state with the values of `saved`, the entry `state` of a content, and the devices and memory layouts of `like`.
+    """A new state with the values of `saved`. Nothing is cast or broadcast.
 
-    Nothing is cast or broadcast: raises `CheckpointError` with the first 5 paths where path, shape, dtype or type differ.
+    Args:
+        like: a state of this run. It gives the devices and memory layouts.
+        saved: the entry `state` of what `load` returns.
+
+    Raises:
+        CheckpointError: a path, shape, dtype or type differs. The first 5 paths are named.
     """
     wanted, found = dict(tree.items(to_plain(like))), dict(tree.items(saved))
     paths = [path for path in {**wanted, **found} if _spec(wanted, path) != _spec(found, path)]
@@ -113,21 +139,31 @@ def restore(like: TrainState, saved: Any) -> TrainState:
 
 
 def remove_module_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A new state_dict without the leading "module." and "_orig_mod." that wrappers put before a model's own names.
+    """A new state_dict without the prefixes of wrappers: "module." (DistributedDataParallel) and "_orig_mod." (torch.compile).
 
-    After "module.", a "model." that every name has goes too: the files of the first ailab have it. Raises `ConfigError` where
-    two names become one.
+    If every name has "model." after "module.", that goes too: files of the first ailab have it.
+
+    Raises:
+        ConfigError: two names become the same.
     """
     short = {name: _unwrapped(name) for name in state_dict}
     if all(new.startswith("model.") and "module." in name.removesuffix(new) for name, new in short.items()):
         short = {name: _unwrapped(new.removeprefix("model.")) for name, new in short.items()}
     if len(set(short.values())) < len(short):
-        raise ConfigError("remove_module_prefix: two names differ in nothing but the prefix of a wrapper.")
+        raise ConfigError("remove_module_prefix: two names differ only in the prefix of a wrapper. Remove one of them.")
     return {short[name]: value for name, value in state_dict.items()}
 
 
 def get_target_module_state(state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The entries of the sub-module `name` (dotted), under its own names; raises `ConfigError` if there are none."""
+    """The entries of one sub-module of a state_dict, with names as that module has them.
+
+    Args:
+        state_dict: of the whole module.
+        name: the dotted name of the sub-module.
+
+    Raises:
+        ConfigError: the state_dict has no entry of that sub-module.
+    """
     prefix = name + "."
     found = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     if not found:
@@ -143,7 +179,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _plain(node: Any, leaf: Callable[[Tensor], Tensor], path: str = "") -> Any:
-    """Any tree as fresh dicts, lists and tuples with interned strings, so that what is pickled depends on values alone."""
+    """A tree as new dicts, lists and tuples. Strings are interned, so that the pickled bytes depend on the values alone."""
     if isinstance(node, Tensor):
         return leaf(node)
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
@@ -160,7 +196,7 @@ def _plain(node: Any, leaf: Callable[[Tensor], Tensor], path: str = "") -> Any:
 
 
 def _stored(content: dict[str, Any]) -> dict[str, Any]:
-    """The content with compact CPU tensors: each leaf of `state` has its own memory, other entries share it where they did."""
+    """The content with compact CPU tensors. Each leaf of `state` gets its own memory; other entries still share it."""
     taken: set[int] = set()
     copies: dict[Any, Tensor] = {}
 
@@ -168,7 +204,7 @@ def _stored(content: dict[str, Any]) -> dict[str, Any]:
         storage = tensor.untyped_storage().data_ptr()
         copy = _compact(tensor, fresh=storage in taken)
         taken.add(storage)
-        copies.setdefault(_view(tensor), copy)  # the first: a parameter comes before a slot that started as its alias
+        copies.setdefault(_view(tensor), copy)  # the first one: a parameter comes before a slot that is its alias at the start
         return copy
 
     def shared(tensor: Tensor) -> Tensor:
@@ -184,7 +220,7 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _compact(tensor: Tensor, *, fresh: bool) -> Tensor:
-    """On the CPU, contiguous, and all of its storage: a view would take the whole storage along."""
+    """A contiguous CPU tensor that has its storage to itself: of a view torch.save would write the whole storage."""
     flat = tensor.detach().to("cpu").reshape(-1)
     if fresh or flat.untyped_storage().nbytes() != flat.nbytes:
         flat = flat.clone()
@@ -215,7 +251,7 @@ def _spec(leaves: Mapping[str, Any], path: str) -> str:
 
 
 def _refuse_non_finite(state: Mapping[str, Any]) -> None:
-    """Sum every leaf, in one device read, and look closer where a sum is not finite: an overflow or a mask does that too."""
+    """Sum every leaf, with one device read in all. Check each element only where a sum is not finite: it may have overflowed."""
     entries = {name: state[name] for name in ("params", "opt_state", "buffers")}
     leaves = [
         (p, t.detach()) for p, t in tree.items(entries) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
@@ -226,11 +262,11 @@ def _refuse_non_finite(state: Mapping[str, Any]) -> None:
         if math.isfinite(total):
             continue
         if (tensor.isnan() if path.startswith("buffers.") else ~tensor.isfinite()).any():
-            raise NonFiniteError(f"{path} has a NaN or infinite value. Nothing was saved; older checkpoints are untouched.")
+            raise NonFiniteError(f"{path} has a NaN or infinite value. Nothing was saved. Older checkpoints are untouched.")
 
 
 def _check_archive(data: bytes) -> None:
-    """Only what torch.save writes: a zip of stored entries, no name twice, no more bytes than the file has."""
+    """Refuse a zip that torch.save does not write: compressed entries, a name twice, more bytes than the file has."""
     entries = zipfile.ZipFile(io.BytesIO(data)).infolist()
     names = {entry.filename for entry in entries}
     plain = all(e.compress_type == zipfile.ZIP_STORED and e.compress_size == e.file_size for e in entries)

@@ -1,7 +1,7 @@
-"""Checkpoint folders, atomically: one is there whole or not at all, and a newer one never costs an older one.
+"""Checkpoint folders: atomic commit, search for the newest, retention.
 
-There is no pointer to the latest. The newest is the highest step that verifies, so a kill, a full disk or a flipped bit costs
-at most the checkpoint that it hit.
+A checkpoint is there whole or not at all. There is no pointer to the latest one: the newest is the highest step whose checksums
+are right. So a kill, a full disk or a flipped bit costs at most one checkpoint.
 """
 
 from __future__ import annotations
@@ -19,15 +19,36 @@ from typing import Any, Literal
 
 from ailab.errors import CheckpointError, ConfigError
 from ailab.workdir import durable
-from ailab.workdir.manifest import MANIFEST, STATE, Checkpoint, DamagedError, explained, glance, opened, read, seal, sha256
+from ailab.workdir.manifest import (
+    MANIFEST,
+    STATE,
+    Checkpoint,
+    DamagedError,
+    as_checkpoint_error,
+    encode_manifest,
+    open_folder,
+    read_checkpoint,
+    read_manifest,
+    sha256,
+)
 
 _STEP = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
-_LEFTOVER = re.compile(r"\.(tmp|del)-[0-9]{8,}-[0-9]+")  # of a commit or a retention that was killed
+_LEFTOVER = re.compile(r"\.(tmp|del)-[0-9]{8,}-[0-9]+")  # of a killed commit or retention
 
 
 @dataclass(frozen=True)
 class Keep:
-    """What retention spares: the newest `last` checkpoints and the `best` ones by `metric`. Raises `ConfigError`."""
+    """The retention policy: which checkpoints are kept.
+
+    Args:
+        last: how many of the newest ones; at least 2.
+        best: how many of the best ones by `metric`.
+        metric: the name of a metric in the manifests; needed if `best` is not 0.
+        mode: whether "max" or "min" is best.
+
+    Raises:
+        ConfigError: a value is out of range, or `metric` is missing.
+    """
 
     last: int = 2
     best: int = 0
@@ -36,86 +57,114 @@ class Keep:
 
     def __post_init__(self) -> None:
         if self.last < 2:
-            raise ConfigError(f"keep.last is {self.last}; the least is 2, so that a damaged newest checkpoint has an heir.")
+            raise ConfigError(
+                f"keep.last is {self.last}. Use at least 2: if the newest checkpoint is damaged, the one before it is needed."
+            )
         if self.best < 0 or (self.best and not self.metric) or self.mode not in ("max", "min"):
-            raise ConfigError(f"keep.best is {self.best}; it takes a 'metric' by name, and a 'mode' of 'max' or 'min'.")
+            raise ConfigError(
+                f"keep.best is {self.best}. It must be at least 0; give the name of a 'metric', and 'max' or 'min' as 'mode'."
+            )
 
 
 def step_path(directory: Path, step: int) -> Path:
-    """The folder of a step."""
+    """The folder of the checkpoint of a step."""
     return directory / f"step_{step:08d}"
 
 
-def committed(directory: Path, step: int, epoch: int) -> Path | None:
-    """The folder of this step if it is there, valid and not of an earlier epoch; an invalid one is moved aside."""
+def find_committed(directory: Path, step: int, epoch: int) -> Path | None:
+    """The folder of this step, if it holds a valid checkpoint of this or a later epoch. A damaged one is quarantined."""
     path = step_path(directory, step)
     if not os.path.lexists(path):
         return None
     try:
-        return path if _in_place(read(path)[0]).epoch >= epoch else None
+        return path if _in_place(read_checkpoint(path)[0]).epoch >= epoch else None
     except DamagedError:
-        set_aside(path)
+        quarantine(path)
         return None
 
 
 def commit(directory: Path, head: Mapping[str, Any], payload: memoryview) -> Path:
-    """Write one checkpoint of `payload`; `head` is its manifest without what is known here.
+    """Write one checkpoint in one atomic step, and return its folder. Older checkpoints are not touched.
 
-    The order is the promise: the files, their folder, the rename, the parent, each durable before the next; then what is on the
-    disk is compared with `payload`. Raises OSError or `DamagedError`. Older checkpoints are not touched.
+    The order matters: the files are synced, then their folder; then the folder is renamed, and the parent is synced. Last, the
+    files are read back and compared with what was written.
+
+    Args:
+        directory: the folder of all checkpoints.
+        head: the manifest, without format and files.
+        payload: the bytes of the state file.
+
+    Raises:
+        OSError: a file cannot be written, synced or renamed.
+        DamagedError: the files on the disk are not what was written.
     """
     final, partial = step_path(directory, head["step"]), directory / f".tmp-{head['step']:08d}-{os.getpid()}"
-    grave = _grave(directory, head["step"])
+    trash = _trash_path(directory, head["step"])
     if not directory.is_dir():
         directory.mkdir(parents=True)
         durable.sync_directory(directory.parent)
     try:
-        _remove(partial)  # a killed process may have had this pid: in a container it is always the same
+        _remove(partial)  # left by a killed process of the same pid: in a container the pid is always the same
         partial.mkdir()
-        with ThreadPoolExecutor(1) as beside:  # sha256 lets go of the GIL, so it costs nothing while the disk is busy
-            digest = beside.submit(sha256, payload)
+        with ThreadPoolExecutor(1) as hashing:  # sha256 releases the GIL: it runs while the disk is busy
+            digest = hashing.submit(sha256, payload)
             durable.write(partial / STATE, payload)
-        manifest = seal(head, len(payload), digest.result())
+        manifest = encode_manifest(head, len(payload), digest.result())
         durable.write(partial / MANIFEST, manifest)
         durable.sync_directory(partial)
-        if os.path.lexists(final):  # of the same step, before its epoch was complete
-            os.rename(final, grave)
+        if os.path.lexists(final):  # a checkpoint of the same step and an earlier epoch
+            os.rename(final, trash)
         os.replace(partial, final)
     finally:
         with contextlib.suppress(OSError, RuntimeError):
             _remove(partial)
     durable.sync_directory(directory)
-    if not (durable.holds(final / STATE, payload) and durable.holds(final / MANIFEST, manifest)):
-        raise DamagedError(f"{set_aside(final)} did not read back as it was written.")
-    _remove(grave)
+    if not (durable.has_content(final / STATE, payload) and durable.has_content(final / MANIFEST, manifest)):
+        raise DamagedError(f"{quarantine(final)} did not read back as it was written. Check the disk.")
+    _remove(trash)
     return final
 
 
 def newest(directory: Path, *, sweep: bool = True, say: Callable[[str], None] = print) -> Checkpoint | None:
-    """The valid checkpoint of the highest step, or None where none was ever committed.
+    """The valid checkpoint of the highest step, or None if none was ever committed.
 
-    Damaged ones are named through `say` and, with `sweep`, renamed to `.bad-*`; leftovers of killed processes are removed. Only
-    the holder of the work_dir's lock may sweep. Raises `CheckpointError` where there are checkpoints and none is valid: a run
-    never starts anew in silence.
+    Args:
+        directory: the folder of all checkpoints; it may be missing.
+        sweep: rename damaged checkpoints to `.bad-*`, and remove what killed processes left. Only the process that holds the
+            lock of the work_dir may do that.
+        say: called with one line for each damaged checkpoint.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is valid, so that a run never starts from zero without notice. Or one
+            cannot be read, or has a newer format.
     """
-    with explained(str(directory)):
+    with as_checkpoint_error(str(directory)):
         if sweep:
             _sweep(directory)
         steps = _steps(directory)
         for path in steps:
             try:
-                return _in_place(read(path)[0])
+                return _in_place(read_checkpoint(path)[0])
             except DamagedError as error:
-                say(f"damaged checkpoint skipped: {error}" + (f" It is now {set_aside(path).name}." if sweep else ""))
+                say(f"damaged checkpoint skipped: {error}" + (f" It is now {quarantine(path).name}." if sweep else ""))
         if steps or any(name.startswith(".bad-") for name in _names(directory)):
-            raise CheckpointError(f"{directory}: none of the checkpoints is valid. To start anew, use another work_dir.")
+            raise CheckpointError(f"{directory}: none of the checkpoints is valid. To start from zero, use another work_dir.")
     return None
 
 
 def retain(directory: Path, keep: Keep, protect: Iterable[Path] = ()) -> list[Path]:
-    """Delete all but what `keep` and `protect` spare, oldest first, and return the paths that are gone. Call it after a commit.
+    """Delete the checkpoints that neither `keep` nor `protect` keeps, oldest first, and return their paths.
 
-    Steps and metrics come from the manifests; a non-finite metric is never best. Damaged folders neither count nor go.
+    Call it after a commit. Steps and metrics come from the manifests. A non-finite metric is never best. Damaged checkpoints do
+    not count and are not deleted.
+
+    Args:
+        directory: the folder of all checkpoints.
+        keep: the retention policy.
+        protect: folders that are kept in any case.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be deleted.
     """
     held = list(_plausible(directory))
     scored = [(score, c.step, c.path) for c in held if type(score := c.manifest["metrics"].get(keep.metric)) in (int, float)]
@@ -123,23 +172,23 @@ def retain(directory: Path, keep: Keep, protect: Iterable[Path] = ()) -> list[Pa
     spared = {c.path.resolve() for c in held[: keep.last]} | {path.resolve() for _, _, path in scored[: keep.best]}
     spared |= {Path(path).resolve() for path in protect}
     doomed = [c for c in reversed(held) if c.path.resolve() not in spared]
-    with explained(f"{directory}: an old checkpoint cannot be removed"):
+    with as_checkpoint_error(f"{directory}: an old checkpoint cannot be removed"):
         for checkpoint in doomed:
-            grave = _grave(directory, checkpoint.step)
-            os.rename(checkpoint.path, grave)  # out of sight first: a kill must not leave half a checkpoint
-            shutil.rmtree(grave)
+            trash = _trash_path(directory, checkpoint.step)
+            os.rename(checkpoint.path, trash)  # rename first: a kill must not leave half a checkpoint under its name
+            shutil.rmtree(trash)
     return [c.path for c in doomed]
 
 
-def _grave(directory: Path, step: int) -> Path:
-    """A free name for a folder that is about to be deleted."""
-    grave = directory / f".del-{step:08d}-{os.getpid()}"
-    _remove(grave)
-    return grave
+def _trash_path(directory: Path, step: int) -> Path:
+    """An unused path to which a folder is renamed before it is deleted."""
+    trash = directory / f".del-{step:08d}-{os.getpid()}"
+    _remove(trash)
+    return trash
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged folder to the first free `.bad-*` name beside it."""
+def quarantine(path: Path) -> Path:
+    """Rename a damaged checkpoint to the first unused `.bad-*` name, and return that path. Nothing is deleted."""
     names = (path.with_name(f".bad-{path.name}-{n}") for n in itertools.count())
     target = next(name for name in names if not os.path.lexists(name))
     os.rename(path, target)
@@ -163,10 +212,10 @@ def _steps(directory: Path) -> list[Path]:
 
 
 def _plausible(directory: Path) -> Iterator[Checkpoint]:
-    """The checkpoints that look valid without their states being read, highest step first."""
+    """The checkpoints whose manifests are valid, highest step first. Their states are not read."""
     for path in _steps(directory):
-        with contextlib.suppress(DamagedError), opened(path) as folder:
-            yield _in_place(glance(path, folder))
+        with contextlib.suppress(DamagedError), open_folder(path) as folder:
+            yield _in_place(read_manifest(path, folder))
 
 
 def _sweep(directory: Path) -> None:
@@ -176,6 +225,6 @@ def _sweep(directory: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a folder of ours if it is there; a symlink or a file of that name is not ours."""
+    """Delete a folder if it is there. A symlink or a file of that name stays: ailab does not make such."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Files that survive: written, synced and read back; JSON that no string can break."""
+"""Durable files: write, sync and compare; strict JSON in one line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from typing import Any, cast
 
 
 def to_json(value: Any) -> str:
-    """One line of ASCII JSON; control characters are escaped, and non-finite numbers become "nan", "inf" and "-inf".
+    """A value as one line of ASCII JSON.
 
-    Raises TypeError for what JSON cannot hold, a tensor for one.
+    Control characters are escaped. Non-finite numbers become the strings "nan", "inf" and "-inf".
+
+    Raises:
+        TypeError: the value has something that JSON cannot hold, such as a tensor.
     """
     return json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
 
@@ -28,7 +31,11 @@ def _finite(node: Any) -> Any:
 
 
 def write(path: Path, data: bytes | memoryview) -> None:
-    """Write a new file and return once its content is on the disk; raises OSError, also where `path` exists."""
+    """Write a new file, and return once its content is on the disk.
+
+    Raises:
+        OSError: the file cannot be written, or `path` exists.
+    """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         rest = memoryview(data)
@@ -40,19 +47,27 @@ def write(path: Path, data: bytes | memoryview) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a folder durable: those of new and of renamed files."""
+    """Make the entries of a folder durable: new files and renamed files.
+
+    Raises:
+        OSError: the folder cannot be synced.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems know no fsync of a folder
+        if error.errno != errno.EINVAL:  # some file systems have no fsync of a folder
             raise
     finally:
         os.close(fd)
 
 
-def holds(path: Path, data: bytes | memoryview) -> bool:
-    """Whether a file has exactly these bytes; without a second copy of them in memory."""
+def has_content(path: Path, data: bytes | memoryview) -> bool:
+    """Whether a file has exactly these bytes. It is read in chunks of 1 MiB.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     view, at = memoryview(data), 0
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -66,7 +81,11 @@ def holds(path: Path, data: bytes | memoryview) -> bool:
 
 
 def replace(path: Path, data: bytes | memoryview) -> None:
-    """Put `data` in the place of a file in one piece: a reader, or a kill, finds the old content or the new."""
+    """Replace the content of a file by an atomic rename: a reader finds the old content or the new one, also after a kill.
+
+    Raises:
+        OSError: the file cannot be written, synced or renamed.
+    """
     partial = path.with_name(f".{path.name}.tmp")
     partial.unlink(missing_ok=True)
     write(partial, data)

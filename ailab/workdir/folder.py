@@ -1,4 +1,4 @@
-"""The folder of a run: held by one process at a time, and its log of JSON lines."""
+"""The work_dir of a run: its lock, and a log of JSON lines."""
 
 from __future__ import annotations
 
@@ -22,15 +22,19 @@ _OWNER = re.compile(rb"([0-9]{1,10}) ([A-Za-z0-9._-]{1,255})\n")
 
 @contextlib.contextmanager
 def lock(work_dir: Path) -> Generator[Path, None, None]:
-    """Make the folder if need be, hold it for this process, and prove that files can be written, synced and renamed in it.
+    """Lock a work_dir for this process. The folder is created if it is missing.
 
-    Raises `WorkDirError` naming the process that holds it; nothing was changed then. Raises `CheckpointError` if the folder
-    cannot be used. The lock dies with the process, however it dies; child processes do not hold it. It is a POSIX lock: the
-    process that holds it gives it back if it opens and closes `.lock` a second time.
+    It also checks that files can be written, synced and renamed there. The lock is released when the process ends, also by a
+    kill; child processes do not hold it. It is a POSIX lock: do not open and close `.lock` elsewhere in this process, because
+    that releases it.
+
+    Raises:
+        WorkDirError: another process holds the lock; it is named. Nothing was changed.
+        CheckpointError: the folder cannot be used.
     """
     with _unusable(work_dir):
         work_dir.mkdir(parents=True, exist_ok=True)
-        # lockf and not flock: a data worker that outlives its killed parent would keep an flock.
+        # lockf and not flock: a data worker that lives longer than its killed parent would keep an flock.
         fd = os.open(work_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with _unusable(work_dir):
@@ -42,20 +46,25 @@ def lock(work_dir: Path) -> Generator[Path, None, None]:
         try:
             yield work_dir
         finally:
-            os.ftruncate(fd, 0)  # a finished run that is started again leaves its folder as it was
+            os.ftruncate(fd, 0)  # so that a finished run that is started again does not change the folder
     finally:
         os.close(fd)
 
 
 class Lines:
-    """A file of JSON objects, one a line, that a reader or a kill at any time finds whole, up to a torn last line."""
+    """A file of JSON objects, one per line. Every line is whole; after a kill the last one may be cut."""
 
     def __init__(self, path: Path):
         self._path = path
         self._fd = self._open()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line with one call; a line that does not fit on the disk is taken back and raises OSError."""
+        """Append one line, in one system call.
+
+        Raises:
+            OSError: the disk is full. The part of the line that was written is removed.
+            TypeError: the record has something that JSON cannot hold.
+        """
         line = (durable.to_json(record) + "\n").encode("ascii")
         written = os.write(self._fd, line)
         if written < len(line):
@@ -63,9 +72,9 @@ class Lines:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
     def rewind(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop the lines for which `keep` does not hold, and those that are no JSON objects, such as a torn last one.
+        """Remove the lines for which `keep` is false, and lines that are no JSON objects, such as a cut last one.
 
-        The lines that stay keep their bytes, and the file is replaced in one piece.
+        The other lines keep their bytes. The file is replaced by an atomic rename.
         """
         old = self._path.read_bytes()
         kept = b"".join(line for line in old.splitlines(keepends=True) if (row := _parsed(line)) is not None and keep(row))
@@ -101,7 +110,7 @@ def _acquired(fd: int) -> bool:
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # which of the two is up to the system
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # which of the two depends on the system
             return False
         raise
     return True
@@ -113,7 +122,7 @@ def _owner(fd: int) -> str:
 
 
 def _probe(work_dir: Path) -> None:
-    """What a checkpoint needs of a file system, tried before hours of training depend on it."""
+    """Try what a checkpoint needs from the file system, before hours of training depend on it."""
     probe, renamed = work_dir / ".probe", work_dir / ".probe.renamed"
     probe.unlink(missing_ok=True)
     durable.write(probe, b"ailab\n")

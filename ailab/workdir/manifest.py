@@ -1,9 +1,9 @@
-"""What a checkpoint folder holds, and how it is read: nothing is trusted before its hash was compared.
+"""The manifest of a checkpoint, and how a checkpoint is read: each file is used only after its checksum was compared.
 
     step_00001234/{manifest.json, state.pt}
 
-The manifest ends with the hash of its own text and holds size and hash of the state, so no flipped bit goes unseen. Hashes
-prove integrity, not origin.
+The manifest has the size and the SHA-256 of the state, and ends with the SHA-256 of its own text. So a flipped bit is always
+found. A checksum proves that the bytes are unchanged, not who wrote them.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _FIELDS = {
     "torch": str,
     "files": dict,  # {name: [bytes, sha256]}
 }
-_SEAL = b',"sha256":"%s"}\n'  # the same in every format, so that a newer one is told from a damaged one
-# What a broken folder answers; any other errno blames the system.
+_CHECKSUM = b',"sha256":"%s"}\n'  # the same in every format: a newer manifest must not look like a damaged one
+# These mean that the checkpoint is damaged; any other errno is a problem of the system.
 _DAMAGE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
 
 class DamagedError(CheckpointError):
-    """The bytes on disk are not those that were committed."""
+    """The files of a checkpoint are not as they were committed."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed folder; `epoch` and `step` count what had been completed."""
+    """A committed checkpoint: its folder, the steps and epochs completed, and its manifest."""
 
     path: Path
     step: int
@@ -55,26 +55,37 @@ class Checkpoint:
 
 
 def sha256(data: bytes | memoryview) -> str:
-    """The hash in hexadecimal."""
+    """The SHA-256 of some bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
-def seal(head: Mapping[str, Any], size: int, digest: str) -> bytes:
-    """The bytes of manifest.json for a state of `size` bytes; raises OSError if they are too many to be read again."""
-    body = to_json({"format": FORMAT, **head, "files": {STATE: [size, digest]}})[:-1].encode("ascii")
-    sealed = body + _SEAL % sha256(body).encode("ascii")
-    if len(sealed) > _LIMIT:
-        raise OSError(errno.EFBIG, f"its manifest takes {len(sealed)} bytes, the limit is {_LIMIT}")
-    return sealed
+def encode_manifest(head: Mapping[str, Any], size: int, digest: str) -> bytes:
+    """The bytes of manifest.json.
 
+    Args:
+        head: the manifest without format and files.
+        size: bytes of the state.
+        digest: SHA-256 of the state, in hexadecimal.
 
-def read(path: Path) -> tuple[Checkpoint, bytes]:
-    """A checkpoint and the bytes of its state, verified.
-
-    Raises `DamagedError` where they are not what was committed, `CheckpointError` where they cannot be read or are newer.
+    Raises:
+        OSError: the manifest would have more than 16 MiB, which a reader refuses.
     """
-    with opened(path) as folder:
-        checkpoint = glance(path, folder)
+    body = to_json({"format": FORMAT, **head, "files": {STATE: [size, digest]}})[:-1].encode("ascii")
+    data = body + _CHECKSUM % sha256(body).encode("ascii")
+    if len(data) > _LIMIT:
+        raise OSError(errno.EFBIG, f"its manifest takes {len(data)} bytes, the limit is {_LIMIT}")
+    return data
+
+
+def read_checkpoint(path: Path) -> tuple[Checkpoint, bytes]:
+    """Read and verify a checkpoint, and return it with the bytes of its state.
+
+    Raises:
+        DamagedError: the files are not as they were committed.
+        CheckpointError: the files cannot be read, or have a newer format.
+    """
+    with open_folder(path) as folder:
+        checkpoint = read_manifest(path, folder)
         size, digest = checkpoint.manifest["files"][STATE]
         data = _bytes(folder, STATE, size)
     if sha256(data) != digest:
@@ -82,22 +93,31 @@ def read(path: Path) -> tuple[Checkpoint, bytes]:
     return checkpoint, data
 
 
-def glance(path: Path, folder: int) -> Checkpoint:
-    """The checkpoint in an open folder by its names, its manifest and the size of its state, whose bytes are not read."""
+def read_manifest(path: Path, folder: int) -> Checkpoint:
+    """Verify the manifest of a checkpoint, the names of its files and the size of its state. The state is not read.
+
+    Args:
+        path: the folder, for messages.
+        folder: a descriptor of it, from `open_folder`.
+
+    Raises:
+        DamagedError: the files are not as they were committed.
+        CheckpointError: the manifest has a newer format.
+    """
     names = sorted(os.listdir(folder))
     if names != [MANIFEST, STATE]:
-        raise DamagedError(f"{path}: it should hold {MANIFEST} and {STATE}, and has {len(names)} files.")
-    manifest = _unseal(path, _bytes(folder, MANIFEST, _LIMIT))
+        raise DamagedError(f"{path}: it should have the files {MANIFEST} and {STATE} alone; it has {len(names)} files.")
+    manifest = _decode_manifest(path, _bytes(folder, MANIFEST, _LIMIT))
     state, size = os.stat(STATE, dir_fd=folder, follow_symlinks=False), manifest["files"][STATE][0]
     if not stat.S_ISREG(state.st_mode) or state.st_size != size:
-        raise DamagedError(f"{path}: {STATE} has {state.st_size} bytes instead of {size}, or is no plain file.")
+        raise DamagedError(f"{path}: {STATE} has {state.st_size} bytes instead of {size}, or is no regular file.")
     return Checkpoint(path, manifest["step"], manifest["epoch"], manifest)
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Generator[int, None, None]:
-    """A descriptor of the folder itself, never of what a symlink points to; an OSError inside becomes the error it means."""
-    with explained(str(path)):
+def open_folder(path: Path) -> Generator[int, None, None]:
+    """A context with a descriptor of a folder. A symlink is refused. An OSError inside is turned as `as_checkpoint_error` does."""
+    with as_checkpoint_error(str(path)):
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             yield folder
@@ -106,8 +126,16 @@ def opened(path: Path) -> Generator[int, None, None]:
 
 
 @contextlib.contextmanager
-def explained(where: str) -> Generator[None, None, None]:
-    """Turn an OSError into `DamagedError` or `CheckpointError`."""
+def as_checkpoint_error(where: str) -> Generator[None, None, None]:
+    """A context that turns an OSError into an error about the checkpoint.
+
+    Args:
+        where: the path, for the message.
+
+    Raises:
+        DamagedError: the OSError says that a file is missing, is of another kind, or cannot be read from the disk.
+        CheckpointError: any other OSError, such as a lack of rights.
+    """
     try:
         yield
     except OSError as error:
@@ -116,15 +144,15 @@ def explained(where: str) -> Generator[None, None, None]:
 
 
 def _bytes(folder: int, name: str, limit: int) -> bytes:
-    """At most `limit` bytes of a file in an open folder; does not wait for a pipe in its place."""
+    """At most `limit` bytes of a file in an open folder. If it is a pipe, the call does not wait."""
     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     with open(fd, "rb") as file:
         return file.read(limit)
 
 
-def _unseal(path: Path, data: bytes) -> dict[str, Any]:
-    body = data[: -len(_SEAL % (b"0" * 64))]
-    if data != body + _SEAL % sha256(body).encode("ascii"):
+def _decode_manifest(path: Path, data: bytes) -> dict[str, Any]:
+    body = data[: -len(_CHECKSUM % (b"0" * 64))]
+    if data != body + _CHECKSUM % sha256(body).encode("ascii"):
         raise DamagedError(f"{path}: {MANIFEST} does not match its sha256.")
     try:
         manifest: Any = json.loads(body + b"}", object_pairs_hook=_unique, parse_constant=_refused)

@@ -1,4 +1,4 @@
-"""Laws of the check: every key of a cfg is held against what takes it, before anything is built, and all at once."""
+"""Laws of the check: every key of a cfg is checked before anything is built, and all problems come at once."""
 
 import copy
 import time
@@ -15,7 +15,7 @@ from ailab.registry import HOOKS, LR_SCHEDULERS, METRICS
 
 @pytest.fixture(autouse=True)
 def _apart(monkeypatch):
-    monkeypatch.setattr(HOOKS, "home", "ailab.core")
+    monkeypatch.setattr(HOOKS, "package", "ailab.core")
 
 
 class SeedModel(nn.Module):
@@ -240,14 +240,14 @@ def test_what_does_not_fit_together_is_reported(change, said):
 
 
 def test_a_cfg_without_a_model_or_data_is_refused():
-    """`model` and `data` are what a cfg cannot do without."""
+    """A cfg must have `model` and `data`."""
     said = problems_of({})
     assert "cfg.model: a cfg needs 'model', and it was not given." in said
     assert "cfg.data: a cfg needs 'data', and it was not given." in said
 
 
 def test_mapping_and_output_names_are_checked_without_building():
-    """`mapping` of a module class is held against its `forward`; an output name cannot be there twice."""
+    """`mapping` of a module class is checked against its `forward`; an output name cannot be there twice."""
     cfg = realistic()
     cfg["model"].update(mapping={"inptu": "input"}, output_keys=["a", "a"])
     cfg["loss"]["mapping"]["outputs"] = "output"

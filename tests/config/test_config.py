@@ -1,4 +1,4 @@
-"""Laws of the cfg file: it runs once, overrides change one value each, and a snapshot of it holds no secret."""
+"""Laws of the cfg file: it runs once, an override changes one value, and a snapshot has no secret."""
 
 import json
 import math

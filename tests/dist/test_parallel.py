@@ -1,4 +1,4 @@
-"""Several processes: the numbers of one, state that agrees bit for bit, and a clear end. Gloo ranks on a CPU."""
+"""Several gloo ranks on a CPU: the numbers of one process, the same bytes on every rank, and a clear error when one fails."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from ranks import (
 )
 from torch import Tensor, nn
 
-from ailab.workdir import checkpoint
 from ailab import dist
 from ailab.errors import AilabError, ConfigError, DataError, PeerError
 from ailab.metrics import LabBaseMetric
 from ailab.stack import Middleware
 from ailab.types import TrainState
+from ailab.workdir import checkpoint
 
 # One process and many.
 
@@ -80,7 +80,7 @@ CASES += [(variant, sync, world) for variant in VARIANTS if variant not in FULL 
 
 @pytest.mark.parametrize(("variant", "sync", "world"), CASES)
 def test_ranks_equal_one_process(ranks: Any, variant: str, sync: str, world: int) -> None:
-    """The same samples in each of 12 steps; parameters within 1e-9 in float64, logs within 1e-12; ranks bitwise alike."""
+    """The same samples in each of 12 steps. In float64 parameters agree within 1e-9, logs within 1e-12; ranks agree bitwise."""
     params, logs = compared(ranks, world, config(sync=sync, **VARIANTS[variant]))
     assert params < 1e-9
     assert logs < 1e-12
@@ -97,7 +97,7 @@ def test_ranks_equal_one_process_in_float32(ranks: Any, variant: str, sync: str,
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("sync", CORES)
 def test_batch_norm_sees_its_own_part(ranks: Any, sync: str, world: int) -> None:
-    """In training each rank normalises with its own samples: not as the joint batch, but as micro-batches of one process."""
+    """In training each rank normalises with its own samples: like micro-batches of one process, unlike the joint batch."""
     cfg = config(4 * world, 2 * world, model=dict(norm=True), sync=sync, workflow=[{"phase": "train"}])
     parts = {**cfg, "hooks": {**cfg["hooks"], "accumulate": dict(type="GradAccumulateHook", n=world)}}
     assert max(compared(ranks, world, cfg, parts)) < 1e-9
@@ -107,7 +107,7 @@ def test_batch_norm_sees_its_own_part(ranks: Any, sync: str, world: int) -> None
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("sync", CORES)
 def test_a_run_that_was_cut_in_two_has_the_same_bytes(ranks: Any, sync: str, world: int, tmp_path: Path) -> None:
-    """Stopped in mid-epoch and resumed from a checkpoint, the state of several ranks ends bit for bit as without the stop."""
+    """A run that is stopped in mid-epoch and resumed from a checkpoint ends with the same bytes as without the stop."""
     hooks = dict(checkpoint=dict(type="CheckpointHook"), resume=dict(type="ResumeHook"), ema=dict(type="EMAHook"))
     hooks |= dict(ddp=dict(type="DDPHook", bucket_cap_mb=1e-4))  # several buckets
     cfg = config(model=dict(norm=True, double=False), sync=sync, hooks=hooks) | {"work_dir": str(tmp_path / "cut")}
@@ -182,7 +182,7 @@ def test_an_empty_evaluation_is_a_data_error(ranks: Any, world: int) -> None:
 
 
 class Masks(nn.Module):
-    """A model that reports its own dropout mask."""
+    """A model whose second output is its dropout mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ def cut_short(cfg: Mapping[str, Any], how: str) -> Any:
 @pytest.mark.parametrize("how", ["between steps", "in the backward"])
 @pytest.mark.parametrize("sync", CORES)
 def test_a_killed_peer_is_a_peer_error(sync: str, how: str, tmp_path: Path) -> None:
-    """When a rank is killed the others end within seconds with a PeerError, exit code 7, that names the step."""
+    """When a rank is killed, the others end within seconds with a PeerError that names the step; its exit code is 7."""
     three = Ranks(3, tmp_path)
     try:
         three.send(cut_short, config(sync=sync), how)
@@ -278,7 +278,7 @@ def test_a_killed_peer_is_a_peer_error(sync: str, how: str, tmp_path: Path) -> N
 
 
 def test_a_mistake_of_one_rank_is_no_peer_error_there(tmp_path: Path) -> None:
-    """A rank that raises keeps its own error; the others end with a PeerError once it has gone."""
+    """A rank that raises keeps its own error; the others end with a PeerError after it has ended."""
     three = Ranks(3, tmp_path)
     try:
         three.send(cut_short, config(), "raised")
@@ -333,7 +333,7 @@ def launched(folder: Path, *overrides: str) -> subprocess.Popen[str]:
         f"from pathlib import Path\nfrom test_parallel import long_config\ncfg = long_config(Path({str(folder)!r}) / 'run')\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ailab.fit"]
-    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests/dist'}", "OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen([*torchrun, str(file), *overrides], cwd=ROOT, env={**os.environ, **paths}, **pipes)
 
@@ -362,7 +362,7 @@ def final_bytes(checkpoints: Path) -> str:
 
 
 def test_torchrun_ends_well_and_writes_once(tmp_path: Path) -> None:
-    """Exit code 0, each line of each file once, and one line that says that gloo stands in for nccl."""
+    """Exit code 0, each line of each file once, and one warning that gloo is used instead of nccl."""
     code, printed = ended(launched(tmp_path, "dist.backend=nccl", "total_epochs=1"), tmp_path)
     assert code == 0, printed
     warned = [line for line in printed.splitlines() if "nccl" in line]
@@ -390,7 +390,7 @@ def test_a_rank_that_raises_ends_the_launch(tmp_path: Path) -> None:
 
 
 def test_sigterm_saves_and_the_next_launch_goes_on(ranks: Any, tmp_path: Path) -> None:
-    """SIGTERM saves in mid-epoch; a relaunch ends with the bytes of a run never stopped; one rank goes on from there too."""
+    """SIGTERM saves in mid-epoch. A relaunch ends with the bytes of an undisturbed run; one rank can resume it too."""
     launcher = launched(tmp_path, "hooks.slow.seconds=0.03")
     log = tmp_path / "run/train.log"
     until = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""What ranks send each other in a step: how often, when, in which dtype, and that they agree on what follows."""
+"""The communication of a step: how many messages, when, in which dtype; and all ranks stop at the same step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ranks import CORES, built, compared, config, distance, trained
 from torch import Tensor, nn
 
 from ailab import dist, tree
-from ailab.dist import group
 from ailab.build import loss_of
 from ailab.compile import compile, overlap_options
 from ailab.core.epoch import Interrupted
 from ailab.core.grad import _bucketed, ddp_grad
 from ailab.core.loss import module_state
+from ailab.dist import group
 from ailab.errors import ConfigError
 from ailab.hooks import DDPHook
 from ailab.stack import Middleware
@@ -26,7 +26,7 @@ CLIP = dict(type="GradClipHook", max_norm=0.3)
 
 
 class Counted:
-    """`torch.distributed.all_reduce` with a list of the dtypes and sizes that went through it."""
+    """A context in which the dtypes and sizes of all calls of `torch.distributed.all_reduce` are listed."""
 
     def __enter__(self) -> list[tuple[torch.dtype, int]]:
         self.whole, self.sent = group.td.all_reduce, []
@@ -43,7 +43,7 @@ class Counted:
 
 
 def sent_in_steps(cfg: dict[str, Any]) -> list[list[tuple[torch.dtype, int]]]:
-    """What each training step of a run sums over ranks."""
+    """The dtype and size of each all-reduce, for each training step of a run."""
     steps: list[list[tuple[torch.dtype, int]]] = []
 
     def extra(run: RunInfo) -> list[Middleware[Any]]:
@@ -65,13 +65,13 @@ def sent_in_steps(cfg: dict[str, Any]) -> list[list[tuple[torch.dtype, int]]]:
 
 
 PARAMETERS = 6 * 16 + 16 + 16 * 4 + 4
-TOLD = 1 + 2 * 2 + 1  # the weight, the sums and weights of loss and top1, the wish to stop
-ROOM = {"ddp": 16, "graph": TOLD}  # DDP's bucket has room for a multiple of 16 numbers
+CONTROL = 1 + 2 * 2 + 1  # the control message: the weight, the sums and weights of loss and top1, the stop flag
+ROOM = {"ddp": 16, "graph": CONTROL}  # DDP's bucket has room for a multiple of 16 numbers
 
 
 @pytest.mark.parametrize("sync", CORES)
-def test_a_step_sends_one_bucket_with_all_that_ranks_tell_each_other(ranks: Any, sync: str) -> None:
-    """Weight, logs and the wish to stop travel with the gradients, whatever hooks there are; micro-batches send nothing."""
+def test_a_step_sends_one_bucket_with_the_control_message(ranks: Any, sync: str) -> None:
+    """Weight, logs and stop flag are sent with the gradients, with any hooks; a single micro-batch sends nothing."""
     skip = dict(type="SkipNonFiniteHook")
     for hooks in ({}, dict(accumulate=ACCUMULATE), dict(accumulate=ACCUMULATE, clip=CLIP, skip=skip)):
         for steps in ranks(2)(sent_in_steps, config(sync=sync, hooks=hooks)):
@@ -80,7 +80,7 @@ def test_a_step_sends_one_bucket_with_all_that_ranks_tell_each_other(ranks: Any,
 
 @pytest.mark.parametrize("sync", CORES)
 def test_a_hook_under_the_micro_batches_sees_each_reduced(ranks: Any, sync: str) -> None:
-    """With clip listed before accumulate each micro-batch is reduced and clipped, as with one process."""
+    """With clip listed before accumulate, each micro-batch is reduced and clipped, as with one process."""
     cfg = config(sync=sync, hooks=dict(clip=CLIP, accumulate=ACCUMULATE), size=16, dataset=dict(), batch_size=12)
     assert all(len(step) == 3 for step in ranks(2)(sent_in_steps, cfg)[0])
 
@@ -90,7 +90,7 @@ def test_buckets_are_as_large_as_asked(ranks: Any, sync: str) -> None:
     """A cap smaller than any parameter gives each its own message, in the reverse order of the parameters; the same numbers."""
     small = config(sync=sync, hooks=dict(ddp=dict(type="DDPHook", bucket_cap_mb=1e-5)))
     sizes = [[n for _, n in step] for step in ranks(2)(sent_in_steps, small)[0]]
-    first = [16, 4] if sync == "ddp" else [4 + TOLD]
+    first = [16, 4] if sync == "ddp" else [4 + CONTROL]
     assert sizes[1:] == [[*first, 16 * 4, 16, 6 * 16]] * 11
     assert max(compared(ranks, 2, small)) < 1e-9
 
@@ -106,10 +106,10 @@ def test_buckets_of_a_graph() -> None:
 
 @pytest.mark.parametrize(("compress", "dtype", "error"), [("bf16", torch.bfloat16, 2e-2), ("fp16", torch.float16, 2e-3)])
 @pytest.mark.parametrize("sync", CORES)
-def test_gradients_travel_in_half(ranks: Any, sync: str, compress: str, dtype: torch.dtype, error: float) -> None:
-    """Half the bytes, the ranks still bitwise alike, the parameters of one process up to the rounding of the dtype.
+def test_gradients_are_sent_in_half_precision(ranks: Any, sync: str, compress: str, dtype: torch.dtype, error: float) -> None:
+    """Half the bytes; the ranks still agree bitwise; the parameters are those of one process up to the rounding of the dtype.
 
-    What ranks tell each other goes apart and is not rounded.
+    The control message is sent apart and is not rounded.
     """
     cfg = config(sync=sync, model=dict(double=False), hooks=dict(ddp=dict(type="DDPHook", compress=compress)))
     sent = ranks(2)(sent_in_steps, cfg)[0][5]
@@ -118,7 +118,7 @@ def test_gradients_travel_in_half(ranks: Any, sync: str, compress: str, dtype: t
 
 
 def Twice(name: str = "twice") -> Middleware[Any]:
-    """A hook that holds a gradient while it asks for another: half of each of two places."""
+    """A hook that keeps a gradient while it computes another one, at half the parameters, and returns their mean."""
 
     def wrap(grad: Any) -> Any:
         def averaged(state: TrainState, batch: Any) -> Any:
@@ -168,7 +168,7 @@ class Deep(nn.Module):
 
 
 def timeline(parts: int) -> list[list[str]]:
-    """The events of two gradients: backwards of layers, and sums that begin and that are waited for."""
+    """The events of two gradients: the backwards of layers, and the begin of each all-reduce."""
     model, events = Deep(), Deep.events
     state = module_state(model).clone()
     loss = loss_of(model, nn.MSELoss())
@@ -192,8 +192,8 @@ def timeline(parts: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_sums_begin_before_the_backward_ends(ranks: Any, parts: int) -> None:
-    """Each layer's bucket leaves as soon as it is full, while lower layers run; the first one carries the message."""
+def test_all_reduces_begin_before_the_backward_ends(ranks: Any, parts: int) -> None:
+    """Each bucket is sent as soon as it is full, before the backward of the next layer; the first has the control message."""
     layer, first_layer = "bucket of 4160", "bucket of 4224"  # 64 * 64 + 64, and 64 numbers
     last = ["layer 3", first_layer, "layer 2", layer, "layer 1", layer, "layer 0", layer]
     alone_first = ["layer 3", "layer 2", "layer 1", "layer 0"] * (parts - 1)
@@ -214,9 +214,9 @@ class Wide(nn.Module):
 
 
 def traced_backward(cfg: dict[str, Any]) -> tuple[list[str], dict[str, Tensor]]:
-    """Of one step: compiled backwards and sums of buckets in the order in which the profiler saw them begin; the parameters after.
+    """The compiled backwards and the all-reduces of one step, in the order of their begin; and the parameters after it.
 
-    Compiled without code generation.
+    It reads the trace of a profiler. Compiled without code generation.
     """
     whole = torch.compile
 
@@ -238,7 +238,7 @@ def traced_backward(cfg: dict[str, Any]) -> tuple[list[str], dict[str, Tensor]]:
 
 
 def test_a_compiled_loss_in_parts_keeps_the_overlap(ranks: Any) -> None:
-    """In a profiler's trace of a loss compiled in parts sums of buckets begin between backwards; compiled whole, after the one."""
+    """With a loss compiled in parts, all-reduces begin between the backwards; compiled whole, after the only backward."""
     found = []
     for split in (False, True):
         hooks = dict(ddp=dict(type="DDPHook", bucket_cap_mb=1.0, split_compiled=split))
@@ -255,11 +255,11 @@ def test_a_compiled_loss_in_parts_keeps_the_overlap(ranks: Any) -> None:
         DDPHook(bucket_cap_mb=0.5, split_compiled=True)
 
 
-# Agreement.
+# Stop.
 
 
 def stopped_at(cfg: dict[str, Any], rank: int, ask: int) -> tuple[int, list[int]]:
-    """The step at which a run ends whose rank `rank` alone wishes so when asked for the `ask`-th time."""
+    """The step at which a run stops, if rank `rank` alone sets its stop flag, at the `ask`-th call."""
     asked = 0
 
     def interrupted() -> bool:
@@ -275,8 +275,8 @@ def stopped_at(cfg: dict[str, Any], rank: int, ask: int) -> tuple[int, list[int]
 
 @pytest.mark.parametrize("sync", CORES)
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_wish_of_one_rank_ends_all_at_one_step(ranks: Any, sync: str, rank: int) -> None:
-    """A signal that only one rank had ends all of them after the same step, in training and out of evaluation."""
+def test_a_stop_flag_of_one_rank_stops_all_at_the_same_step(ranks: Any, sync: str, rank: int) -> None:
+    """A signal to one rank stops all of them after the same step, in training and in evaluation."""
     cfg = config(sync=sync, hooks=dict(accumulate=ACCUMULATE))
     assert ranks(3)(stopped_at, cfg, rank, 2) == [(2, [0, 0])] * 3
     assert ranks(3)(stopped_at, cfg, rank, 5) == [(4, [1, 0])] * 3  # in evaluation, which is short: after the step that follows

@@ -1,4 +1,4 @@
-"""How several processes find each other and how they end: SLURM, what differs between ranks, and who never comes."""
+"""How several processes start and end: SLURM, ranks that differ, a rank that never comes, a rank that fails."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 import torch
 from ranks import Crew, config, free_port, torchrun_environ
 
-from ailab.config import check
 from ailab import dist
+from ailab.config import check
 from ailab.dist import fingerprint, group, launcher
-from ailab.dist.rendezvous import verdict
-from ailab.errors import ConfigError, DataError
 from ailab.dist.launcher import first_host, from_slurm
+from ailab.dist.rendezvous import common_error
+from ailab.errors import ConfigError, DataError
 from ailab.stack import Middleware
 
 # Variables of the launcher.
@@ -27,8 +27,8 @@ from ailab.stack import Middleware
 SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "gpu[007-009,12]"}
 
 
-def test_slurm_tells_what_torchrun_would() -> None:
-    """Rank, world and local rank are SLURM's, the address is the first host, the port comes from the job; all ranks agree."""
+def test_slurm_gives_torchruns_variables() -> None:
+    """Rank, world size and local rank are SLURM's; the address is the first host; the port follows from the job, on all ranks."""
     job = {**SLURM, "SLURM_JOB_ID": "1234567", "SLURM_NODEID": "1", "SLURM_TASKS_PER_NODE": "4,2(x2)"}
     assert from_slurm(job) == {
         "RANK": "5",
@@ -43,7 +43,7 @@ def test_slurm_tells_what_torchrun_would() -> None:
 
 
 def test_slurm_is_read_only_where_torchrun_is_not() -> None:
-    """torchrun's variables win, one task is no launch, and an address or a port of the user's own stays."""
+    """torchrun's variables come first, one task is no launch, and a port that the user has set stays."""
     assert from_slurm({**SLURM, "RANK": "0", "WORLD_SIZE": "2"}) == {}
     assert from_slurm({**SLURM, "SLURM_NTASKS": "1"}) == from_slurm({}) == {}
     assert "MASTER_PORT" not in from_slurm({**SLURM, "MASTER_PORT": "1"})
@@ -62,57 +62,57 @@ def test_slurm_is_read_only_where_torchrun_is_not() -> None:
     ],
 )
 def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
-    """SLURM's short form of host names is read up to its first host."""
+    """The first host of a list in SLURM's short form is found."""
     assert first_host(nodes) == first
 
 
 def test_the_address_of_the_store() -> None:
     """Read from MASTER_ADDR and MASTER_PORT or from the url; a part that is missing is a ConfigError; a file has none."""
     environ = {"MASTER_ADDR": "gpu1", "MASTER_PORT": "29500"}
-    assert launcher.address("env://", environ) == ("gpu1", 29500)
-    assert launcher.address("tcp://10.0.0.1:23456", {}) == ("10.0.0.1", 23456)
-    assert launcher.address("tcp://[::1]:23456", {}) == ("::1", 23456)
-    assert launcher.address("file:///tmp/store", environ) is None
+    assert launcher.store_address("env://", environ) == ("gpu1", 29500)
+    assert launcher.store_address("tcp://10.0.0.1:23456", {}) == ("10.0.0.1", 23456)
+    assert launcher.store_address("tcp://[::1]:23456", {}) == ("::1", 23456)
+    assert launcher.store_address("file:///tmp/store", environ) is None
     for method in ("env://", "tcp://host", "tcp://:1", "tcp://host:port"):
         with pytest.raises(ConfigError, match=r"cfg\.dist\.init_method is .*, from which no host and port can be read"):
-            launcher.address(method, {})
+            launcher.store_address(method, {})
 
 
 def test_a_port_that_is_taken_is_found() -> None:
-    """If something listens there, and only then."""
+    """A message if something listens at the port, and none afterwards."""
     with socket.socket() as server:
         server.bind(("", 0))
         server.listen()
         port = server.getsockname()[1]
-        assert launcher.occupied(port).startswith(f"port {port} cannot be opened here")
-    assert launcher.occupied(port) == ""
+        assert launcher.port_problem(port).startswith(f"port {port} cannot be opened here")
+    assert launcher.port_problem(port) == ""
 
 
-# What must be alike.
+# What must be the same on every rank.
 
 
 def test_the_rank_that_differs_is_named() -> None:
-    """The value that most ranks have is the usual one; each other value is told with its ranks."""
-    told = [{"facts": {"cfg.seed": s, "torch": "2.14"}} for s in ("1", "1", "7", "1", "8", "7")]
-    kind, text = verdict(told)
+    """The value of most ranks is the usual one; each other value is printed with its ranks."""
+    reports = [{"fingerprint": {"cfg.seed": s, "torch": "2.14"}} for s in ("1", "1", "7", "1", "8", "7")]
+    kind, text = common_error(reports)
     assert kind == "PeerError"
     assert text.splitlines() == [
-        "the ranks do not run the same:",
+        "the ranks differ:",
         "  cfg.seed: 7 on ranks 2, 5, 1 on the others",
         "  cfg.seed: 8 on rank 4, 1 on the others",
     ]
-    assert verdict([told[0]] * 3) == ("", "")
+    assert common_error([reports[0]] * 3) == ("", "")
 
 
-def test_a_problem_of_some_ranks_is_that_of_all() -> None:
-    """The class of the first problem, its ranks if not all have it, and its words as they are if all do."""
+def test_a_problem_of_some_ranks_is_raised_on_all() -> None:
+    """The class of the first problem; its ranks if not all have it; its message unchanged if all have it."""
     problem: dict[str, Any] = {"kind": "DataError", "text": "no file"}
-    assert verdict([{"facts": {}}, problem]) == ("DataError", "on rank 1 of 2: no file")
-    assert verdict([problem, problem]) == ("DataError", "no file")
+    assert common_error([{"fingerprint": {}}, problem]) == ("DataError", "on rank 1 of 2: no file")
+    assert common_error([problem, problem]) == ("DataError", "no file")
 
 
 def test_every_value_of_a_cfg_counts() -> None:
-    """A change of any leaf, tensors and functions too, changes the facts at its path and nowhere else."""
+    """A change of any value, tensors and functions too, changes the fingerprint at its path and nowhere else."""
     base = config(hooks=dict(ema=dict(type="EMAHook", decay=0.9)), loss=dict(type="CrossEntropyLoss", weight=torch.ones(4)))
     plain = fingerprint.of_cfg(base)
     changes: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -130,7 +130,7 @@ def test_every_value_of_a_cfg_counts() -> None:
 
 
 def test_a_backend_that_is_not_there_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It names what this torch has."""
+    """The error names the backends that this torch has."""
     monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: name == "nccl")
     with pytest.raises(ConfigError, match=r"cfg\.dist\.backend: this torch has no 'gloo'; it has: nccl\."):
         group._backend("gloo", torch.device("cpu"))
@@ -138,7 +138,7 @@ def test_a_backend_that_is_not_there_is_a_config_error(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("shard", ["zero1", "fsdp"])
 def test_sharding_says_what_stands_in_its_way(shard: str) -> None:
-    """It is a ConfigError before anything is built, of at most four lines, that says why and what else saves memory."""
+    """A ConfigError of at most four lines, before anything is built, that says why and what else saves memory."""
     with pytest.raises(ConfigError, match=rf"cfg\.dist\.shard is '{shard}', which is not served: .*") as error:
         check.check(config() | dict(dist=dict(shard=shard)))
     assert len(str(error.value).splitlines()) <= 4
@@ -149,7 +149,7 @@ def test_sharding_says_what_stands_in_its_way(shard: str) -> None:
 
 
 def cfg_file(folder: Path) -> str:
-    """A run of 12 steps; `size` comes from the environment, as a copy of the data that is older on one node would."""
+    """A cfg file of a run of 12 steps. The environment can add samples, like a newer copy of the data on one node."""
     file = folder / "cfg_of_ranks.py"
     file.write_text(
         "import os\nfrom ranks import config\n"
@@ -160,14 +160,14 @@ def cfg_file(folder: Path) -> str:
 
 
 def Grown(size: int) -> Any:
-    """Points, of which a machine may have more."""
+    """Points, and as many more as the environment says."""
     from ranks import PointsInMemory
 
     return PointsInMemory(size + int(os.environ.get("MORE_POINTS", "0")))
 
 
 def launched(folder: Path, world: int = 2, limit: float = 30, **per_rank: Any) -> tuple[list[int | None], list[str]]:
-    """Exit codes and what each rank printed; `argv` and `environ` give what only a rank has."""
+    """The exit codes, and what each rank printed. `argv` and `environ` have what is special to a rank: {rank: ...}."""
     argv, environ = per_rank.get("argv", {}), per_rank.get("environ", {})
     common = torchrun_environ(world, free_port())
     crew = Crew(
@@ -180,8 +180,8 @@ def launched(folder: Path, world: int = 2, limit: float = 30, **per_rank: Any) -
     return codes, crew.printed()
 
 
-def told_once(printed: list[str], *parts: str) -> None:
-    """One message, on rank 0's console, with these words; nothing on the others'."""
+def printed_once(printed: list[str], *parts: str) -> None:
+    """Rank 0 printed one message, with these parts; the other ranks printed nothing."""
     assert printed[1:] == [""] * (len(printed) - 1)
     assert "Traceback" not in printed[0]
     for part in parts:
@@ -204,21 +204,21 @@ def test_slurm_alone_starts_a_run(tmp_path: Path) -> None:
 
 
 def test_another_cfg_on_a_rank(tmp_path: Path) -> None:
-    """Every rank ends with 7, and rank 0 says which rank has which value of which key."""
+    """Every rank ends with 7, and rank 0 prints which rank has which value of which key."""
     codes, printed = launched(tmp_path, argv={1: ["optimizer.lr=0.7"]})
     assert codes == [7, 7], printed
-    told_once(printed, "PeerError: the ranks do not run the same:", "cfg.optimizer.lr: 0.7 on rank 1, 0.3 on the others")
+    printed_once(printed, "PeerError: the ranks differ:", "cfg.optimizer.lr: 0.7 on rank 1, 0.3 on the others")
 
 
 def test_other_data_on_a_rank(tmp_path: Path) -> None:
-    """Every rank ends with 7, and rank 0 says which rank has how many samples."""
+    """Every rank ends with 7, and rank 0 prints which rank has how many samples."""
     codes, printed = launched(tmp_path, 3, environ={2: {"MORE_POINTS": "5"}})
     assert codes == [7, 7, 7], printed
-    told_once(printed, "cfg.data.train: 22 samples on rank 2, 17 samples on the others", "first samples: ")
+    printed_once(printed, "cfg.data.train: 22 samples on rank 2, 17 samples on the others", "first samples: ")
 
 
 def test_other_code_on_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A component whose source differs is a difference: its file's hash is among the facts."""
+    """A component whose source file differs is a difference: the hash of the file is in the fingerprint."""
     source = "import torch\nclass Model(torch.nn.Linear):\n    pass\n"
     found = []
     for i, text in enumerate((source, source + "# changed\n")):
@@ -237,22 +237,22 @@ def test_other_code_on_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_mistake_on_one_rank_ends_all(tmp_path: Path) -> None:
-    """A cfg that only one rank cannot read ends every rank with 2, and rank 0 tells it."""
+    """A cfg that is wrong on one rank alone ends every rank with 2, and rank 0 prints the error."""
     codes, printed = launched(tmp_path, argv={1: ["optimizer.lrr=1"]})
     assert codes == [2, 2], printed
-    told_once(printed, "ConfigError: on rank 1 of 2: cfg.optimizer.lrr: ")
+    printed_once(printed, "ConfigError: on rank 1 of 2: cfg.optimizer.lrr: ")
 
 
-def test_a_mistake_on_all_ranks_is_told_once(tmp_path: Path) -> None:
-    """A cfg that no rank can read is told by rank 0 as it would be with one process."""
+def test_a_mistake_on_all_ranks_is_printed_once(tmp_path: Path) -> None:
+    """A cfg that is wrong on all ranks is printed by rank 0, as with one process."""
     wrong = ["optimizer.lrr=1"]
     codes, printed = launched(tmp_path, argv={0: wrong, 1: wrong})
     assert codes == [2, 2], printed
-    told_once(printed, "ConfigError: cfg.optimizer.lrr: ")
+    printed_once(printed, "ConfigError: cfg.optimizer.lrr: ")
 
 
 def test_a_port_in_use(tmp_path: Path) -> None:
-    """Rank 0 says that the port is taken and ends with 7 at once."""
+    """Rank 0 prints that the port is in use, and ends with 7 at once."""
     with socket.socket() as server:
         server.bind(("", 0))
         server.listen()
@@ -260,28 +260,28 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         method = f"dist.init_method=tcp://127.0.0.1:{port}"
         crew = Crew(tmp_path, lambda rank: [cfg_file(tmp_path), method], torchrun_environ(2, 1), 1)
         assert crew.ended(15) == [7], crew.printed()
-    told_once(crew.printed(), f"port {port} cannot be opened here", "choose another port")
+    printed_once(crew.printed(), f"port {port} cannot be opened here", "Choose another port")
 
 
 def test_a_rank_that_never_comes(tmp_path: Path) -> None:
-    """After dist.timeout_s seconds the others say who is missing, and end with 7."""
+    """After dist.timeout_s seconds the other ranks print which rank is missing, and end with 7."""
     crew = Crew(tmp_path, lambda rank: [cfg_file(tmp_path), "dist.timeout_s=2"], torchrun_environ(2, free_port()), 1)
     assert crew.ended(15) == [7], crew.printed()
-    told_once(crew.printed(), "rank 0: rank 1 of 2 did not come within 2 s")
+    printed_once(crew.printed(), "rank 0: rank 1 of 2 did not come within 2 s")
 
 
 def test_the_launcher_ends_ranks_that_wait(tmp_path: Path) -> None:
-    """SIGTERM before the group stands, as torchrun sends it when another rank has died, is told, and ends the rank with 7."""
+    """SIGTERM before the group is complete, which torchrun sends when another rank has died, ends the rank with 7 and a message."""
     crew = Crew(tmp_path, lambda rank: [cfg_file(tmp_path)], torchrun_environ(2, free_port()), 1)
     time.sleep(1.5)
     assert crew.processes[0].is_alive()
     os.kill(crew.processes[0].pid, signal.SIGTERM)
     assert crew.ended(5) == [7], crew.printed()
-    told_once(crew.printed(), "the launcher ended this run before all ranks had met")
+    printed_once(crew.printed(), "the launcher ended this run before all ranks had met")
 
 
 def Ends(step: int, rank: int, how: str, name: str = "ends") -> Middleware[Any]:
-    """A hook whose rank `rank` raises or is killed after a step of training."""
+    """A hook by which rank `rank` raises or is killed after a training step."""
 
     def wrap(train: Any) -> Any:
         def ending(state: Any, batch: Any) -> Any:
@@ -306,8 +306,8 @@ def ending_cfg(folder: Path, rank: int, how: str) -> str:
 
 @pytest.mark.parametrize(("how", "code"), [("raised", 1), ("data", 3), ("killed", -signal.SIGKILL)])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_first_error_is_told_once(tmp_path: Path, rank: int, how: str, code: int) -> None:
-    """Where one rank of three ends, the others end with 7 in 10 s; its own error is told once, and theirs once, pointing at it."""
+def test_the_first_error_is_printed_once(tmp_path: Path, rank: int, how: str, code: int) -> None:
+    """If one rank of three fails, the others end with 7 in 10 s. Its error is printed once; theirs once, and it names the rank."""
     file, store = (
         ending_cfg(tmp_path, rank, how),
         torch.distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False),

@@ -1,4 +1,4 @@
-"""Ranks that are killed, stopped or resumed in another number: the same bytes, or the same samples, as if nothing had happened."""
+"""Ranks are killed, stopped, or resumed with another world size: the bytes, or the samples, are those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from ranks import (
 )
 from tiny import files_of, newest_content, rows_of
 
-from ailab.workdir import checkpoint
 from ailab import dist
 from ailab.datasets import Stream
 from ailab.errors import Preempted
 from ailab.stack import Middleware
+from ailab.workdir import checkpoint
 
 
 def until(cfg: dict[str, Any], last: int) -> dict[str, Any]:
-    """Run a cfg up to its next `last` steps, where it is saved."""
+    """Run `last` steps of a cfg; then it stops and is saved."""
     spy, steps = Spy(), 0
 
     def interrupted() -> bool:
@@ -57,7 +57,7 @@ def until(cfg: dict[str, Any], last: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("sync", CORES)
 def test_the_number_of_ranks_may_change(ranks: Any, sync: str, tmp_path: Any) -> None:
-    """2 ranks, then 1, then 3, each resumed in mid-epoch: every step has the samples of the run that never changed."""
+    """2 ranks, then 1, then 3, each resumed in mid-epoch: every step has the samples of an undisturbed run."""
     saves = dict(checkpoint=dict(type="CheckpointHook"), resume=dict(type="ResumeHook"), ema=dict(type="EMAHook"))
     plain = config(sync=sync, workflow=[dict(phase="train")], hooks=saves)
     cfg, whole = {**plain, "work_dir": str(tmp_path / "changed")}, alone(ranks, {**plain, "work_dir": str(tmp_path / "whole")})
@@ -72,7 +72,7 @@ def test_the_number_of_ranks_may_change(ranks: Any, sync: str, tmp_path: Any) ->
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("batch_size", [7, 8, 11])
 def test_batches_lie_at_even_addresses(world: int, batch_size: int) -> None:
-    """Every field of a batch begins at a multiple of 64 bytes, for the last bits of a product depend on it, and has its values."""
+    """Every field of a batch starts at a multiple of 64 bytes, because the last bits of a product depend on that."""
     points = PointsInMemory(50)
     for rank in range(world):
         stream = Stream(points, batch_size=batch_size, shuffle=True, seed=0, pad=False, rank=rank, world_size=world)
@@ -88,7 +88,7 @@ def test_batches_lie_at_even_addresses(world: int, batch_size: int) -> None:
 
 
 def Signal(plan: str, name: str = "signal") -> list[Middleware[Any]]:
-    """Sends signals as the file `plan` says, each once: [rank, phase, step, "self" | "group" | "launcher", number] a line.
+    """Send signals, each once, from the file `plan`: one line [rank, phase, step, "self" | "group" | "launcher", number] each.
 
     A phase is "train", "val", "save" (while a checkpoint is written, on rank 0) or "compile" (half a second into the first step).
     """
@@ -157,14 +157,14 @@ def planned(folder: Path, *lines: list[Any]) -> Path:
 
 
 def left_by(folder: Path) -> tuple[str, list[dict[str, Any]]]:
-    """The bytes of the last state, and the record but for what the clock says."""
+    """The digest of the last state, and the rows of metrics.jsonl without times."""
     return digest(newest_content(folder / "run")["state"]), rows_of(folder / "run")
 
 
 def elastic(folder: Path, world: int = 2, restarts: int = 3) -> tuple[int, list[str]]:
-    """What `torchrun --max-restarts` does, with warm processes: one store for all attempts, the others ended when one fails.
+    """Like `torchrun --max-restarts`, with warm processes: one store for all attempts; when a rank fails, the others get SIGTERM.
 
-    Returns how often it restarted and what was printed.
+    Returns the number of restarts and what was printed.
     """
     store = torch.distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     file, place = cfg_file(folder), torchrun_environ(world, store.port)
@@ -183,7 +183,7 @@ def elastic(folder: Path, world: int = 2, restarts: int = 3) -> tuple[int, list[
 
 @pytest.fixture(scope="module")
 def unharmed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What the run that nobody killed leaves."""
+    """What an undisturbed run leaves."""
     folder = tmp_path_factory.mktemp("unharmed")
     assert elastic(folder)[0] == 0
     return left_by(folder)
@@ -201,14 +201,14 @@ KILLS = {
 
 @pytest.mark.parametrize("kills", KILLS)
 def test_a_killed_rank_changes_no_byte(unharmed: Any, kills: str, tmp_path: Path) -> None:
-    """Ranks killed by SIGKILL and restarted leave the state and the record of the run that nobody killed; no ResumeHook needed."""
+    """Ranks killed by SIGKILL and restarted leave the state and the record of an undisturbed run. No ResumeHook is needed."""
     restarts, printed = elastic(planned(tmp_path, *KILLS[kills]))
     assert restarts == len(KILLS[kills])
     assert left_by(tmp_path) == unharmed, printed
 
 
 def test_a_restart_does_not_take_up_another_run(tmp_path: Path) -> None:
-    """A run that refuses the checkpoints of an earlier one refuses them after each restart, and says so once."""
+    """A run that refuses the checkpoints of an earlier run refuses them after each restart, and prints that once."""
     elastic(planned(tmp_path))
     before = files_of(tmp_path / "run")
     with pytest.raises(AssertionError) as failure:
@@ -225,7 +225,7 @@ def torchrun(folder: Path, *options: str, changes: tuple[str, ...] = (), limit: 
     # A first compile is not broken off, and may take longer than the 30 s after which torchrun kills by default.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options, "-m", "ailab.fit"]
     paths = {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests/dist'}",
         "OMP_NUM_THREADS": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120",
     }
@@ -252,7 +252,7 @@ def read(path: Path) -> bytes:
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(10))
 def test_a_rank_killed_under_torchrun(unharmed: Any, seed: int, tmp_path: Path) -> None:
-    """SIGKILL of a random rank after a random step under --max-restarts=3: the bytes of the run that nobody killed."""
+    """SIGKILL of a random rank after a random step, with --max-restarts=3: the bytes of an undisturbed run."""
     random = Random(seed)
     kill = [random.randrange(2), "train", random.randrange(1, 12), "self", signal.SIGKILL]
     code, printed = torchrun(planned(tmp_path, kill), "--max-restarts=3")
@@ -269,7 +269,7 @@ WORKERS = "cfg['data']['train']['type'] = __import__('ranks').Points; cfg['data'
 @pytest.mark.parametrize("phase", ["train", "val", "save", "compile"])
 @pytest.mark.parametrize("target", ["launcher", "self", "group"])
 def test_sigterm_saves_wherever_it_comes(target: str, phase: str, tmp_path: Path) -> None:
-    """SIGTERM to the launcher, one rank, or a rank with its workers: saved, and resumed to the bytes of the run never stopped."""
+    """SIGTERM to the launcher, one rank, or a rank with its workers: saved, and resumed to the bytes of an undisturbed run."""
     changes = (RESUME, WORKERS) + (("cfg['compile'] = True",) if phase == "compile" else ())
     at = {"train": 4, "val": 6, "save": 6, "compile": 0}[phase]
     rank = 0 if phase == "save" else 1
@@ -288,13 +288,13 @@ def test_sigterm_saves_wherever_it_comes(target: str, phase: str, tmp_path: Path
 
 @pytest.mark.nightly
 def test_two_agents_train_together_and_restart(unharmed: Any, tmp_path: Path) -> None:
-    """Two nodes, rehearsed as two agents of torchrun on one machine, of which one loses a rank: the bytes of one node's run."""
+    """Two agents of torchrun on one machine stand for two nodes; one loses a rank. The bytes are those of a run on one node."""
     planned(tmp_path, [1, "train", 5, "self", signal.SIGKILL])
     file, port = cfg_file(tmp_path), free_port()
     common = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3"]
     meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=rehearsal", "-m", "ailab.fit", file]
     paths = {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests/dist'}",
         "OMP_NUM_THREADS": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120",
     }

@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all, gives back what was saved, and never runs what it holds."""
+"""A checkpoint is complete or not there, restores what was saved, and is never executed."""
 
 from __future__ import annotations
 
@@ -391,7 +391,7 @@ def test_a_death_at_any_call_leaves_old_or_new(tmp_path: Path, scenario: str) ->
 
 @pytest.mark.parametrize("n", range(2))
 def test_a_death_in_the_middle_of_a_write(tmp_path: Path, n: int) -> None:
-    """Half a file on the disk is never taken for a checkpoint."""
+    """Half a file on the disk is never read as a checkpoint."""
     prepare(tmp_path, "fresh")
 
     def work() -> None:
@@ -699,7 +699,7 @@ def forged(directory: Path, state: bytes, described: Any = (("w", "float32", (3,
     path.mkdir(parents=True)
     base = {"step": 5, "epoch": 0, "tree": described, "torch": "2", "fingerprint": {}, "metrics": {}}
     (path / STATE).write_bytes(state)
-    (path / MANIFEST).write_bytes(manifest.seal({**base, **head}, len(state), manifest.sha256(state)))
+    (path / MANIFEST).write_bytes(manifest.encode_manifest({**base, **head}, len(state), manifest.sha256(state)))
     return path
 
 
@@ -871,4 +871,4 @@ def test_a_checkpoint_is_private_to_no_one(tmp_path: Path) -> None:
     path = saved(tmp_path, 1)
     assert isinstance(newest(tmp_path), Checkpoint)
     assert all(not (file.stat().st_mode & (stat.S_IXUSR | stat.S_IWOTH)) for file in path.iterdir())
-    assert durable.holds(path / STATE, (path / STATE).read_bytes()) and not durable.holds(path / STATE, b"")
+    assert durable.has_content(path / STATE, (path / STATE).read_bytes()) and not durable.has_content(path / STATE, b"")

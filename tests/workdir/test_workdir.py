@@ -1,4 +1,4 @@
-"""A work_dir belongs to one run, and its log is whole lines of JSON."""
+"""A work_dir is locked by one run, and its log has whole lines of JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @contextmanager
 def holder(work_dir: Path, then: Callable[[], object] = lambda: None) -> Generator[int, None, None]:
     """A forked process that holds the lock until it is killed; `then` runs in it once it does."""
-    ready, told = os.pipe()
+    ready, locked = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: the child computes nothing
         pid = os.fork()
@@ -39,11 +39,11 @@ def holder(work_dir: Path, then: Callable[[], object] = lambda: None) -> Generat
         try:
             with lock(work_dir):
                 then()
-                os.write(told, b"x")
+                os.write(locked, b"x")
                 time.sleep(60)
         finally:
             os._exit(70)
-    os.close(told)
+    os.close(locked)
     assert os.read(ready, 1) == b"x"
     os.close(ready)
     try:
@@ -54,7 +54,7 @@ def holder(work_dir: Path, then: Callable[[], object] = lambda: None) -> Generat
 
 
 def test_a_second_run_is_refused_and_changes_no_byte(tmp_path: Path) -> None:
-    """Who comes second gets a WorkDirError with pid and host of the first, and leaves the folder as it is."""
+    """The second run gets a WorkDirError with pid and host of the first, and changes nothing."""
     with holder(tmp_path / "run") as pid:
         before = files_of(tmp_path)
         with pytest.raises(WorkDirError, match=f"process {pid} on {os.uname().nodename}"), lock(tmp_path / "run"):
@@ -65,7 +65,7 @@ def test_a_second_run_is_refused_and_changes_no_byte(tmp_path: Path) -> None:
 
 
 def test_a_forged_owner_cannot_break_the_message(tmp_path: Path) -> None:
-    """What stands in the lock file is shown only if it is a pid and a host name."""
+    """The content of the lock file is printed only if it is a pid and a host name."""
     with holder(tmp_path):
         (tmp_path / ".lock").write_text("1 \x1b[2J\nrm\n")
         with pytest.raises(WorkDirError, match="in use by another process"), lock(tmp_path):

@@ -70,7 +70,7 @@ def moments_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     variance, mean = torch.var_mean(x, (0, 2), correction=0)
     row = torch.cat([mean, variance, mine])
     before, after = dist.rank(), dist.world_size() - dist.rank() - 1
-    rows = dist.summed(functional.pad(row.unsqueeze(0), (0, 0, before, after)))  # (world, 2 C + 1)
+    rows = dist.all_reduce_differentiable(functional.pad(row.unsqueeze(0), (0, 0, before, after)))  # (world, 2 C + 1)
     means, variances, counts = rows[:, :channels], rows[:, channels : 2 * channels], rows[:, -1:]
     share = counts / counts.sum()
     whole = (share * means).sum(0)

@@ -72,7 +72,7 @@ def CheckpointHook(
             if run.rank == 0 and _resume_entry(run) is None:
                 _refuse_earlier_run(directory)
             if run.rank == 0 and (rendezvous := dist.current_rendezvous()) is not None:
-                rendezvous.mark("begun")  # from here on the launcher's restarts go on with what is saved
+                rendezvous.set_flag("begun")  # from here on the launcher's restarts go on with what is saved
             try:
                 state = run_all(state)
             except Interrupted as stop:
@@ -131,7 +131,7 @@ def _saver(directory: Path, keep: Keep, run: RunInfo) -> Save:
                 checkpoint.retain(directory, keep)
             except Exception as e:  # the other ranks must hear of it before it ends this one
                 failed = e
-        if dist.agree(failed is not None, run.device):
+        if dist.any_rank(failed is not None, run.device):
             raise failed or CheckpointError("rank 0 could not save a checkpoint; its message says why.")
 
     return save

@@ -66,7 +66,7 @@ def EarlyStopHook(
             best, bad = (value, 0) if better else (best, bad + 1)
             after = {"best": torch.full_like(memory["best"], best), "bad": torch.full_like(memory["bad"], bad)}
             state = state.with_slot(name, after)
-            if dist.agree(bad >= patience, run.device):  # results are those of all ranks; a run of two minds would hang
+            if dist.any_rank(bad >= patience, run.device):  # results are those of all ranks; a run of two minds would hang
                 run.say(f"stopped after epoch {epochs_done(state)}: {metric} was not better than {best:.6g} for {bad} epochs")
                 state = ask_to_stop(state)
             return state, logs
