@@ -17,7 +17,7 @@ from ailab.core.grad import local_grad
 from ailab.core.loss import module_state
 from ailab.errors import ConfigError
 from ailab.hooks import CutMixHook, GradAccumulateHook, LabelSmoothingHook, MixupHook
-from ailab.hooks.loss.mixing import draw_partner, draw_share
+from ailab.hooks.loss.mixing import draw_lambda, draw_partner
 from ailab.job.assemble import assemble
 from ailab.stack import stack
 from ailab.types import VIEWS, WEIGHT, Aux, Batch, Mean
@@ -64,7 +64,7 @@ def test_mixup_is_the_sum_of_two_losses(per: Any, masked: bool) -> None:
     batch = {**BATCH, WEIGHT: MASK} if masked else BATCH
     ours, aux = mean_loss([MixupHook(alpha=0.7, per=per)], batch, seed=5)
     torch.manual_seed(5)
-    share, partner = draw_share(0.7, 1.0, 8 if per == "sample" else None, torch.device("cpu")), draw_partner(batch)
+    share, partner = draw_lambda(0.7, 1.0, 8 if per == "sample" else None, torch.device("cpu")), draw_partner(batch)
     share = torch.maximum(share, 1 - share).expand(8)
     x = torch.stack([s * a + (1 - s) * b for s, a, b in zip(share, BATCH["input"], BATCH["input"][partner], strict=True)])
     out, y = plain_output(x), BATCH["target"]
@@ -126,7 +126,7 @@ def test_shares_are_beta(alpha: float) -> None:
     """The distribution is Beta(alpha, alpha): mean, variance and the mass near 0, also where Gamma variables underflow."""
     torch.manual_seed(0)
     n = 40_000
-    share = draw_share(alpha, 1.0, n, torch.device("cpu")).double()
+    share = draw_lambda(alpha, 1.0, n, torch.device("cpu")).double()
     variance = 1 / (4 * (2 * alpha + 1))
     assert torch.isfinite(share).all()
     assert abs(float(share.mean()) - 0.5) < 4 * (variance / n) ** 0.5
@@ -135,7 +135,7 @@ def test_shares_are_beta(alpha: float) -> None:
     for quantile in (0.1, 0.25, 0.4):
         ours, theirs = float((share < quantile).double().mean()), float((other < quantile).double().mean())
         assert abs(ours - theirs) < 0.02
-    some = draw_share(alpha, 0.3, n, torch.device("cpu"))
+    some = draw_lambda(alpha, 0.3, n, torch.device("cpu"))
     assert abs(float((some == 1).double().mean()) - 0.7) < 0.02 + float((share == 1).double().mean())
 
 

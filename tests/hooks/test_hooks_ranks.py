@@ -13,7 +13,7 @@ from ailab.build import loss_of
 from ailab.core.loss import module_state
 from ailab.errors import NonFiniteError
 from ailab.hooks import SyncBatchNormHook
-from ailab.hooks.loss.sync_batchnorm import moments_of_all
+from ailab.hooks.loss.sync_batchnorm import global_moments
 from ailab.stack import stack
 
 SYNCED = dict(sync_bn=dict(type="SyncBatchNormHook"))
@@ -62,7 +62,7 @@ def test_one_process_is_left_alone() -> None:
     assert stack(bare, [SyncBatchNormHook()]) is bare
     assert module_state(model).buffers
     x = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(0))
-    mean, variance, count = moments_of_all(x)
+    mean, variance, count = global_moments(x)
     torch.testing.assert_close(mean, x.mean((0, 2)))
     torch.testing.assert_close(variance, x.var((0, 2), correction=0))
     assert float(count) == 35

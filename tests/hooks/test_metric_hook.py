@@ -110,7 +110,8 @@ def test_each_number_of_a_dict_is_a_result_of_its_own(tmp_path: Path, capsys: py
     assert [r["many_acc"] for r in rows[1::2]] == pytest.approx([r["top1"] for r in rows[1::2]])
     assert "many_f1" in rows[1] and "many_matrix" not in rows[1] and "many_acc" not in rows[0]
     assert (
-        capsys.readouterr().out.count("cfg.hooks.metrics.many: not reported, for they are no single numbers: many_matrix") == 1
+        capsys.readouterr().out.count("cfg.hooks.metrics.many: not reported, because they are not single numbers: many_matrix")
+        == 1
     )
 
 

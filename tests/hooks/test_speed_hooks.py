@@ -185,7 +185,7 @@ def test_a_profile_is_a_chrome_trace_of_its_steps(tmp_path: Path, capsys: pytest
 def test_a_run_that_is_too_short_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No file, one line, and the profiler is stopped."""
     fit(tiny_cfg(tmp_path, profile=dict(type="ProfilerHook", wait=12, warmup=2, active=5)))
-    assert "the run ended before the profile was complete: that takes 19 steps" in capsys.readouterr().out
+    assert "the run ended before the profile was complete. It needs 19 steps" in capsys.readouterr().out
     assert not (tmp_path / "profile").exists()
     assert not torch.autograd._profiler_enabled()
 

@@ -199,5 +199,5 @@ def test_rows_come_in_order_and_a_resumed_run_has_the_same_id(tmp_path: Path, mo
 def test_settings_are_checked(tmp_path: Path) -> None:
     """A negative count or time is a ConfigError."""
     for bad in (dict(images=-1), dict(wait_s=-1.0)):
-        with pytest.raises(ConfigError, match=r"cfg\.hooks\.wandb: .* neither can be negative"):
+        with pytest.raises(ConfigError, match=r"cfg\.hooks\.wandb: .* both must be at least 0"):
             fit(tiny_cfg(tmp_path / "run", wandb=dict(type="WandbHook", **bad)))
