@@ -29,7 +29,7 @@ MODEL = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Li
 
 
 def seen(hooks: list[Any], batch: Batch, seed: int = 0) -> Batch:
-    """What the loss inside these hooks is given."""
+    """The batch that the loss inside these hooks gets."""
     found: list[Batch] = []
 
     def spy(params: Any, buffers: Any, batch: Batch) -> tuple[Tensor, Aux]:
@@ -107,7 +107,7 @@ def test_cutmix_pastes_one_box(shape: tuple[int, ...], per: Any) -> None:
 
 
 def test_partners_are_others_that_count() -> None:
-    """Samples that count form one cycle; a padded sample is its own partner and nobody else's."""
+    """Samples that count form one cycle. A padded sample is only its own partner."""
     for seed in range(50):
         torch.manual_seed(seed)
         partner = draw_partner({**BATCH, WEIGHT: MASK})
@@ -143,7 +143,7 @@ def test_shares_are_beta(alpha: float) -> None:
     "hook", [MixupHook(alpha=0), MixupHook(prob=0), CutMixHook(alpha=0), LabelSmoothingHook(4, smoothing=0)]
 )
 def test_nothing_to_mix_is_the_loss_itself(hook: Any) -> None:
-    """With alpha=0, prob=0 or smoothing=0 the hook gives back the very loss it was given."""
+    """With alpha=0, prob=0 or smoothing=0 the hook returns its loss unchanged, as the same object."""
     bare = loss_of(MODEL, nn.CrossEntropyLoss())
     assert hook(bare) is bare
 

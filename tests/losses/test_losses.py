@@ -123,7 +123,7 @@ def test_every_loss_of_torch_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_another_reduction_is_left_alone(reduction: str) -> None:
+def test_another_reduction_is_not_changed(reduction: str) -> None:
     """A sum over the batch is no mean: the criterion stays as the user made it."""
     for cls in (nn.MSELoss, nn.CrossEntropyLoss, nn.KLDivLoss):
         criterion = cls(reduction=reduction)

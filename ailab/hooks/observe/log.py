@@ -154,7 +154,7 @@ def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"the {report.phase} loss of epoch {report.epoch} is {loss} at step {report.step}.\n"
-                "  Lower optimizer.lr, or put hooks.clip = dict(type='GradClipHook', max_norm=1.0) or SkipNonFiniteHook in."
+                "  Lower optimizer.lr, or add hooks.clip = dict(type='GradClipHook', max_norm=1.0) or a SkipNonFiniteHook."
             )
 
     def checked(run_all: Run) -> Run:

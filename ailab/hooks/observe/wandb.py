@@ -36,7 +36,7 @@ def WandbHook(
     Running means of the training phase are "train/<name>", every `interval` steps. Results of a phase are
     "epoch/<phase>/<name>". The run id is derived from the work_dir, so a resumed run continues the same W&B run. A background
     thread talks to W&B, so training does not wait for the network. If W&B cannot be reached, the run is recorded offline. If it
-    does not answer, the end of the run waits `wait_s` seconds and then goes on. The hook is an observer: its failures do not end
+    does not answer, the end of the run waits at most `wait_s` seconds for it. The hook is an observer: its failures do not end
     the run.
 
     Args:

@@ -71,7 +71,7 @@ def CheckpointHook(
             if run.rank == 0 and _resume_entry(run) is None:
                 _refuse_earlier_run(directory)
             if run.rank == 0 and (rendezvous := dist.current_rendezvous()) is not None:
-                rendezvous.mark("begun")  # from here on the launcher's restarts go on with what is saved
+                rendezvous.mark("begun")  # from here on a restart by the launcher continues from what is saved
             try:
                 state = run_all(state)
             except Interrupted as stop:
@@ -197,7 +197,7 @@ def _refuse_earlier_run(directory: Path) -> None:
     if earlier is not None:
         raise ConfigError(
             f"cfg.work_dir: {directory} holds checkpoints of an earlier run, up to step {earlier.step}.\n"
-            "  To go on from there: hooks.resume = dict(type='ResumeHook'). To start anew: another work_dir."
+            "  To continue it: hooks.resume = dict(type='ResumeHook'). To start a new run: another work_dir."
         )
 
 
@@ -232,7 +232,7 @@ def _find(source: str | None, directory: Path, run: RunInfo) -> Path | None:
     if mine is not None and mine.path.resolve() != asked.resolve():
         raise ConfigError(
             f"cfg.hooks.resume.resume_from: {directory} holds checkpoints of another run, up to step {mine.step}.\n"
-            f"  To start from {asked}: another work_dir, or move those away. To go on with them: no resume_from."
+            f"  To start from {asked}: another work_dir, or move those away. To continue from them: no resume_from."
         )
     return asked
 
