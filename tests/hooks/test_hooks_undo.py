@@ -76,7 +76,7 @@ def by_hand(values: list[float], threshold: float, window: int) -> list[bool]:
 )
 @pytest.mark.parametrize("policy", ["log", "skip"])
 def test_spikes_are_those_found_by_hand(policy: Any, values: list[float]) -> None:
-    """The flags are those of a plain list of recent losses. NaN and inf do not enter it and are no spikes. "skip" skips the step."""
+    """The flags are those of a plain list of recent losses. NaN and inf do not enter it and are no spikes. "skip" skips them."""
     seen = losing(values, SpikeHook(policy, threshold=6.0, window=10))
     flags = [bool(logs["spike"].value) for _, logs in seen]
     assert flags == by_hand(values, 6.0, 10)
