@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ailab.types import Mean
 
-# Losses whose mean is the plain mean over all elements. They are compared by `forward`, so that a subclass that overrides it does
-# not match. Not here: CTCLoss (divides by target lengths), AdaptiveLogSoftmaxWithLoss.
+# Losses whose mean is the plain mean over all elements. They are compared by `forward`, so that a subclass that overrides it
+# does not match. Not here: CTCLoss (divides by target lengths), AdaptiveLogSoftmaxWithLoss.
 _PLAIN = (
     nn.L1Loss,
     nn.MSELoss,

@@ -26,14 +26,10 @@ class Row:
     """One class of torch.optim. The order of `slots`, `scalars`, step is that of the list arguments of the functional form."""
 
     slots: dict[str, StateInit]  # per parameter
-    scalars: dict[str, float] = field(
-        default_factory=dict[str, float]
-    )  # per group: equal for all of its parameters; initial values
+    scalars: dict[str, float] = field(default_factory=dict[str, float])  # per group: equal for all of its parameters
     counts: bool = True  # the functional form takes a list of step counts
     fused: bool = False  # there is a fused kernel
-    unpack: dict[str, tuple[str, ...]] = field(
-        default_factory=dict[str, tuple[str, ...]]
-    )  # tuples that become several arguments
+    unpack: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])  # tuples that are several arguments
     from_lr: tuple[str, ...] = ()  # state that is initialised with the lr of the first update
     padded: bool = False  # the functional form takes None where a parameter has no such state
 

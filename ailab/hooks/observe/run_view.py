@@ -26,9 +26,7 @@ class RunView:
         """The values by the first part of a path."""
         return {
             "optimizer": {"param_groups": [{"lr": lr} for lr in self.report.lrs]},
-            "meters": {
-                n: {"avg": v} for n, v in self.report.means.items()
-            },  # of class-style metrics only at the end of a phase
+            "meters": {n: {"avg": v} for n, v in self.report.means.items()},  # class-style metrics: at the end of a phase
             "metric_results": dict(self.latest),
             "step": self.report.step,
             "epoch": self.report.epoch,

@@ -20,15 +20,8 @@ from ailab.stack import Middleware, unchanged
 from ailab.types import Aux, Batch, Epoch, Grad, Logs, Mean, Params, Run, RunInfo, Step, TrainState
 
 _GRADS = "gradients"  # the name of the step output that holds them
-_NOT_HYPERPARAMETERS = {
-    "mapping",
-    "output_keys",
-    "enable",
-    "phases",
-    "log_dir",
-    "save_dir",
-    "init_args",
-}  # keys that change no result
+# keys that change no result
+_NOT_HYPERPARAMETERS = {"mapping", "output_keys", "enable", "phases", "log_dir", "save_dir", "init_args"}
 _FLUSH_S = 20  # seconds between two writes to the file
 
 
