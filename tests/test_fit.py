@@ -132,15 +132,15 @@ BAD: dict[str, tuple[str, int, str]] = {
         2,
         "two hooks keep state under the name 'lr_scheduler'",
     ),
-    "a log item that leads nowhere": (
+    "a log item that does not exist": (
         "cfg['hooks']['logger'] = dict(type='LoggerHook', log_items={'top1': \"meters['top2'].avg\"})",
         2,
-        r"cfg\.hooks\.logger\.log_items\.top1: .* leads nowhere\. Did you mean 'meters\.top1\.avg'",
+        r"cfg\.hooks\.logger\.log_items\.top1: .* does not exist in this run\. Did you mean 'meters\.top1\.avg'",
     ),
     "a metric of a reserved name": (
         "cfg['hooks']['metrics']['epoch'] = cfg['hooks']['metrics'].pop('top1')",
         2,
-        "other uses for the key 'epoch'",
+        "the key 'epoch' of metrics.jsonl is reserved",
     ),
     "no data for a phase": ("cfg['data']['val'] = None", 2, "the phase 'val' needs cfg.data.val"),
     "a missing loss": ("cfg['loss'] = None", 2, "the phase 'train' needs cfg.loss"),

@@ -1,4 +1,4 @@
-"""Hooks by name, one idea a file; each a builder that returns one `Middleware` or several."""
+"""Hooks by name, one file for each idea. A hook is a builder: it returns one `Middleware` or a list of them."""
 
 from ailab.hooks.grad.accumulate import GradAccumulateHook as GradAccumulateHook
 from ailab.hooks.grad.clip import GradClipHook as GradClipHook

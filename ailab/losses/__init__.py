@@ -1,4 +1,4 @@
-"""Losses: torch's own by name, made maskable."""
+"""Losses: the classes of torch.nn by name, with per-sample weights."""
 
 from ailab.losses.torch_losses import maskable
 

@@ -1,4 +1,4 @@
-"""torch's own losses, asked for their per-sample values where that is the same mathematics."""
+"""Per-sample values of torch's own losses, where their mean is the same as the loss."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ailab.types import Mean, Sum, widened
 
-# Losses whose mean is the plain mean over all elements, and over samples of equal size. By `forward`, so that a subclass that
-# overrides it is not taken for the original. Not here: CTCLoss (divides by target lengths), AdaptiveLogSoftmaxWithLoss.
+# Losses whose mean is the plain mean over all elements. They are compared by `forward`, so that a subclass that overrides it
+# does not match. Not here: CTCLoss (divides by target lengths), AdaptiveLogSoftmaxWithLoss.
 _PLAIN = (
     nn.L1Loss,
     nn.MSELoss,
@@ -34,7 +34,7 @@ _PLAIN = (
     nn.TripletMarginLoss,
     nn.TripletMarginWithDistanceLoss,
 )
-_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)  # their mean is over the targets that count, by class weight
+_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)  # their mean is over the counted targets, by class weight
 
 PerSample = Callable[..., Tensor | Mean | Sum]
 
@@ -42,42 +42,42 @@ PerSample = Callable[..., Tensor | Mean | Sum]
 def maskable(criterion: nn.Module) -> PerSample | None:
     """A function with the parameters of `criterion.forward` that returns what the criterion takes the mean or the sum of.
 
-    It returns (B,) per-sample values, whose plain mean is the criterion's; a `Sum` of them where `reduction` is "sum". For a
-    loss over class indices, where targets count by their class weight and not at all at `ignore_index`, the mean is a `Mean`;
-    its further keyword `weight`, (B,), says how often each sample counts. Values of shape (B,) are for the caller to weigh.
+    It returns per-sample values, (B,), whose plain mean is the loss. The caller applies sample weights to them. With
+    `reduction="sum"` it returns a `Sum` of such values. For a mean over class indices, where a target counts by its class weight,
+    and not at all for `ignore_index`, it returns a `Mean`. Then sample weights are its extra keyword `weight`, (B,).
 
-    The criterion stays as it is; its buffers and parameters are read at each call.
+    The criterion does not change. Its buffers and parameters are read at each call.
 
     Args:
-        criterion: an instance of a torch.nn loss, on batched input.
+        criterion: an instance of a torch.nn loss, for batched input.
 
     Returns:
-        None where the mathematics is another: `reduction` is "none", `CTCLoss`, or a class that torch does not have.
+        The function. None where the loss is neither: `reduction` is "none", the loss is `CTCLoss`, or its class is not torch's.
     """
     forward, reduction = type(criterion).forward, getattr(criterion, "reduction", None)
     plain = any(forward is cls.forward for cls in _PLAIN)
     classes = any(forward is cls.forward for cls in _CLASSES)
     if classes and reduction == "mean":
-        call = _of_classes
+        call = _classification
     elif plain and reduction == "mean":
-        call = _mean_of_each
+        call = _mean_per_sample
     elif forward is nn.KLDivLoss.forward and reduction == "batchmean":
-        call = _sum_of_each
+        call = _sum_per_sample
     elif (classes or plain) and reduction == "sum":
-        call = _sum_of_all
+        call = _sum_over_samples
     else:
         return None
     each = copy.copy(criterion)  # shares the dicts of parameters and buffers, so it sees the tensors that are swapped in
     each.reduction = "none"  # type: ignore[assignment]
-    if call is _of_classes:
+    if call is _classification:
         summed = copy.copy(criterion)
         summed.reduction = "sum"  # type: ignore[assignment]
         each.__dict__["summed"] = summed  # not a sub-module: it has no tensors of its own
-    return _signed(call, each)
+    return _with_signature(call, each)
 
 
-def _signed(call: PerSample, criterion: nn.Module) -> PerSample:
-    """`call` of this criterion, with the name of its class and the signature of its forward, and `weight`."""
+def _with_signature(call: PerSample, criterion: nn.Module) -> PerSample:
+    """`call` for this criterion, with the name of its class and the signature of its forward plus `weight`."""
 
     def per_sample(*args: Any, **kwargs: Any) -> Tensor | Mean | Sum:
         return call(criterion, *args, **kwargs)
@@ -89,35 +89,35 @@ def _signed(call: PerSample, criterion: nn.Module) -> PerSample:
     return per_sample
 
 
-def _mean_of_each(criterion: nn.Module, *args: Any, weight: Tensor | None = None, **kwargs: Any) -> Tensor:
+def _mean_per_sample(criterion: nn.Module, *args: Any, weight: Tensor | None = None, **kwargs: Any) -> Tensor:
     values = criterion.forward(*args, **kwargs)
     return values if values.dim() == 1 else widened(values).flatten(1).mean(1)
 
 
-def _sum_of_each(criterion: nn.Module, *args: Any, weight: Tensor | None = None, **kwargs: Any) -> Tensor:
+def _sum_per_sample(criterion: nn.Module, *args: Any, weight: Tensor | None = None, **kwargs: Any) -> Tensor:
     values = criterion.forward(*args, **kwargs)
     return values if values.dim() == 1 else widened(values).flatten(1).sum(1)
 
 
-def _sum_of_all(criterion: nn.Module, *args: Any, weight: Tensor | None = None, **kwargs: Any) -> Sum:
-    return Sum(_sum_of_each(criterion, *args, **kwargs))
+def _sum_over_samples(criterion: nn.Module, *args: Any, weight: Tensor | None = None, **kwargs: Any) -> Sum:
+    return Sum(_sum_per_sample(criterion, *args, **kwargs))
 
 
-def _of_classes(criterion: Any, input: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor | Mean:
-    """Cross-entropy and NLL. With probabilities for a target torch divides by the samples, whatever the class weights."""
+def _classification(criterion: Any, input: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor | Mean:
+    """Cross-entropy and NLL. For a target of probabilities torch divides by the number of samples, even with class weights."""
     if target.is_floating_point():
-        return _mean_of_each(criterion, input, target)
+        return _mean_per_sample(criterion, input, target)
     counted = target != criterion.ignore_index  # an ignored target has the value 0
     if weight is None and input.dtype not in (torch.float16, torch.bfloat16):
         total = criterion.summed.forward(input, target)
-        shares = counted if criterion.weight is None else criterion.weight[target[counted]]
-        return Mean(total, shares.sum().to(total.dtype))
+        weights = counted if criterion.weight is None else criterion.weight[target[counted]]
+        return Mean(total, weights.sum().to(total.dtype))
     values = widened(criterion.forward(input, target))  # a half cannot hold a sum over many targets, nor their number
-    shares = counted.to(values.dtype)
+    weights = counted.to(values.dtype)
     if criterion.weight is not None:
-        shares = shares * criterion.weight[torch.where(counted, target, 0)].to(values.dtype)
+        weights = weights * criterion.weight[torch.where(counted, target, 0)].to(values.dtype)
     weight = torch.ones(len(target), dtype=values.dtype, device=values.device) if weight is None else weight.to(values.dtype)
     if values.dim() > 1:
         weight = weight.view(-1, *[1] * (values.dim() - 1)).expand_as(values).reshape(-1)
-        values, shares = values.reshape(-1), shares.reshape(-1)
-    return Mean(torch.dot(values, weight), torch.dot(shares, weight))
+        values, weights = values.reshape(-1), weights.reshape(-1)
+    return Mean(torch.dot(values, weight), torch.dot(weights, weight))

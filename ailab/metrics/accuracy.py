@@ -1,4 +1,4 @@
-"""Pure accuracies: traced with the step, weighted by sample, added up as `Mean`."""
+"""Accuracies as pure metrics: traced into the step, weighted by sample, summed as `Mean`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def per_sample(values: Tensor) -> Tensor:
 
 
 def class_indices(pred: Tensor, label: Tensor) -> Tensor:
-    """The label as (B, ...) class indices; one score per class, of the shape of `pred`, becomes the highest one's index.
+    """The label as (B, ...) class indices. A label with one score per class, of the shape of `pred`, becomes its argmax.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: when the shapes do not fit together.
     """
     if pred.dim() > 1 and label.shape == pred.shape:
         return label.argmax(1)
     if pred.dim() < 2 or label.shape != pred.shape[:1] + pred.shape[2:]:
         raise ValueError(
-            f"accuracy of pred {tuple(pred.shape)} and label {tuple(label.shape)}: pred has one score per class, (B, C, ...), "
-            "and label is (B, ...) class indices or one score per class, (B, C, ...)."
+            f"accuracy of pred {tuple(pred.shape)} and label {tuple(label.shape)}: pred must be scores (B, C, ...), "
+            "and label must be class indices (B, ...) or one score per class (B, C, ...)."
         )
     return label
 
@@ -35,41 +35,44 @@ def class_indices(pred: Tensor, label: Tensor) -> Tensor:
 @METRICS.register_module()
 @dataclass(frozen=True)
 class Accuracy:
-    """The share of samples whose class is among the `topk` highest scores; of fewer than `topk` classes every one is.
+    """Top-k accuracy: the fraction of samples whose class is among the `topk` highest scores.
 
-    Called with pred (B, C, ...) scores or logits; label (B, ...) int64 class indices, or (B, C, ...) one score per class;
-    weight (B,), 0 for a sample that does not count. A sample with more dimensions (pixels) counts by its share that is right.
-    With several numbers, `topk=(1, 5)`, there are several results, "top1" and "top5", of one sorting.
+    Called with `pred`, (B, C, ...) scores or logits; `label`, (B, ...) int64 class indices or (B, C, ...) one score per class;
+    and `weight`, (B,), 0 for a sample that does not count. For samples with more dimensions (pixels), the value of a sample is the
+    fraction of its pixels that are correct. With fewer than `topk` classes every sample is correct.
+
+    Args:
+        topk: k, at least 1. Several numbers, such as `(1, 5)`, give several results, "top1" and "top5".
 
     Raises:
-        ValueError: a `topk` below 1, or none.
+        ValueError: when `topk` is below 1 or empty.
     """
 
     topk: int | Sequence[int] = 5
 
     def __post_init__(self) -> None:
         if not self._ks or min(self._ks) < 1:
-            raise ValueError(f"topk is {self.topk!r}; it is a number of classes, at least 1, or several of them.")
+            raise ValueError(f"topk is {self.topk!r}; it must be a number of classes, at least 1, or several of them.")
 
     @property
     def _ks(self) -> tuple[int, ...]:
         return (self.topk,) if isinstance(self.topk, int) else tuple(self.topk)
 
     def __call__(self, pred: Tensor, label: Tensor, weight: Tensor | None = None) -> Mean | dict[str, Mean]:
-        """The hits and how many samples count, as a `Mean`; for several `topk` as one each."""
+        """Correct samples and counted samples as a `Mean`; for several `topk` one `Mean` each, by name."""
         label = class_indices(pred, label)
         top = pred.topk(min(max(self._ks), pred.shape[1]), dim=1).indices
-        hits = top == label.unsqueeze(1)
-        means = {f"top{k}": Mean.of(per_sample(hits[:, :k].any(1).float()), weight) for k in self._ks}
+        correct = top == label.unsqueeze(1)
+        means = {f"top{k}": Mean.of(per_sample(correct[:, :k].any(1).float()), weight) for k in self._ks}
         return next(iter(means.values())) if isinstance(self.topk, int) else means
 
 
 @METRICS.register_module()
 @dataclass(frozen=True)
 class Top1Accuracy:
-    """The share of samples whose class has the highest score; called as `Accuracy` is."""
+    """Top-1 accuracy: the fraction of samples whose class has the highest score. Called as `Accuracy` is."""
 
     def __call__(self, pred: Tensor, label: Tensor, weight: Tensor | None = None) -> Mean:
-        """The hits and how many samples count, as a `Mean`."""
+        """Correct samples and counted samples, as a `Mean`."""
         label = class_indices(pred, label)
         return Mean.of(per_sample((pred.argmax(1) == label).float()), weight)

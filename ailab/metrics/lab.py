@@ -1,4 +1,4 @@
-"""The interface of class-style metrics, which run on the host."""
+"""The interface of class-style metrics. They run on the host."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any
 
 
 class LabBaseMetric:
-    """A metric that gathers samples and is computed at the end of a phase; torchmetrics have the same interface.
+    """A metric that is updated with each batch and computed at the end of a phase. torchmetrics has the same interface.
 
-    `update` is given the fields that `mapping` names, without padding. A metric that is a mean over samples is better a
-    function that returns a `Mean`: that is traced with the step and exact over ranks.
+    `update` gets the fields that `mapping` names, without padding. For a metric that is a mean over samples, a function that
+    returns a `Mean` is better: it is traced into the step, and exact over all ranks.
     """
 
     def reset(self) -> None:
-        """Forget every sample."""
+        """Clear all samples."""
         raise NotImplementedError(f"{type(self).__name__} defines no reset")
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Take in one batch."""
+        """Add one batch."""
         raise NotImplementedError(f"{type(self).__name__} defines no update")
 
     def compute(self) -> Any:

@@ -1,4 +1,4 @@
-"""A small convolutional network for images: blocks of convolution, batch norm and ReLU, halved in size between widths."""
+"""A small convolutional network for images: stages of convolution, batch norm and ReLU, with max pooling between them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from ailab.registry import MODELS
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:
-    """3x3 convolution, batch norm, ReLU; keeps the size of the picture."""
+    """3x3 convolution, batch norm, ReLU; the image size does not change."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 @MODELS.register_module()
 class ConvNet(nn.Module):
-    """`depth` blocks of each width with a 2x2 max pooling between widths, then a global average and a linear layer.
+    """A stage of `depth` blocks for each width, 2x2 max pooling between stages, global average pooling and a linear layer.
 
-    Pictures come as they are stored; the model subtracts `mean` and divides by `std` itself, so an exported model does too.
+    The model normalises its input itself, so it takes images as they are stored. An exported model does the same.
 
     Args:
-        in_channels: channels of a picture, C.
-        num_classes: logits per picture.
-        widths: channels of each stage; the picture is halved before every stage but the first.
-        depth: blocks per stage; one number for all stages or one for each.
-        mean: per channel, or one for all; in the units of the input (0..255 for uint8 pictures).
-        std: as `mean`.
+        in_channels: channels of an image, C.
+        num_classes: number of classes: logits per image.
+        widths: channels of each stage. Height and width are halved before every stage but the first.
+        depth: blocks per stage. One number for all stages, or one for each.
+        mean: subtracted from the input. One value per channel or one for all, in the units of the input (0..255 for uint8).
+        std: divides the input after `mean` is subtracted. One value per channel or one for all, in the same units.
         dropout: probability of dropping a feature before the linear layer.
-        channels_last: keep the convolutions' weights, and with them what they compute, in that memory format; often faster.
+        channels_last: keep weights and activations of the convolutions in the channels_last memory format. Often faster.
     """
 
     mean: Tensor  # (C or 1, 1, 1)

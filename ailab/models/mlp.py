@@ -15,7 +15,7 @@ class MLP(nn.Module):
     """Linear layers with ReLU between them: `MLP((64, 128, 10))` has one hidden layer of 128.
 
     Args:
-        sizes: features of the input (all but the batch dimension, flattened), of each hidden layer, and of the output.
+        sizes: number of features of the input (flattened, without the batch dimension), of each hidden layer, and of the output.
         dropout: probability of dropping a hidden feature.
     """
 

@@ -1,4 +1,4 @@
-"""Optimizers as pure `(init, update)` pairs and learning rates as tables: torch's own mathematics, by torch's own names."""
+"""torch's optimizers as pure `(init, update)` pairs, and torch's learning-rate schedules as tables."""
 
 from ailab.optim.build import build_optimizer as build_optimizer
 from ailab.optim.optimizer import Group as Group

@@ -1,7 +1,7 @@
-"""Adafactor without device reads, so that it traces.
+"""Adafactor without device reads, so that it can be traced.
 
-torch's functional form calls `.item()` twice per parameter, which breaks a graph and stalls a GPU. This is the same mathematics
-(Shazeer and Stern 2018, as in `torch.optim._adafactor`) on 0-d tensors; a test holds it to torch's.
+torch's functional form calls `.item()` twice per parameter, which breaks the graph and stalls a GPU. This is the same update
+(Shazeer and Stern 2018, as in `torch.optim._adafactor`) with 0-d tensors. A test compares it with torch's.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def _mean_square(grad: Tensor, dim: int) -> Tensor:
-    """As `(grad * grad).mean(dim)`, without a tensor of that size."""
+    """`(grad * grad).mean(dim)` without the intermediate tensor."""
     norm = cast("Tensor", torch.linalg.vector_norm(grad, dim=dim, keepdim=True))  # pyright: ignore[reportUnknownMemberType]
     return norm.square() / grad.size(dim)
 
 
 def _estimate(grad: Tensor, row: Tensor | None, col: Tensor | None, variance: Tensor | None, weight: Tensor, eps1: float):
-    """The second moment of `grad`, factored where it has rows and columns; updates the averages in place."""
+    """The estimate of the second moment of `grad`, factored for matrices. Updates the moving averages in place."""
     if variance is not None:
         return variance.lerp_(grad * grad, weight)
     assert row is not None and col is not None

@@ -1,4 +1,4 @@
-"""An optimizer from a class of torch.optim, or any other, by name or by itself."""
+"""Build an optimizer from a name in torch.optim or any optimizer class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ailab.types import Params
 
 
 def torch_classes() -> dict[str, type[torch.optim.Optimizer]]:
-    """Every optimizer class of torch.optim by its name."""
+    """Every optimizer class of torch.optim, by name."""
     found = {n: v for n, v in vars(torch.optim).items() if isinstance(v, type) and issubclass(v, torch.optim.Optimizer)}
     return {n: c for n, c in found.items() if c is not torch.optim.Optimizer}
 
@@ -31,7 +31,7 @@ def _resolve(named: Any, path: str) -> type[torch.optim.Optimizer]:
     near = nearest(str(named), known)  # pyright: ignore[reportUnknownArgumentType]
     offered = ", ".join(sorted(known))
     raise ConfigError(
-        f"{path}.type: {named!r} is no optimizer.{near}\n  A class derived from torch.optim.Optimizer, or one of: {offered}."
+        f"{path}.type: {named!r} is not an optimizer.{near}\n  Give a subclass of torch.optim.Optimizer, or one of: {offered}."
     )
 
 
@@ -48,19 +48,19 @@ def build_optimizer(
 
     Args:
         cls_or_name: a name in torch.optim, or any class derived from `torch.optim.Optimizer`.
-        params: every parameter by dotted name; only shapes, dtypes and devices are read, and one device is expected.
+        params: every parameter by dotted name. Only shapes, dtypes and devices are read. All must be on one device.
         param_groups: entries such as `dict(params="*.bias", weight_decay=0.0)`: a glob pattern or a list of them, and
-            hyper-parameters that differ. The first match wins; the names without a match form the first group.
-        path: where the cfg says so, for error messages.
-        frozen: names that are in no group.
+            hyper-parameters that differ. The first match counts. The names without a match are the first group.
+        path: path in the cfg, for error messages.
+        frozen: names of parameters that are not trained.
         **hyper: arguments of the class.
 
     Raises:
-        ConfigError: for an unknown class, an argument that the class does not take or refuses, or a pattern without a match.
+        ConfigError: for an unknown class, an argument that the class does not take or accept, or a pattern without a match.
     """
     cls = _resolve(cls_or_name, path)
     groups = make_groups(cls, params, param_groups, path, frozen, hyper)
-    # A user's class of the same name is not torch's.
+    # A user's class of the same name is another class.
     if cls.__name__ in ROWS and torch_classes().get(cls.__name__) is cls:
         return traced_optimizer(cls.__name__, groups, params)
     return stateful_optimizer(cls, groups, params)

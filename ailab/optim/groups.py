@@ -1,4 +1,4 @@
-"""Parameter groups from glob patterns, checked before anything is built."""
+"""Parameter groups from glob patterns, with their hyper-parameters checked."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ailab.types import Params
 
 
 def check_arguments(cls: type, given: Mapping[str, Any], path: str, reserved: Collection[str]) -> None:
-    """Refuse a keyword that the constructor of `cls` does not take.
+    """Check that the constructor of `cls` takes every keyword of `given`.
 
     Raises:
-        ConfigError: naming the path of the first such keyword, the nearest name and what is on offer.
+        ConfigError: for the first keyword that it does not take, with the nearest name and all names.
     """
     taken = inspect.signature(cls).parameters
     if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
@@ -47,7 +47,7 @@ def split(names: Sequence[str], param_groups: Sequence[Mapping[str, Any]], path:
     A name belongs to the first entry that matches it. Patterns are those of `fnmatch`: `*` matches dots too.
 
     Raises:
-        ConfigError: when a pattern matches no name, or when earlier entries took every name that an entry matches.
+        ConfigError: when a pattern matches no name, or when earlier entries have every name that an entry matches.
     """
     rest, found = list(names), list[tuple[list[str], dict[str, Any]]]()
     for i, entry in enumerate(param_groups):
@@ -61,28 +61,28 @@ def split(names: Sequence[str], param_groups: Sequence[Mapping[str, Any]], path:
                 )
         mine = [n for n in rest if any(fnmatchcase(n, p) for p in patterns)]
         if not mine:
-            raise ConfigError(f"{at}.params: earlier entries took every parameter that {patterns} matches; reorder them.")
+            raise ConfigError(f"{at}.params: earlier entries have every parameter that {patterns} matches. Change their order.")
         rest = [n for n in rest if n not in mine]
         found.append((mine, {k: v for k, v in entry.items() if k != "params"}))
     return [(rest, dict[str, Any]()), *found] if rest else found
 
 
-def _stand_ins(names: Sequence[str], params: Params) -> list[nn.Parameter]:
-    """Empty parameters of the same device, dtype and number of dimensions, for torch's own checks."""
+def _placeholders(names: Sequence[str], params: Params) -> list[nn.Parameter]:
+    """Empty parameters with the same device, dtype and number of dimensions, for torch's own checks."""
     empty = [torch.empty((0,) * params[n].dim(), dtype=params[n].dtype, device=params[n].device) for n in names]
     return [nn.Parameter(e) if e.is_floating_point() or e.is_complex() else nn.Parameter(e, requires_grad=False) for e in empty]
 
 
 def _defaults(cls: type[torch.optim.Optimizer], names: Sequence[str], params: Params, given: Mapping[str, Any], path: str):
-    """Every hyper-parameter, `given` and torch's defaults, as torch checks them."""
+    """Every hyper-parameter, `given` or torch's default, checked by torch's class."""
     try:
-        group = cls(_stand_ins(names, params), **given).param_groups[0]
+        group = cls(_placeholders(names, params), **given).param_groups[0]
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(
             f"{path}: {cls.__name__} refuses {dict(given)} for {names[0]!r} and others like it: {error}"
         ) from error
     if group.get("differentiable"):
-        raise ConfigError(f"{path}.differentiable: True is not served; the update runs without autograd.")
+        raise ConfigError(f"{path}.differentiable: True is not supported; the update runs without autograd.")
     hyper = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     return hyper | {"lr": float(hyper["lr"])}
 
@@ -95,10 +95,11 @@ def make_groups(
     frozen: Collection[str],
     hyper: Mapping[str, Any],
 ) -> tuple[Group, ...]:
-    """Complete and checked groups of every parameter that is not frozen.
+    """The groups of all parameters that are not frozen, with every hyper-parameter.
 
     Raises:
-        ConfigError: for an unknown or refused hyper-parameter, a pattern without a match, or when nothing is left to train.
+        ConfigError: for a hyper-parameter that the class does not take or accept, for a pattern without a match, or when there is
+            no parameter to train.
     """
     names = [n for n in params if n not in frozen]
     if not names:

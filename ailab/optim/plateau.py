@@ -1,4 +1,4 @@
-"""ReduceLROnPlateau as pure functions: it depends on a metric, so it is memory and an update instead of a table."""
+"""ReduceLROnPlateau as pure functions. It depends on a metric, so it has a state instead of a table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ailab.optim.schedule import build_scheduler, throw_away
+from ailab.optim.schedule import build_scheduler, dummy_optimizer
 
 Memory: TypeAlias = dict[str, Tensor]
 _COUNTS = ("num_bad_epochs", "cooldown_counter", "last_epoch")
@@ -18,24 +18,24 @@ _COUNTS = ("num_bad_epochs", "cooldown_counter", "last_epoch")
 
 @dataclass(frozen=True)
 class Plateau:
-    """`memory, lrs = update(memory, metric, lrs)`, once per evaluation; inputs untouched."""
+    """`memory, lrs = update(memory, metric, lrs)`, once per epoch. The inputs are not changed."""
 
-    init: Callable[[], Memory]  # 0-d tensors: `best` float64 and the counts int64
+    init: Callable[[], Memory]  # 0-d tensors: "best" float64 and the counts int64
     update: Callable[[Memory, float, Sequence[float]], tuple[Memory, list[float]]]
 
 
 def plateau(cfg: Mapping[str, Any], base_lrs: Sequence[float], *, path: str = "cfg.lr_scheduler") -> Plateau:
-    """torch's own ReduceLROnPlateau, its memory set before each step and read after it.
+    """Pure functions around torch's own ReduceLROnPlateau. Its state is set before each step and read after it.
 
     Args:
         cfg: `dict(type="ReduceLROnPlateau", factor=0.5, patience=3)`; every argument of the class.
-        base_lrs: before any schedule, one per parameter group.
-        path: where the cfg says so, for error messages.
+        base_lrs: learning rates of the cfg, one per parameter group.
+        path: path in the cfg, for error messages.
 
     Raises:
-        ConfigError: for an argument that the class does not take or refuses.
+        ConfigError: for an argument that the class does not take or accept.
     """
-    optimizer = throw_away(base_lrs)
+    optimizer = dummy_optimizer(base_lrs)
     scheduler: ReduceLROnPlateau = build_scheduler(cfg, optimizer, None, path)
 
     def memory() -> Memory:

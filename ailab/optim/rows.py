@@ -1,7 +1,7 @@
-"""torch.optim as a table: which state each class keeps, and the functional form that updates it.
+"""A table of the torch.optim classes: the state that each class keeps, and its functional form.
 
-The mathematics is torch's own (`torch.optim.adam.adam` and so on). A row says only what the functional form cannot: the names,
-the order and the start of its state lists.
+The update is torch's own functional form (`torch.optim.adam.adam` and so on). A row has what the functional form does not tell:
+the names, the order and the initial values of its state lists.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ import torch
 from torch import Tensor
 
 Hyper: TypeAlias = Mapping[str, Any]
-Slot: TypeAlias = Callable[[Tensor, Hyper], Tensor | None]  # (parameter, hyper) -> start value, None where it has none
+# (parameter, hyper) -> initial value, None where there is no such state
+StateInit: TypeAlias = Callable[[Tensor, Hyper], Tensor | None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One class of torch.optim. The order of `slots`, `scalars`, step is that of the functional form's list arguments."""
+    """One class of torch.optim. The order of `slots`, `scalars`, step is that of the list arguments of the functional form."""
 
-    slots: dict[str, Slot]  # per parameter
+    slots: dict[str, StateInit]  # per parameter
     scalars: dict[str, float] = field(default_factory=dict[str, float])  # per group: equal for all of its parameters
-    counts: bool = True  # takes a list of steps
-    fused: bool = False  # has a fused kernel for the CPU
+    counts: bool = True  # the functional form takes a list of step counts
+    fused: bool = False  # there is a fused kernel
     unpack: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])  # tuples that are several arguments
-    from_lr: tuple[str, ...] = ()  # state that starts as the lr of the first update
-    padded: bool = False  # wants None where a parameter has no such state
+    from_lr: tuple[str, ...] = ()  # state that is initialised with the lr of the first update
+    padded: bool = False  # the functional form takes None where a parameter has no such state
 
 
 def _zeros(param: Tensor, _: Hyper) -> Tensor:
@@ -42,7 +43,7 @@ def _full(param: Tensor, value: float) -> Tensor:
     return torch.full_like(param, fill, memory_format=torch.preserve_format)
 
 
-def _zeros_if(wanted: Callable[[Hyper], bool]) -> Slot:
+def _zeros_if(wanted: Callable[[Hyper], bool]) -> StateInit:
     return lambda param, hyper: _zeros(param, hyper) if wanted(hyper) else None
 
 
@@ -59,7 +60,7 @@ def _variance(param: Tensor, _: Hyper) -> Tensor | None:
 
 
 _BETAS = {"betas": ("beta1", "beta2")}
-_MOMENTS: dict[str, Slot] = {"exp_avg": _zeros, "exp_avg_sq": _zeros}
+_MOMENTS: dict[str, StateInit] = {"exp_avg": _zeros, "exp_avg_sq": _zeros}
 _ADAM = Row({**_MOMENTS, "max_exp_avg_sq": _zeros_if(lambda h: h["amsgrad"])}, fused=True, unpack=_BETAS)
 
 ROWS: dict[str, Row] = {
@@ -102,9 +103,9 @@ def functional(name: str) -> Callable[..., None]:
 
 
 def cpu_kernel(name: str, hyper: Hyper) -> Callable[..., None] | None:
-    """The kernel that the fused form of Adam and AdamW ends in on a CPU, without the 40 us of Python before it; a private name.
+    """torch's private CPU kernel of fused Adam and AdamW, without 40 us of Python around it. None for other classes.
 
-    Called as `kernel(params, grads, *lists, step=..., lr=..., **hyper)`, with the steps before this one; None where there is none.
+    Called as `kernel(params, grads, *lists, step=..., lr=..., **hyper)`. `step` is the count before this update.
     """
     decoupled = name == "AdamW" or hyper.get("decoupled_weight_decay")
     kernel: Any = getattr(torch, "_fused_adamw_" if decoupled else "_fused_adam_", None)
@@ -113,14 +114,14 @@ def cpu_kernel(name: str, hyper: Hyper) -> Callable[..., None] | None:
     takes = ("beta1", "beta2", "weight_decay", "eps", "amsgrad", "maximize")
 
     def run(*lists: list[Tensor], step: Tensor, lr: float, **how: Any) -> None:
-        steps = [step + 1] * len(lists[0])  # which the kernel reads only
+        steps = [step + 1] * len(lists[0])  # the kernel only reads them
         kernel(*lists, steps, lr=lr, **{k: how[k] for k in takes}, grad_scale=None, found_inf=None)
 
     return run
 
 
 def arguments(row: Row, fn: Callable[..., None], hyper: Hyper, has_complex: bool) -> dict[str, Any]:
-    """The keyword arguments that `fn` takes from `hyper`; lr and the choice of implementation are left to the caller."""
+    """The keyword arguments of `fn` from `hyper`, without lr and the choice of implementation."""
     flat: dict[str, Any] = {"has_complex": has_complex}
     for key, value in hyper.items():
         flat.update(zip(row.unpack[key], value, strict=True) if key in row.unpack else [(key, value)])

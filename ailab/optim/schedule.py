@@ -1,4 +1,4 @@
-"""Learning-rate schedules as tables: torch's own schedulers, run once at the start on an optimizer that is thrown away."""
+"""Learning-rate schedules as tables. torch's own scheduler is run once at the start, on a dummy optimizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Factory: TypeAlias = Callable[[torch.optim.Optimizer], Any]  # optimizer -> sche
 
 @LR_SCHEDULERS.register_module()
 class WarmupAndCosineAnnealingLR(LRScheduler):
-    """A linear warm-up to the base lr, then half a cosine down to `eta_min`; constant after that.
+    """Linear warm-up to the base lr, then cosine annealing to `eta_min`, then constant.
 
     In closed form, at position t, with w = warmup_steps, T = total_steps, f = warmup_start_factor:
 
@@ -28,16 +28,16 @@ class WarmupAndCosineAnnealingLR(LRScheduler):
         t >= w:   lr = eta_min + (base - eta_min) * (1 + cos(pi * min(1, (t - w) / (T - w)))) / 2
 
     Args:
-        optimizer: whose learning rates are set.
-        warmup_steps: positions before the base lr is reached, in the unit that the schedule is stepped in; a run with w >= T (one
-            that was cut short to try it) ends in the warm-up.
-        total_steps: the position at which `eta_min` is reached.
-        eta_min: the last lr, for every group.
-        warmup_start_factor: the first lr as a part of the base lr, 0 <= f <= 1.
-        last_epoch: as for every torch scheduler.
+        optimizer: the optimizer whose learning rates are set.
+        warmup_steps: length of the warm-up, at least 0, in the unit that the scheduler counts (steps or epochs). If it is
+            `total_steps` or more, the run ends during the warm-up.
+        total_steps: position at which `eta_min` is reached, at least 1, in the same unit.
+        eta_min: final lr, for every parameter group.
+        warmup_start_factor: lr at the start of the warm-up as a fraction of the base lr, in [0, 1].
+        last_epoch: index of the last position, as for every torch scheduler. -1: start from the beginning.
 
     Raises:
-        ValueError: when the arguments are outside these ranges.
+        ValueError: when an argument is outside its range.
     """
 
     def __init__(
@@ -67,17 +67,17 @@ class WarmupAndCosineAnnealingLR(LRScheduler):
         return [self.eta_min + (base - self.eta_min) * part for base in self.base_lrs]
 
 
-def throw_away(base_lrs: Sequence[float]) -> torch.optim.Optimizer:
-    """An optimizer with one group per lr. It has momentum, so schedulers that cycle momentum run; their momentum is dropped."""
+def dummy_optimizer(base_lrs: Sequence[float]) -> torch.optim.Optimizer:
+    """An optimizer with one group per lr. It has a momentum, which schedulers that cycle momentum need; it is not used."""
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in base_lrs]
     return torch.optim.SGD(groups, lr=base_lrs[0], momentum=0.9)
 
 
 def build_scheduler(cfg: Mapping[str, Any], optimizer: torch.optim.Optimizer, n: int | None, path: str) -> Any:
-    """The scheduler that `cfg` describes, with its nested `schedulers`; `total_steps` is `n` where the class wants one.
+    """The scheduler of `cfg`, with its nested `schedulers`. `total_steps` is `n` if the class takes it and `cfg` does not set it.
 
     Raises:
-        ConfigError: for an unknown class, or an argument that it does not take or refuses.
+        ConfigError: for an unknown class, or an argument that it does not take or accept.
     """
     if "type" not in cfg:
         raise ConfigError(f"{path}: a scheduler needs a `type`, got {sorted(cfg)}.")
@@ -105,28 +105,27 @@ def lr_table(
     *,
     path: str = "cfg.lr_scheduler",
 ) -> Tensor:
-    """The learning rate at positions 0..n as torch's own scheduler gives it; (n + 1, groups) float64.
+    """The learning rates at positions 0..n from torch's own scheduler, (n + 1, groups) float64.
 
-    Row 0 is the lr of the first update, and each row one `scheduler.step()` later. Whether a position is an update or an
-    epoch is the caller's choice. Only lr is scheduled: OneCycleLR and CyclicLR run with momentum or betas, and leave them as
-    they are.
+    Row 0 is the lr of the first update. Each further row is one `scheduler.step()` later. The caller decides whether a position
+    is a step or an epoch. Only the lr is scheduled: OneCycleLR and CyclicLR do not change momentum or betas.
 
     Args:
         cfg: `dict(type="CosineAnnealingLR", T_max=10)`, with `schedulers=[dict(...), ...]` for SequentialLR and
-            ChainedScheduler; or a function from an optimizer to a scheduler. `total_steps`, where a class takes it and `cfg`
-            lacks it, is `n`.
-        base_lrs: before any schedule, one per parameter group.
+            ChainedScheduler; or a function from an optimizer to a scheduler. `total_steps` is `n`, if a class takes it and
+            `cfg` does not set it.
+        base_lrs: learning rates of the cfg, one per parameter group.
         n: the last position.
-        path: where the cfg says so, for error messages.
+        path: path in the cfg, for error messages.
 
     Raises:
         ConfigError: for a cfg that does not fit, a schedule that ends before `n`, or one that needs a metric.
     """
-    optimizer = throw_away(base_lrs)
+    optimizer = dummy_optimizer(base_lrs)
     scheduler = cfg(optimizer) if callable(cfg) else build_scheduler(cfg, optimizer, n, path)
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ConfigError(f"{path}: ReduceLROnPlateau depends on a metric, so it cannot be a table; use plateau().")
-    optimizer.step()  # without gradients: torch warns when a scheduler goes first
+    optimizer.step()  # without gradients: torch warns when a scheduler steps before its optimizer
     groups = optimizer.param_groups
     rows = [[float(g["lr"]) for g in groups]]
     for position in range(1, n + 1):
@@ -139,6 +138,6 @@ def lr_table(
 
 
 def lr_at(table: Tensor, position: Tensor) -> list[Tensor]:
-    """The learning rates at `position`, () integer, one () float64 per group; past the end the last row. No device read."""
+    """The learning rates at `position`, () integer: one () float64 per group, the last row after the end. No device read."""
     row = table.index_select(0, position.clamp(0, table.shape[0] - 1).reshape(1))[0]
     return list(row.unbind())

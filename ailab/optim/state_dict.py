@@ -1,4 +1,4 @@
-"""The state as torch.optim writes it, and back: what other tools can load."""
+"""Convert the optimizer state to and from the `state_dict()` format of torch.optim."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ailab.optim.rows import ROWS
 
 
 def _groups(opt: Optimizer, opt_state: OptState) -> list[dict[str, Any]]:
-    """`param_groups` of a torch state dict; parameters are numbered in the order of the groups' names."""
+    """`param_groups` of a torch state dict. Parameters are numbered in the order of the names in the groups."""
     packed, start = list[dict[str, Any]](), 0
     live: list[dict[str, Any]] = opt_state.get("groups") or [{} for _ in opt.groups]
     for group, lr, saved in zip(opt.groups, opt_state["lr"].tolist(), live, strict=True):
@@ -26,10 +26,10 @@ def _groups(opt: Optimizer, opt_state: OptState) -> list[dict[str, Any]]:
 
 
 def torch_state_dict(opt: Optimizer, opt_state: OptState) -> dict[str, Any]:
-    """What `state_dict()` of the torch class would be: `{"state": {index: {key: value}}, "param_groups": [...]}`.
+    """The `state_dict()` of the torch class: `{"state": {index: {key: value}}, "param_groups": [...]}`.
 
-    Indices follow the order of `opt.groups` and of their names. Tensors are copies. Before the first update the state is empty,
-    as torch's is.
+    Parameters are numbered in the order of `opt.groups` and of their names. Tensors are copies. Before the first update the state
+    is empty, as in torch.
     """
     entries: dict[int, dict[str, Any]] = {}
     names = [(g, n) for g, group in enumerate(opt.groups) for n in group.names]
@@ -47,9 +47,11 @@ def torch_state_dict(opt: Optimizer, opt_state: OptState) -> dict[str, Any]:
 
 def _checked(opt: Optimizer, sd: Mapping[str, Any]) -> list[list[Any]]:
     """The parameter indices of each group of `sd`."""
-    mine, theirs = [len(g.names) for g in opt.groups], [len(g["params"]) for g in sd["param_groups"]]
-    if mine != theirs:
-        raise CheckpointError(f"the {opt.name} state has groups of {theirs} parameters, this optimizer has groups of {mine}.")
+    expected, found = [len(g.names) for g in opt.groups], [len(g["params"]) for g in sd["param_groups"]]
+    if expected != found:
+        raise CheckpointError(
+            f"the {opt.name} state has groups of {found} parameters, but this optimizer has groups of {expected}."
+        )
     return [list(g["params"]) for g in sd["param_groups"]]
 
 
@@ -58,9 +60,9 @@ def _filled(like: Any, value: Any) -> Tensor:
 
 
 def _read(opt: Optimizer, like: OptState, named: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The state of a traced optimizer, `like` where `named` has no entry."""
+    """The state of a traced optimizer. Where `named` has no entry, that of `like`."""
     row, new = ROWS[opt.name], cast("dict[str, Any]", tree.clone(like))
-    # torch counts per parameter. SGD and Muon count nothing; that they have a momentum says that they have begun.
+    # torch counts per parameter. SGD and Muon have no count: if there is a momentum, the count is at least 1.
     counts = [float(e["step"]) if "step" in e else float(any(v is not None for v in e.values())) for e in named.values()]
     new["step"] = torch.full_like(new["step"], max(counts))
     for key in row.slots:
@@ -78,10 +80,10 @@ def _read(opt: Optimizer, like: OptState, named: Mapping[str, Mapping[str, Any]]
 
 
 def from_torch_state_dict(opt: Optimizer, opt_state_like: OptState, sd: Mapping[str, Any]) -> OptState:
-    """The state that `sd`, a torch `state_dict()`, describes; entries that `sd` lacks are taken from `opt_state_like`.
+    """The state of a torch `state_dict()`, `sd`. Entries that `sd` does not have are taken from `opt_state_like`.
 
-    torch counts steps per parameter and this package once: the largest count is taken. Of the groups' hyper-parameters only lr
-    is read for a traced optimizer; the others are those that it was built with.
+    torch has a step count per parameter, and this package has one for all: the largest is used. For a traced optimizer only lr is
+    read from the groups. The other hyper-parameters are those that it was built with.
 
     Raises:
         CheckpointError: when the groups of `sd` do not have the sizes of `opt.groups`, or a tensor has another shape.

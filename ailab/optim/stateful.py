@@ -1,4 +1,4 @@
-"""Any other `torch.optim.Optimizer` class, made pure by copying its state in and out around its own `.step()`."""
+"""Pure functions for any other `torch.optim.Optimizer` class: its state is copied in and out around its own `.step()`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ailab.types import Params
 
 
 class _Stateful:
-    """The one instance of the class, with parameters of its own; between calls its content means nothing."""
+    """An instance of the class with its own parameters. Its values matter only during a call."""
 
     def __init__(self, cls: Callable[..., torch.optim.Optimizer], groups: tuple[Group, ...], params: Params):
         self.own = {n: nn.Parameter(params[n].detach().clone()) for g in groups for n in g.names}
         self.optimizer = cls([{"params": [self.own[n] for n in g.names], **g.hyper} for g in groups])
 
-    def put(self, opt_state: OptState, params: Params) -> None:
+    def load(self, opt_state: OptState, params: Params) -> None:
         """Copy values and state into the instance."""
         with torch.no_grad():
             for name, own in self.own.items():
@@ -33,12 +33,12 @@ class _Stateful:
             group.update(tree.clone(saved))
             group["lr"] = lr
 
-    def give(self, grads: Params) -> None:
+    def set_grads(self, grads: Params) -> None:
         """Copy gradients into the instance; a missing one is None."""
         for name, own in self.own.items():
             own.grad = grads[name].detach().clone() if name in grads else None
 
-    def take(self, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
+    def export(self, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
         """Copy values and state out of the instance; a parameter without a gradient keeps its tensor."""
         new = {
             n: p if n not in self.own or self.own[n].grad is None else self.own[n].detach().clone() for n, p in params.items()
@@ -48,17 +48,17 @@ class _Stateful:
         return new, {**opt_state, "state": saved, "groups": self.groups()}
 
     def groups(self) -> list[dict[str, Any]]:
-        """The entries of each group beside params and lr: some classes keep running values there."""
+        """The entries of each group except params and lr. Some classes keep state there."""
         skipped = ("params", "param_names", "lr")
         return [tree.clone({k: v for k, v in g.items() if k not in skipped}) for g in self.optimizer.param_groups]
 
 
 def stateful_optimizer(cls: type[torch.optim.Optimizer], groups: tuple[Group, ...], params: Params) -> Optimizer:
-    """`cls` behind `init` and `update`. Not traced.
+    """`cls` as `init` and `update`. Not traced.
 
     The opt_state is `{"lr": (groups,) float64, "state": {name: {key: value}}, "groups": [{key: value}]}`. Its `state` is filled
-    by the first update, as torch's is. What a class keeps as attributes of its own, outside `state` and `param_groups`, is no
-    part of it. A class that needs a closure (LBFGS) has `closure_update`.
+    by the first update, as in torch. Attributes that a class keeps outside `state` and `param_groups` are not in it. LBFGS, which
+    needs a closure, has `closure_update`.
     """
     adapter = _Stateful(cls, groups, params)
 
@@ -68,21 +68,21 @@ def stateful_optimizer(cls: type[torch.optim.Optimizer], groups: tuple[Group, ..
         return {"lr": rates, "state": {}, "groups": adapter.groups()}
 
     def update(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
-        adapter.put(opt_state, params)
-        adapter.give(grads)
+        adapter.load(opt_state, params)
+        adapter.set_grads(grads)
         adapter.optimizer.step()
-        return adapter.take(opt_state, params)
+        return adapter.export(opt_state, params)
 
     def closure_update(evaluate: Evaluate, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
-        adapter.put(opt_state, params)
+        adapter.load(opt_state, params)
 
         def closure() -> Tensor:
             loss, grads = evaluate({n: adapter.own[n].detach().clone() if n in adapter.own else p for n, p in params.items()})
-            adapter.give(grads)
+            adapter.set_grads(grads)
             return loss
 
         adapter.optimizer.step(cast("Any", closure))  # the stubs want a float; torch reads a () tensor
-        return adapter.take(opt_state, params)
+        return adapter.export(opt_state, params)
 
     def refuse(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
         raise AilabError(f"{cls.__name__} evaluates the loss several times a step; call closure_update instead of update.")

@@ -1,4 +1,4 @@
-"""`init` and `update` of the torch.optim classes as pure functions over torch's own functional forms."""
+"""`init` and `update` of the torch.optim classes as pure functions, with torch's own functional forms."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ _foreach_copy_: Callable[[list[Tensor], list[Tensor]], None] = getattr(torch, "_
 
 @dataclass(frozen=True)
 class _Plan:
-    """One group, with everything decided that can be decided before the first step."""
+    """One parameter group, with the choices that are made before the first step."""
 
     names: tuple[str, ...]
     keys: tuple[str, ...]  # of the per-parameter lists, in the order of the functional form
     row: Row
-    call: Callable[..., None]  # (params, grads, *lists, **how, lr=...): eager
+    call: Callable[..., None]  # (params, grads, *lists, **kwargs, lr=...): eager
     traced_call: Callable[..., None]
-    how: dict[str, Any]  # arguments of `call`: hyper-parameters and the choice of implementation
-    traced_how: dict[str, Any]
+    kwargs: dict[str, Any]  # arguments of `call`: hyper-parameters and the choice of implementation
+    traced_kwargs: dict[str, Any]
     columns: tuple[str, ...]  # every list argument after the gradients, also those that this group leaves empty
-    scratch: list[Tensor]  # eager: where the functional form counts its steps; no part of the state
-    step_as: str | None  # the argument that counts steps: a list of them, or one; or none
+    scratch: list[Tensor]  # eager: the step counts for the functional form; not part of the state
+    step_as: str | None  # the argument with the step count: a list of them, one, or None
     kernel: bool  # `call` is the fused kernel itself
     takes_lr: bool
-    lr_as_float: bool  # eager; on a CPU that is no device read
+    lr_as_float: bool  # eager; on a CPU this is not a device read
     lr_dtype: torch.dtype  # as a tensor: float32 for a GPU kernel beside float32 parameters; on a CPU the digits are free
     on_cpu: bool
 
 
 def _choose(row: Row, name: str, asked: dict[str, Any], params: Sequence[Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The implementation to run eagerly, and the one to trace; what the user asked for goes first.
+    """The implementation to run eagerly, and the one to trace. The choice of the user comes first.
 
-    Eager is fused where there is a kernel, else what the device can do without being read. Traced on a CPU it is one tensor at
-    a time: the scalars of all parameters are then equal subgraphs, which the compiler computes once; a GPU wants few kernels.
+    Eager: the fused kernel if there is one, else a form without device reads. Traced on a CPU: one tensor at a time, because the
+    scalars of all parameters are then equal subgraphs that the compiler computes once. Traced on a GPU: few kernels.
     """
     device = params[0].device.type
     # Adagrad's fused kernel is younger than the oldest torch served on a GPU.
@@ -62,16 +62,16 @@ def _choose(row: Row, name: str, asked: dict[str, Any], params: Sequence[Tensor]
 def _plan(name: str, group: Group, params: Params) -> _Plan:
     row, tensors, fn = ROWS[name], [params[n] for n in group.names], functional(name)
     takes = inspect.signature(fn).parameters
-    kwargs = arguments(row, fn, group.hyper, any(p.is_complex() for p in tensors))
+    hyper = arguments(row, fn, group.hyper, any(p.is_complex() for p in tensors))
     # Muon's form takes `foreach` and its class does not.
     eager, traced = ({k: v for k, v in how.items() if k in takes and (k != "foreach" or k in group.hyper)}
                      for how in _choose(row, name, group.hyper, tensors))  # fmt: skip
     held = tuple(k for k, slot in row.slots.items() if row.padded or slot(tensors[0], group.hyper) is not None)
     damped = name == "SGD" and bool(held) and group.hyper["dampening"] != 0
     on_cpu = tensors[0].device.type == "cpu"
-    call = _first_undamped(fn) if damped else fn
+    call = _undamped_first_step(fn) if damped else fn
     divides = name in ("Adam", "AdamW") and not traced["foreach"]
-    traced_call = adafactor if name == "Adafactor" else _still_at_zero(call) if divides else call
+    traced_call = adafactor if name == "Adafactor" else _unchanged_at_zero_lr(call) if divides else call
     kernel = cpu_kernel(name, group.hyper) if eager.get("fused") and len({p.dtype for p in tensors}) == 1 else None
     wide = on_cpu or tensors[0].dtype == torch.float64
     return _Plan(
@@ -80,8 +80,8 @@ def _plan(name: str, group: Group, params: Params) -> _Plan:
         row=row,
         call=(kernel or call) if on_cpu else traced_call,
         traced_call=traced_call,
-        how=kwargs | eager,
-        traced_how=kwargs | traced,
+        kwargs=hyper | eager,
+        traced_kwargs=hyper | traced,
         scratch=[torch.zeros((), dtype=torch.float32, device=tensors[0].device) for _ in tensors],
         columns=(*row.slots, *row.scalars),
         step_as="state_steps" if row.counts else "step" if damped else None,
@@ -94,41 +94,41 @@ def _plan(name: str, group: Group, params: Params) -> _Plan:
     )
 
 
-def _first_undamped(sgd: Callable[..., None]) -> Callable[..., None]:
-    """SGD whose first momentum is the plain gradient, not (1 - dampening) of it."""
+def _undamped_first_step(sgd: Callable[..., None]) -> Callable[..., None]:
+    """SGD whose first momentum is the gradient without dampening, as in torch."""
 
-    def stepped(params: list[Tensor], grads: list[Tensor], buffers: list[Any], *, step: Tensor, **how: Any) -> None:
+    def stepped(params: list[Tensor], grads: list[Tensor], buffers: list[Any], *, step: Tensor, **kwargs: Any) -> None:
         first = step == 0
         if not torch.compiler.is_compiling() and step.device.type == "cpu":
             if first:
                 buffers[:] = [None] * len(buffers)
-            sgd(params, grads, buffers, **how)
+            sgd(params, grads, buffers, **kwargs)
             return
         fresh_params, fresh = [p.clone() for p in params], cast("list[Any]", [None] * len(buffers))
-        sgd(fresh_params, grads, fresh, **how)
-        sgd(params, grads, buffers, **how)
+        sgd(fresh_params, grads, fresh, **kwargs)
+        sgd(params, grads, buffers, **kwargs)
         params[:] = [torch.where(first, a, b) for a, b in zip(fresh_params, params, strict=True)]
         buffers[:] = [torch.where(first, a, b) for a, b in zip(fresh, buffers, strict=True)]
 
     return stepped
 
 
-def _still_at_zero(adam: Callable[..., None]) -> Callable[..., None]:
-    """Adam that leaves parameters as they are at lr 0.
+def _unchanged_at_zero_lr(adam: Callable[..., None]) -> Callable[..., None]:
+    """Adam that does not change parameters at lr 0.
 
-    In a graph torch's form for one tensor divides by lr before it adds eps, so a warm-up began with NaN wherever a gradient was 0.
+    In a graph torch's single-tensor form divides by lr before it adds eps. At lr 0 that is NaN where the gradient is 0.
     """
 
-    def stepped(params: list[Tensor], *lists: list[Tensor], lr: Tensor, **how: Any) -> None:
+    def stepped(params: list[Tensor], *lists: list[Tensor], lr: Tensor, **kwargs: Any) -> None:
         still, before = lr == 0, [p.clone() for p in params]
-        adam(params, *lists, lr=torch.where(still, 1.0, lr), **how)
+        adam(params, *lists, lr=torch.where(still, 1.0, lr), **kwargs)
         params[:] = [torch.where(still, b, p) for b, p in zip(before, params, strict=True)]
 
     return stepped
 
 
 def _copies(columns: list[list[Any]], slow: bool) -> list[list[Any]]:
-    """Columns of equal length, copied. `slow` allows None, and is what traces best: the copies vanish."""
+    """Copies of columns of equal length. `slow` allows None, and is better for tracing: the compiler removes the copies."""
     if slow:
         return [[None if t is None else t.clone() for t in column] for column in columns]
     flat, n = [t for column in columns for t in column], len(columns[0])
@@ -136,16 +136,16 @@ def _copies(columns: list[list[Any]], slow: bool) -> list[list[Any]]:
     return [new[i : i + n] for i in range(0, len(new), n)]
 
 
-def _starting_at(lr: Tensor, first: Tensor, column: list[Tensor]) -> list[Tensor]:
-    """State that begins as the learning rate of the first update."""
+def _init_with_lr(lr: Tensor, first: Tensor, column: list[Tensor]) -> list[Tensor]:
+    """State that is initialised with the learning rate of the first update."""
     begin = [(torch.complex(lr, lr) if t.is_complex() else lr).to(t.dtype) for t in column]
     return [torch.where(first, b, t) for b, t in zip(begin, column, strict=True)]
 
 
 def _steps(plan: _Plan, step: Tensor, count: int, traced: bool) -> list[Tensor]:
-    """The shared step once per parameter, for the functional form to count up."""
+    """A copy of the step count for each parameter. The functional form increments them."""
     if traced:
-        # Apart, since they are written to. In float32, as on a GPU and in torch, 1 - 0.999**step has 4 digits left.
+        # Copies, because they are written to. In float32, as on a GPU and in torch, 1 - 0.999**step has 4 digits left.
         return [step.to(torch.float64) if plan.on_cpu else step.clone() for _ in range(count)]
     steps = plan.scratch[:count]
     _foreach_copy_(steps, [step] * count)
@@ -156,14 +156,14 @@ def _call(
     plan: _Plan, traced: bool, values: list[Tensor], grads: list[Tensor], columns: list[list[Any]], step: Tensor, lr: Tensor
 ) -> None:
     """Update `values` and `columns` in place with the functional form."""
-    call, how = (plan.traced_call, plan.traced_how.copy()) if traced else (plan.call, plan.how.copy())
+    call, kwargs = (plan.traced_call, plan.traced_kwargs.copy()) if traced else (plan.call, plan.kwargs.copy())
     if plan.takes_lr:
-        how["lr"] = lr.item() if plan.lr_as_float and not traced else lr.to(plan.lr_dtype)
+        kwargs["lr"] = lr.item() if plan.lr_as_float and not traced else lr.to(plan.lr_dtype)
     if plan.step_as == "state_steps" and (traced or not plan.kernel):
-        how["state_steps"] = _steps(plan, step, len(values), traced)
+        kwargs["state_steps"] = _steps(plan, step, len(values), traced)
     elif plan.step_as is not None:
-        how["step"] = step
-    call(values, grads, *columns, **how)
+        kwargs["step"] = step
+    call(values, grads, *columns, **kwargs)
 
 
 def _update_group(
@@ -181,10 +181,10 @@ def _update_group(
     for key in row.scalars:
         lists[key] = [old[key][at].clone() for _ in names]
     for key in row.from_lr:
-        lists[key] = _starting_at(lr, step == 0, lists[key])
+        lists[key] = _init_with_lr(lr, step == 0, lists[key])
     _call(plan, traced, values, [grads[n] for n in names], [lists.get(key, []) for key in plan.columns], step, lr)
     if plan.kernel and not copy and not traced:
-        return True  # written where `out` and `new` have it already
+        return True  # already written in place
     out.update(zip(names, values))  # noqa: B905 - strict costs time in every step
     for key in keys:
         filled = zip(names, lists[key])  # noqa: B905
@@ -195,7 +195,7 @@ def _update_group(
 
 
 def _init(row: Row, groups: Sequence[Group], params: Params) -> OptState:
-    """The state before the first step: zero steps, the base learning rates, torch's own start values."""
+    """The state before the first step: step 0, the base learning rates, torch's initial values."""
     device = params[groups[0].names[0]].device
     state: dict[str, Any] = {
         "step": torch.zeros((), dtype=torch.float32, device=device),

@@ -24,7 +24,7 @@ VALUES = [3.0, 2.0, 2.5, 1.95, float("nan"), 1.5, 1.49, 1.48, 1.47, 1.0]
 
 
 def fed(values: list[float], *, name: str = "fed") -> Middleware[Any]:
-    """Puts the epoch's number of a list in the place of val_loss."""
+    """Replaces val_loss by a number from a list, one for each epoch."""
 
     def wrap(epoch: Any) -> Any:
         def replaced(state: TrainState, batches: Any) -> Any:
@@ -53,7 +53,7 @@ def stops_after(values: list[float], mode: str, patience: int, min_delta: float)
 @pytest.mark.parametrize("min_delta", [0.0, 0.1])
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_it_stops_where_the_rule_says(mode: str, min_delta: float, patience: int, tmp_path: Path) -> None:
-    """After `patience` results in a row without an improvement of more than min_delta; its memory is in the state alone."""
+    """After `patience` results in a row without an improvement of more than min_delta. Its memory is only in the state."""
     state, stopped = TinyNet(build(tmp_path, mode, patience, min_delta)).state, None
     for epoch, value in enumerate(VALUES, 1):
         [hook] = build(tmp_path, mode, patience, min_delta)  # a new one each time
@@ -81,7 +81,7 @@ def stopping_cfg(folder: Path, order: tuple[str, ...], epochs: int = 10) -> dict
 
 @pytest.mark.parametrize("order", [("fed", "stop", "checkpoint", "resume"), ("checkpoint", "resume", "fed", "stop")])
 def test_the_last_epoch_is_saved_and_a_restart_trains_no_more(order: tuple[str, ...], tmp_path: Path) -> None:
-    """Whatever the interval and wherever the hooks stand, the epoch that ended the run is saved with the wish to end it."""
+    """With any interval and any order of the hooks, the last epoch is saved together with the stop flag."""
     state = fit(stopping_cfg(tmp_path, order)).state
     epochs = stops_after(VALUES, "min", 2, 0.1)
     assert epochs == 4 and state.at == 5 * epochs
@@ -105,7 +105,7 @@ def test_a_resumed_run_stops_where_the_whole_one_does(order: tuple[str, ...], tm
 
 @pytest.mark.parametrize("order", [("lr_scheduler", "checkpoint", "resume"), ("checkpoint", "resume", "lr_scheduler")])
 def test_a_plateau_resumes_wherever_it_stands(order: tuple[str, ...], tmp_path: Path) -> None:
-    """What ReduceLROnPlateau learns from an epoch is in that epoch's checkpoint, in either order."""
+    """The state of ReduceLROnPlateau after an epoch is in the checkpoint of that epoch, in either order of the hooks."""
     entries: dict[str, dict[str, Any]] = {
         "lr_scheduler": dict(type="LrSchedulerHook", scheduler=dict(type="ReduceLROnPlateau", patience=0, threshold=0.5)),
         "checkpoint": dict(type="CheckpointHook", interval=2),

@@ -1,4 +1,4 @@
-"""The laws of hooks; a hook that is new in ailab.hooks is found by itself."""
+"""The laws of hooks. A new hook in ailab.hooks is found automatically."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_bad_settings_are_refused(build: Any, message: str) -> None:
 
 
 def test_a_small_weight_of_the_average_keeps_its_digits() -> None:
-    """With decay 0.9999 a step moves the average by 1e-4 of the way, to six digits: 1 - decay is no float32."""
+    """With decay 0.9999 a step moves the average by 1e-4 of the distance, to six digits: 1 - decay is not in float32."""
     [update, _] = EMAHook(decay=0.9999, warmup=False)
     one, zero = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
     state = TrainState(torch.tensor(1), one, {}, {}, {"ema": zero})
@@ -241,7 +241,7 @@ def overflowing(micro: int | None = None) -> Middleware[Any]:
 @pytest.mark.parametrize("name", ["SkipNonFiniteHook", "AMPHook"])
 @pytest.mark.parametrize("hiding", ["clip", "signs", "first_micro_batch", "last_micro_batch"])
 def test_an_overflow_cannot_hide(name: str, hiding: str, tmp_path: Path) -> None:
-    """An infinite gradient undoes the step, also where a clip by value, an optimizer of signs or a micro-batch would hide it."""
+    """An infinite gradient skips the step, also where clipping by value, a sign optimizer or a micro-batch would hide it."""
     hooks = [h for h in made(name, tmp_path, **({"dtype": "fp16"} if name == "AMPHook" else {})) if h.depth != "loss"]
     spoilt = overflowing({"first_micro_batch": 0, "last_micro_batch": 2}.get(hiding))
     behind = {"clip": [GradClipHook(max_value=1.0)], "signs": []}.get(hiding, [GradAccumulateHook(3)])
@@ -269,8 +269,8 @@ def test_a_scale_that_would_overflow_stays(tmp_path: Path) -> None:
     assert float(after.slots["amp"]["scale"]) == 2.0**127
 
 
-def test_accumulation_joins_what_it_cut() -> None:
-    """Outputs of the model come out for the whole batch, and a field that is not by sample goes whole to every micro-batch."""
+def test_accumulation_concatenates_outputs() -> None:
+    """Model outputs are those of the whole batch. A field that is not per sample is in every micro-batch."""
     seen: list[tuple[int, ...]] = []
 
     def loss(params: Params, buffers: Params, batch: Batch) -> tuple[torch.Tensor, Aux]:
@@ -442,7 +442,7 @@ def broken(law: str) -> Middleware[Any]:
         "leaves the epochs",
     ],
 )
-def test_a_hook_that_breaks_a_law_is_told_which(law: str, aot_eager: None) -> None:
+def test_check_hook_names_the_broken_law(law: str, aot_eager: None) -> None:
     """`check_hook` fails for a hook that breaks a law, and names that law."""
     with pytest.raises(AssertionError, match=law):
         check_hook(broken(law))

@@ -1,4 +1,4 @@
-"""Averages of parameters against torch's own: EMA, SWA, Lookahead; what is evaluated and what a checkpoint hands on."""
+"""Averages of parameters against torch's own: EMA, SWA, Lookahead; the parameters that are evaluated and those in a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = 20
 
 
 def along(net: TinyNet, average: AveragedModel | None = None, at_steps: Any = ()) -> TrainState:
-    """The state after some steps; `average` is shown the model after those of `at_steps`, counted from 1."""
+    """The state after some steps. `average` is updated with the model after the steps `at_steps`, counted from 1."""
     state, step = net.state.clone(), net.step()
     for i in range(1, STEPS + 1):
         state, _ = step(state, net.batches[i % 2])
@@ -137,7 +137,7 @@ def test_validation_sees_the_average(name: str, use_buffers: bool, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["ema", "swa", "both", "blind"])
-def test_a_checkpoint_hands_on_what_was_validated(name: str, tmp_path: Path) -> None:
+def test_a_checkpoint_has_the_validated_parameters(name: str, tmp_path: Path) -> None:
     """`model_state` loads into the user's module and is the average; `state` has the parameters; with eval=False both do."""
     ema, swa = dict(type="EMAHook", decay=0.9, use_buffers=True), dict(type="SWAHook", start=2)
     entries = {

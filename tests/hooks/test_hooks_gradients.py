@@ -24,7 +24,7 @@ from ailab.types import TrainState
 
 
 def climbed(model: nn.Module, batch: dict[str, Tensor], rho: float, adaptive: bool) -> list[Tensor]:
-    """The gradient of SAM, as its authors write it: backward, climb, backward, go back."""
+    """The gradient of SAM as its authors write it: backward, perturb, backward, restore."""
     params = list(model.parameters())
     first = torch.autograd.grad(cross_entropy(model(batch["input"]), batch["target"]), params)
     buffers = {n: b.clone() for n, b in model.named_buffers()}
@@ -65,13 +65,13 @@ def test_sam_equals_a_two_pass_loop(rho: float, adaptive: bool) -> None:
 
 
 def test_sam_without_a_radius_is_the_gradient_itself() -> None:
-    """sam(0) gives back the very gradient it was given."""
+    """sam(0) returns the gradient function unchanged, as the same object."""
     grad = local_grad(TinyNet().loss())
     assert SAMHook(0.0)(grad) is grad
 
 
-def test_sam_climbs_where_it_is_listed() -> None:
-    """After accumulate the whole batch climbs at once; before it each micro-batch does; so the gradients differ."""
+def test_sam_depends_on_its_place_in_the_list() -> None:
+    """Listed after accumulate it perturbs with the whole batch, before it with each micro-batch. So the gradients differ."""
     net = TinyNet()
     net.model[1] = nn.Identity()  # batch norm sees micro-batches
     bare, batch = local_grad(net.loss()), net.batches[0]
@@ -96,7 +96,7 @@ def frozen_along(hook: Any, optimizer: str = "SGD", **hyper: Any) -> list[TrainS
     return states
 
 
-def test_frozen_for_good_is_not_differentiated(tmp_path: Path) -> None:
+def test_frozen_for_the_whole_run_is_not_differentiated(tmp_path: Path) -> None:
     """Matching parameters have no gradient at all, stay bitwise, and keep no optimizer memory; the others train as always."""
     hook = FreezeHook(["0.*", "3.bias"], run=info(tmp_path))
     net = TinyNet(hook)
@@ -109,7 +109,7 @@ def test_frozen_for_good_is_not_differentiated(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("until", "by", "steps"), [(3, "step", 3), (2, "epoch", 4)])
 def test_frozen_for_a_while(until: int, by: Any, steps: int, tmp_path: Path) -> None:
-    """Until then bitwise as at the start, weight decay included; from then on as torch trains what had no gradient before."""
+    """Before `until` the parameters are bitwise those of the start, with weight decay too. Then they train as in torch."""
     states = frozen_along(FreezeHook(["0.*"], until, by, run=info(tmp_path)), momentum=0.9, weight_decay=0.1)
     net = TinyNet()
     optimizer = torch.optim.SGD(net.model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -181,7 +181,7 @@ def test_mistakes_are_named(entry: dict[str, Any], message: str, tmp_path: Path)
 
 
 def test_a_run_counts_what_it_trains(tmp_path: Path) -> None:
-    """What a hook freezes for good is not among the parameters that a run differentiates."""
+    """Parameters frozen for the whole run are not among those that a run differentiates."""
     cfg = tiny_cfg(tmp_path, mine=dict(type="FreezeHook", params=["first.*"]))
     job = assemble(check.complete(cfg), torch.device("cpu"), say=lambda line: None)
     assert job.parts.trainable == {"norm.weight", "norm.bias", "last.weight", "last.bias"}

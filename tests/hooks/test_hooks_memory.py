@@ -26,14 +26,14 @@ from ailab.types import Aux, Batch, Grad, Params, TrainState
 
 
 class Held:
-    """A saved tensor whose end can be seen."""
+    """A saved tensor that reports when it is freed."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
 
 
 def peak(call: Callable[[], Any], params: Params) -> int:
-    """The most bytes that were saved for a backward at one time, parameters and what is a view of one aside."""
+    """The peak of the bytes saved for the backward pass, without parameters and views of parameters."""
     live, most = 0, 0
     mine = {p.untyped_storage().data_ptr() for p in params.values()}
 
@@ -91,7 +91,7 @@ def seeded(grad: Grad, state: TrainState, batch: Batch) -> tuple[Params, Aux]:
 
 @pytest.mark.parametrize("n", [2, 4, 12])
 def test_accumulation_holds_one_micro_batch(n: int) -> None:
-    """What is saved at one time is what a micro-batch saves on its own: a graph is gone before the next one is made."""
+    """The peak of saved bytes is that of one micro-batch: a graph is freed before the next one is built."""
     model, state, batch = setting()
     grad = local_grad(loss_of(model, nn.CrossEntropyLoss()))
     part = {k: v[: 24 // n] for k, v in batch.items()}
@@ -156,7 +156,7 @@ def test_remat_keeps_the_ends_of_blocks_only() -> None:
 
 
 def test_remat_compiled_to_the_loss_equals_eager(aot_eager: None) -> None:
-    """With the loss compiled apart, gradients and buffers are eager's, dropout included."""
+    """With a separately compiled loss, gradients and buffers are those of eager mode, dropout included."""
     model, state, batch = setting()
     remat = stack(loss_of(model, nn.CrossEntropyLoss()), [RematHook(["blocks.*"])])
     a, a_aux = seeded(local_grad(remat), state, batch)
@@ -168,7 +168,7 @@ def test_remat_compiled_to_the_loss_equals_eager(aot_eager: None) -> None:
 
 
 @pytest.mark.nightly
-def test_remat_compiled_for_good_saves_memory() -> None:
+def test_remat_with_inductor_saves_memory() -> None:
     """In generated code what is saved falls as well, and the gradient is that of the compiled loss without the hook."""
     model, state, batch = setting()
     bare = loss_of(model, nn.CrossEntropyLoss())
@@ -198,7 +198,7 @@ def test_remat_is_cut_at_the_loss(tmp_path: Path, aot_eager: None) -> None:
         assemble(check.complete({**cfg, "compile": dict(cut="step")}), torch.device("cpu"), say=lambda line: None)
 
 
-def test_remat_serves_training_alone(tmp_path: Path) -> None:
+def test_remat_changes_training_only(tmp_path: Path) -> None:
     """Sub-modules become sub-classes of their classes, once however often it is asked; evaluation computes as before."""
     model, state, batch = setting()
     classes = [type(m) for m in model.modules()]

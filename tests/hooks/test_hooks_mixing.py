@@ -17,7 +17,7 @@ from ailab.core.grad import local_grad
 from ailab.core.loss import module_state
 from ailab.errors import ConfigError
 from ailab.hooks import CutMixHook, GradAccumulateHook, LabelSmoothingHook, MixupHook
-from ailab.hooks.loss.mixing import draw_partner, draw_share
+from ailab.hooks.loss.mixing import draw_lambda, draw_partner
 from ailab.job.assemble import assemble
 from ailab.stack import stack
 from ailab.types import VIEWS, WEIGHT, Aux, Batch, Mean
@@ -29,7 +29,7 @@ MODEL = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Li
 
 
 def seen(hooks: list[Any], batch: Batch, seed: int = 0) -> Batch:
-    """What the loss inside these hooks is given."""
+    """The batch that the loss inside these hooks gets."""
     found: list[Batch] = []
 
     def spy(params: Any, buffers: Any, batch: Batch) -> tuple[Tensor, Aux]:
@@ -64,7 +64,7 @@ def test_mixup_is_the_sum_of_two_losses(per: Any, masked: bool) -> None:
     batch = {**BATCH, WEIGHT: MASK} if masked else BATCH
     ours, aux = mean_loss([MixupHook(alpha=0.7, per=per)], batch, seed=5)
     torch.manual_seed(5)
-    share, partner = draw_share(0.7, 1.0, 8 if per == "sample" else None, torch.device("cpu")), draw_partner(batch)
+    share, partner = draw_lambda(0.7, 1.0, 8 if per == "sample" else None, torch.device("cpu")), draw_partner(batch)
     share = torch.maximum(share, 1 - share).expand(8)
     x = torch.stack([s * a + (1 - s) * b for s, a, b in zip(share, BATCH["input"], BATCH["input"][partner], strict=True)])
     out, y = plain_output(x), BATCH["target"]
@@ -107,7 +107,7 @@ def test_cutmix_pastes_one_box(shape: tuple[int, ...], per: Any) -> None:
 
 
 def test_partners_are_others_that_count() -> None:
-    """Samples that count form one cycle; a padded sample is its own partner and nobody else's."""
+    """Samples that count form one cycle. A padded sample is only its own partner."""
     for seed in range(50):
         torch.manual_seed(seed)
         partner = draw_partner({**BATCH, WEIGHT: MASK})
@@ -126,7 +126,7 @@ def test_shares_are_beta(alpha: float) -> None:
     """The distribution is Beta(alpha, alpha): mean, variance and the mass near 0, also where Gamma variables underflow."""
     torch.manual_seed(0)
     n = 40_000
-    share = draw_share(alpha, 1.0, n, torch.device("cpu")).double()
+    share = draw_lambda(alpha, 1.0, n, torch.device("cpu")).double()
     variance = 1 / (4 * (2 * alpha + 1))
     assert torch.isfinite(share).all()
     assert abs(float(share.mean()) - 0.5) < 4 * (variance / n) ** 0.5
@@ -135,7 +135,7 @@ def test_shares_are_beta(alpha: float) -> None:
     for quantile in (0.1, 0.25, 0.4):
         ours, theirs = float((share < quantile).double().mean()), float((other < quantile).double().mean())
         assert abs(ours - theirs) < 0.02
-    some = draw_share(alpha, 0.3, n, torch.device("cpu"))
+    some = draw_lambda(alpha, 0.3, n, torch.device("cpu"))
     assert abs(float((some == 1).double().mean()) - 0.7) < 0.02 + float((share == 1).double().mean())
 
 
@@ -143,7 +143,7 @@ def test_shares_are_beta(alpha: float) -> None:
     "hook", [MixupHook(alpha=0), MixupHook(prob=0), CutMixHook(alpha=0), LabelSmoothingHook(4, smoothing=0)]
 )
 def test_nothing_to_mix_is_the_loss_itself(hook: Any) -> None:
-    """With alpha=0, prob=0 or smoothing=0 the hook gives back the very loss it was given."""
+    """With alpha=0, prob=0 or smoothing=0 the hook returns its loss unchanged, as the same object."""
     bare = loss_of(MODEL, nn.CrossEntropyLoss())
     assert hook(bare) is bare
 

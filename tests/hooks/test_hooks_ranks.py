@@ -13,7 +13,7 @@ from ailab.build import loss_of
 from ailab.core.loss import module_state
 from ailab.errors import NonFiniteError
 from ailab.hooks import SyncBatchNormHook
-from ailab.hooks.loss.sync_batchnorm import moments_of_all
+from ailab.hooks.loss.sync_batchnorm import global_moments
 from ailab.stack import stack
 
 SYNCED = dict(sync_bn=dict(type="SyncBatchNormHook"))
@@ -55,14 +55,14 @@ def test_synchronised_and_compiled_equals_eager(ranks: Any, sync: str) -> None:
     assert compiled[0]["graphs"] == (2 if sync == "ddp" else 1)
 
 
-def test_one_process_is_left_alone() -> None:
-    """In one process the loss is the bare one, and the moments are those of torch."""
+def test_with_one_process_nothing_changes() -> None:
+    """In one process the loss is not changed, and the moments are those of torch."""
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     bare = loss_of(model, nn.MSELoss())
     assert stack(bare, [SyncBatchNormHook()]) is bare
     assert module_state(model).buffers
     x = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(0))
-    mean, variance, count = moments_of_all(x)
+    mean, variance, count = global_moments(x)
     torch.testing.assert_close(mean, x.mean((0, 2)))
     torch.testing.assert_close(variance, x.var((0, 2), correction=0))
     assert float(count) == 35
@@ -90,7 +90,7 @@ def test_ranks_equal_one_process(ranks: Any, hook: str, sync: str) -> None:
 
 
 @pytest.mark.parametrize("sync", CORES)
-def test_every_rank_ends_where_one_has_seen_what_is_not_finite(ranks: Any, sync: str) -> None:
+def test_a_nan_on_one_rank_ends_all_ranks(ranks: Any, sync: str) -> None:
     """A NaN in one rank's samples ends all ranks with the same message, at the same step."""
     cfg = config(sync=sync, dataset=dict(bad=5), hooks=dict(nonfinite=dict(type="SkipNonFiniteHook", every=4)))
     cfg["data"]["nan_is_bad"] = False  # let it through to the model

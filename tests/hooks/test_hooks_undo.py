@@ -1,4 +1,4 @@
-"""Steps that are undone inside the graph, runs that end for it, and hooks that are at the wrong depth."""
+"""Steps that are skipped inside the graph, runs that end because of them, and hooks at the wrong depth."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def by_hand(values: list[float], threshold: float, window: int) -> list[bool]:
 )
 @pytest.mark.parametrize("policy", ["log", "skip"])
 def test_spikes_are_those_found_by_hand(policy: Any, values: list[float]) -> None:
-    """The flags are those of a plain list of recent losses; NaN and inf neither enter it nor count; "skip" undoes the step."""
+    """The flags are those of a plain list of recent losses. NaN and inf do not enter it and are no spikes. "skip" skips them."""
     seen = losing(values, SpikeHook(policy, threshold=6.0, window=10))
     flags = [bool(logs["spike"].value) for _, logs in seen]
     assert flags == by_hand(values, 6.0, 10)
@@ -97,8 +97,10 @@ def test_a_lasting_change_is_followed() -> None:
 
 
 def test_a_spike_ends_the_run_where_asked() -> None:
-    """policy="raise" undoes the step, and the next look from the host names it."""
-    with pytest.raises(SpikeError, match=r"the loss of step 21 lay 6 deviations or more above that of the 10 steps before"):
+    """policy="raise" skips the step, and the next check on the host names it."""
+    with pytest.raises(
+        SpikeError, match=r"the loss of step 21 was more than 6 standard deviations above the mean of the 10 steps before"
+    ):
         losing([*NOISE, 9.0, *NOISE], SpikeHook("raise", window=10, every=5), host=True)
     state, _ = losing([*NOISE, 9.0, *NOISE], [h for h in SpikeHook("raise", window=10) if h.depth == "step"])[-1]
     assert float(state.params["w"]) == 40
@@ -128,19 +130,21 @@ def poisoned(*steps: int) -> Any:
 
 
 @pytest.mark.parametrize("every", [1, 4, 100])
-def test_what_is_not_finite_ends_the_run_before_it_does_harm(every: int, tmp_path: Path) -> None:
-    """By default the run ends at the next look or at the epoch's end, naming the step; no parameter has seen it."""
+def test_a_step_that_is_not_finite_ends_the_run_and_changes_no_parameter(every: int, tmp_path: Path) -> None:
+    """By default the run ends at the next check or at the end of the epoch. The error names the step. No parameter has changed."""
     hooks = dict(nonfinite=dict(type="SkipNonFiniteHook", every=every), poison=dict(type=poisoned(7)))
     saved = dict(checkpoint=dict(type="CheckpointHook", every_steps=1))
-    with pytest.raises(NonFiniteError, match=r"the gradient of step 7 is not finite\. The step was undone"):
+    with pytest.raises(
+        NonFiniteError, match=r"the gradient of step 7 is not finite\. The step was skipped: no parameter has changed"
+    ):
         fit(tiny_cfg(tmp_path, **hooks, **saved))
     state = newest_content(tmp_path)["state"]
     assert all(torch.isfinite(p).all() for p in state["params"].values())
     assert int(state["step"]) == {1: 6, 4: 7, 100: 9}[every]  # the look comes before the checkpoint of its step
 
 
-def test_what_is_skipped_is_as_if_it_had_not_been(tmp_path: Path) -> None:
-    """policy="skip" goes on, counts the steps, and ends the run after so many in a row."""
+def test_skipped_steps_change_nothing(tmp_path: Path) -> None:
+    """policy="skip" continues, counts the steps, and ends the run after `max_in_a_row` of them in a row."""
     hooks = dict(nonfinite=dict(type="SkipNonFiniteHook", policy="skip", max_in_a_row=3, every=1))
     result = fit(tiny_cfg(tmp_path / "a", **hooks, poison=dict(type=poisoned(3, 4, 9))))
     assert result.state.at == 15
@@ -150,8 +154,8 @@ def test_what_is_skipped_is_as_if_it_had_not_been(tmp_path: Path) -> None:
         fit(tiny_cfg(tmp_path / "b", **hooks, poison=dict(type=poisoned(3, 4, 5))))
 
 
-def test_a_row_that_ended_before_the_look_counts() -> None:
-    """Between two looks a row may begin and end: it ends the run all the same."""
+def test_a_row_that_ended_before_the_check_counts() -> None:
+    """A row of skipped steps that begins and ends between two checks ends the run too."""
     net = TinyNet(SkipNonFiniteHook("skip", max_in_a_row=2, every=6))
     step = stack(compile(net.step(), enabled=False), at(net.hooks, "host"))
     bad = {**net.batches[0], "input": INPUT * float("nan")}
@@ -163,7 +167,7 @@ def test_a_row_that_ended_before_the_look_counts() -> None:
 
 
 def test_an_overflow_of_the_loss_scale_is_no_failure(tmp_path: Path) -> None:
-    """With AMPHook listed before, a step whose scale was too large is halved away and does not end the run."""
+    """With AMPHook listed before, an overflow halves the loss scale and does not end the run."""
     run = info(tmp_path)
     scaled = [h for h in AMPHook("fp16", init_scale=2.0**127, run=run) if h.depth != "loss"]
     net = TinyNet([*scaled, *SkipNonFiniteHook(every=1)])
@@ -183,7 +187,7 @@ def test_an_overflow_of_the_loss_scale_is_no_failure(tmp_path: Path) -> None:
 def test_an_overflow_may_not_be_hidden_from_the_loss_scale(tmp_path: Path) -> None:
     """With fp16, SkipNonFiniteHook before AMPHook is a ConfigError that gives the order."""
     cfg = tiny_cfg(tmp_path, skip=dict(type="SkipNonFiniteHook"), amp=dict(type="AMPHook", dtype="fp16"))
-    with pytest.raises(ConfigError, match=r"cfg\.hooks\.amp: with fp16 it is to be listed before 'skip'"):
+    with pytest.raises(ConfigError, match=r"cfg\.hooks\.amp: with fp16 it must be listed before 'skip'"):
         assemble(check.complete(cfg), torch.device("cpu"), say=lambda line: None)
 
 
@@ -194,7 +198,7 @@ def test_an_overflow_may_not_be_hidden_from_the_loss_scale(tmp_path: Path) -> No
         (lambda: SkipNonFiniteHook(max_in_a_row=0), r"max_in_a_row is 0"),
         (lambda: SkipNonFiniteHook(every=0), r"cfg\.hooks\.skip_nonfinite\.every is 0"),
         (lambda: SpikeHook("stop"), r"cfg\.hooks\.spike\.policy is 'stop'"),  # type: ignore[arg-type]
-        (lambda: SpikeHook(threshold=0.0), r"threshold=0\.0 is to be positive"),
+        (lambda: SpikeHook(threshold=0.0), r"threshold=0\.0 must be positive"),
         (lambda: SpikeHook(window=1), r"window=1 at least 2"),
     ],
 )
@@ -230,8 +234,8 @@ def reads(hooks: list[Any], steps: int) -> int:
 
 
 @pytest.mark.parametrize("name", [n for n in OWN if n not in ("LoggerHook", "TensorboardHook", "WandbHook")])
-def test_no_hook_reads_the_device_between_its_looks(name: str, tmp_path: Path) -> None:
-    """In 9 steps, before the first look of those that look every 10 steps, no hook reads a single value."""
+def test_no_hook_reads_the_device_between_its_checks(name: str, tmp_path: Path) -> None:
+    """In 9 steps, before the first check of hooks that check every 10 steps, no hook reads a value."""
     hooks = made(name, tmp_path)
     if not any(h.depth in ("loss", "grad", "step", "host") for h in hooks):
         assert hooks == [] or {h.depth for h in hooks} <= {"epoch", "run"}
@@ -240,8 +244,8 @@ def test_no_hook_reads_the_device_between_its_looks(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("hooks", [SkipNonFiniteHook(every=3), SpikeHook("raise", every=3)])
-def test_a_look_is_one_read(hooks: list[Any]) -> None:
-    """A hook that looks every 3 steps reads one value at each look."""
+def test_a_check_is_one_read(hooks: list[Any]) -> None:
+    """A hook that checks every 3 steps reads one value at each check."""
     assert reads(hooks, 9) == reads([], 9) + 3
 
 
@@ -305,7 +309,7 @@ def measures(loss: Any) -> Any:
         (doubles, r"returned function, not a Middleware"),
     ],
 )
-def test_a_hook_at_the_wrong_depth_is_told_where_it_belongs(hook: Any, message: str, tmp_path: Path) -> None:
+def test_a_hook_at_the_wrong_depth_is_an_error_that_names_the_right_one(hook: Any, message: str, tmp_path: Path) -> None:
     """What a hook returns or raises on the shrunk first step is a ConfigError with its path, its depth and what belongs there."""
     with pytest.raises(ConfigError, match=message):
         assembled(hook, tmp_path)

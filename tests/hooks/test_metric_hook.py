@@ -23,7 +23,7 @@ OWN_MAPPING = {"pred": "output", "label": "target"}
 
 
 class Count(LabBaseMetric):
-    """Right answers and samples, as plain numbers."""
+    """Counts of correct samples and of samples, as plain numbers."""
 
     def reset(self) -> None:
         self.right, self.samples = 0, 0.0
@@ -37,7 +37,7 @@ class Count(LabBaseMetric):
 
 
 class Hoarder(Count):
-    """Keeps what it was shown in a list, so its memory has no fixed shape."""
+    """Keeps its samples in a list, so its memory has no fixed shape."""
 
     def reset(self) -> None:
         super().reset()
@@ -99,8 +99,8 @@ def test_torchmetrics_and_the_traced_metric_agree(tmp_path: Path) -> None:
     assert len(rows) == 6
 
 
-def test_each_number_of_a_dict_is_a_result_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a LabBaseMetric and of a torchmetrics collection; what is no number is named once and left out."""
+def test_each_number_of_a_dict_is_one_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For a LabBaseMetric and a torchmetrics collection. A value that is not a number is reported once and left out."""
     cfg = metric_cfg(tmp_path, dict(type=Count, mapping=OWN_MAPPING))
     cfg["hooks"]["metrics"]["many"] = dict(type=Collection, mapping=MAPPING, phases=["val"])
     fit(cfg)
@@ -110,7 +110,8 @@ def test_each_number_of_a_dict_is_a_result_of_its_own(tmp_path: Path, capsys: py
     assert [r["many_acc"] for r in rows[1::2]] == pytest.approx([r["top1"] for r in rows[1::2]])
     assert "many_f1" in rows[1] and "many_matrix" not in rows[1] and "many_acc" not in rows[0]
     assert (
-        capsys.readouterr().out.count("cfg.hooks.metrics.many: not reported, for they are no single numbers: many_matrix") == 1
+        capsys.readouterr().out.count("cfg.hooks.metrics.many: not reported, because they are not single numbers: many_matrix")
+        == 1
     )
 
 
@@ -169,7 +170,7 @@ def parameters_of(state: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("where", ["update", "compute"])
 def test_a_metric_that_fails_later_is_switched_off(where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three warnings, one an epoch that it spoilt; no result that would be of a part; training is bit for bit the same."""
+    """Three warnings, one for each epoch with a failure. No partial results. Training is bitwise the same."""
     plain = {**tiny_cfg(tmp_path / "plain"), "total_epochs": 5}
     entry = dict(type=Fails, where=where, after=1 + (4 if where == "update" else 1), mapping=OWN_MAPPING, phases=["val"])
     broken = {**metric_cfg(tmp_path / "broken", entry), "total_epochs": 5}
@@ -210,7 +211,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", RESUMED)
 @pytest.mark.parametrize("at", [7, 10])
-def test_an_epoch_resumed_in_its_midst_has_the_whole_result(kind: str, at: int, tmp_path: Path) -> None:
+def test_an_epoch_resumed_in_the_middle_has_the_whole_result(kind: str, at: int, tmp_path: Path) -> None:
     """The memory of a training metric is in the state: the same rows and the same bytes as a run that was never stopped."""
 
     def cfg(folder: str, **more: Any) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def test_an_epoch_resumed_in_its_midst_has_the_whole_result(kind: str, at: int, 
     assert newest_state(tmp_path / "cut") == newest_state(tmp_path / "whole")
 
 
-def test_a_memory_that_cannot_be_kept_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_memory_that_cannot_be_saved_gives_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A metric that keeps samples reports the steps after the resume only, and a warning says so, once."""
     entry = dict(type=Hoarder, mapping=OWN_MAPPING)
     saves = dict(checkpoint=dict(type="CheckpointHook", every_steps=1), resume=dict(type="ResumeHook"))
@@ -251,7 +252,7 @@ def test_the_memory_of_a_metric_leaves_the_rest_of_the_state_alone(tmp_path: Pat
 
 
 def test_an_evaluation_takes_the_checkpoint_of_a_training(tmp_path: Path) -> None:
-    """The slots of training metrics are not asked for where nothing is trained, and the results are those of the last epoch."""
+    """An evaluation does not need the slots of training metrics. Its results are those of the last epoch."""
     saves = dict(checkpoint=dict(type="CheckpointHook"), resume=dict(type="ResumeHook"))
     fit(metric_cfg(tmp_path, dict(type=Count, mapping=OWN_MAPPING), **saves))
     cfg = metric_cfg(tmp_path, dict(type=Count, mapping=OWN_MAPPING), **saves)

@@ -1,4 +1,4 @@
-"""The laws of observers: they read the device at their interval only, and what fails in them ends and changes nothing."""
+"""The laws of observers: they read the device only at their interval, and their failures end no run and change no result."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def full(*args: Any, **kwargs: Any) -> Any:
 
 
 def fill(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that is full for one writer alone."""
+    """A disk that is full for one writer only."""
     if where == "record":
         monkeypatch.setattr("ailab.workdir.folder.Lines.append", full)
     elif where == "config":
@@ -197,7 +197,7 @@ WARNINGS = {"config": 1, "tensorboard_open": 1, "tensorboard_close": 1, "profile
 def test_a_full_disk_under_an_observer(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three warnings and the observer is off; the run ends well, with the same bytes in its checkpoint."""
+    """Three warnings, and the observer is switched off. The run completes, with the same bytes in its checkpoint."""
     monkeypatch.setitem(sys.modules, "wandb", Fake("well"))
     fit(watched_cfg(tmp_path / "plain"))
     assert "warning" not in capsys.readouterr().out
@@ -234,7 +234,7 @@ def spoiling(step: int, *, name: str = "spoil") -> Middleware[Any]:
 
 
 def test_a_full_disk_under_a_checkpoint_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint is no observer: exit code 5."""
+    """The CheckpointHook is not an observer: exit code 5."""
     monkeypatch.setattr("ailab.workdir.durable.write", full)
     monkeypatch.setattr("ailab.hooks.observe.log._write_config", lambda run: None)
     monkeypatch.setattr("ailab.workdir.folder._probe", lambda folder: None)

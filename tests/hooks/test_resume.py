@@ -124,7 +124,7 @@ def Stop(*, at: int, name: str) -> Middleware[Any]:
 
 
 def test_an_exception_costs_what_a_kill_does(tmp_path: Path) -> None:
-    """A run that user code ended goes on from its last checkpoint in the same process."""
+    """A run that was ended by an error in user code continues from its last checkpoint in the same process."""
     whole = fit(tiny_cfg(tmp_path / "whole" / "run", **SaveDict()))
     with pytest.raises(InterruptedError):
         fit(tiny_cfg(tmp_path / "cut" / "run", **SaveDict(), stop=dict(type=Stop, at=12)))
@@ -133,7 +133,7 @@ def test_an_exception_costs_what_a_kill_does(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_more_epochs_go_on_where_fewer_ended(tmp_path: Path) -> None:
+def test_a_run_continues_with_more_epochs(tmp_path: Path) -> None:
     """Two epochs, then a third, are three epochs."""
     fit(tiny_cfg(tmp_path / "whole" / "run", **SaveDict()))
     fit(tiny_cfg(tmp_path / "cut" / "run", **SaveDict()) | {"total_epochs": 2})
@@ -183,7 +183,7 @@ def test_a_run_can_start_from_the_checkpoints_of_another(tmp_path: Path) -> None
     assert by_key.metrics == whole.metrics
 
 
-def test_a_run_that_started_from_another_goes_on_with_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_started_from_another_continues_with_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Interrupted and started again with the same `resume_from` it does not start over; another `resume_from` is refused."""
     fit(tiny_cfg(tmp_path / "a", **SaveDict()) | {"total_epochs": 1})
     fit(tiny_cfg(tmp_path / "other", **SaveDict()) | {"total_epochs": 1, "seed": 8})
@@ -203,7 +203,7 @@ def test_a_run_that_started_from_another_goes_on_with_its_own(tmp_path: Path, ca
 
 
 def test_a_source_without_a_checkpoint_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run told to start from a checkpoint that is not there does not start afresh: exit code 5."""
+    """A run with a `resume_from` that does not exist does not start new: exit code 5."""
     hooks = f"resume=dict(type='ResumeHook', resume_from={str(tmp_path / 'nowhere')!r})"
     assert main([cfg_file(tmp_path, hooks=hooks)]) == 5
     assert "nowhere': there is no checkpoint there" in capsys.readouterr().err
@@ -213,7 +213,7 @@ def test_a_source_without_a_checkpoint_is_an_error(tmp_path: Path, capsys: pytes
     ("resume_lr", "expected"), [("keep", [0.0025, 0.00125]), ("initial", [0.01, 0.005]), (0.4, [0.4, 0.2])]
 )
 def test_resume_lr_keeps_or_restarts_the_schedule(resume_lr: Any, expected: list[float], tmp_path: Path) -> None:
-    """Halved each epoch: "keep" goes on, "initial" starts again at the cfg's rate, a float at that rate."""
+    """With a rate halved each epoch: "keep" continues, "initial" restarts at the rate of the cfg, a float at that rate."""
     schedule = dict(type="LrSchedulerHook", scheduler=dict(type="StepLR", step_size=1, gamma=0.5))
     hooks = dict(lr_scheduler=schedule, **SaveDict())
     fit(tiny_cfg(tmp_path / "a", **hooks) | {"total_epochs": 2})
@@ -225,7 +225,7 @@ def test_resume_lr_keeps_or_restarts_the_schedule(resume_lr: Any, expected: list
 
 @pytest.mark.parametrize(("resume_lr", "expected"), [("keep", 0.01), ("initial", 0.02), (0.3, 0.3)])
 def test_resume_lr_without_a_schedule(resume_lr: Any, expected: float, tmp_path: Path) -> None:
-    """The rate of the checkpoint, of the new cfg, or the one that is said; as a key of the cfg it does the same."""
+    """The rate of the checkpoint, of the new cfg, or the given one. As a top-level key of the cfg it does the same."""
     fit(tiny_cfg(tmp_path / "a", **SaveDict()) | {"total_epochs": 1})
     cfg = tiny_cfg(tmp_path / "a", **SaveDict()) | {"total_epochs": 2, "resume_lr": resume_lr}
     cfg["optimizer"]["lr"] = 0.02
@@ -233,8 +233,8 @@ def test_resume_lr_without_a_schedule(resume_lr: Any, expected: float, tmp_path:
     assert [r["lr"] for r in rows_of(tmp_path / "a")][2:] == [[expected]] * 2
 
 
-def test_a_checkpoint_is_of_use_without_ailab(tmp_path: Path) -> None:
-    """`model_state` loads into the user's module, `optimizer_state` into torch's optimizer, and both go on as the run would."""
+def test_a_checkpoint_can_be_used_without_ailab(tmp_path: Path) -> None:
+    """`model_state` loads into the user's module, `optimizer_state` into torch's optimizer, and both continue as the run would."""
     cfg = tiny_cfg(tmp_path / "run", checkpoint=dict(type="CheckpointHook"))
     result = fit(cfg | {"workflow": [{"phase": "train"}]})
     content = newest_content(tmp_path / "run")
@@ -253,7 +253,7 @@ def test_a_checkpoint_is_of_use_without_ailab(tmp_path: Path) -> None:
         assert float(optimizer.state[value]["step"]) == 15
 
 
-def test_an_interrupted_run_in_this_process_can_go_on(tmp_path: Path) -> None:
+def test_an_interrupted_run_in_this_process_can_continue(tmp_path: Path) -> None:
     """`fit` raises Preempted, restores the handlers of the process, and can be called again."""
     from tiny import Die
 

@@ -1,4 +1,4 @@
-"""What is measured with a clock: throughput and profiles."""
+"""Hooks that measure time: throughput and profiles."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = {"samples_per_s", "step_ms", "data_ms", "compute_ms", "peak_memory_mib"}
 
 
 class Clock:
-    """Moves when it is told to."""
+    """A clock that moves only when it is set."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -141,7 +141,7 @@ def test_the_operations_of_a_sample_are_those_of_a_training_step(tmp_path: Path)
     ("batch_size", "drop_last", "iters"), [(4, False, None), (4, True, None), (3, False, 11), (4, True, 5)]
 )
 def test_the_samples_of_an_epoch_are_counted(batch_size: int, drop_last: bool, iters: int | None) -> None:
-    """What the speed is reckoned with is how many samples the batches of an epoch have, short ones and further laps included."""
+    """The number of samples per epoch counts short batches and further passes over the data."""
     stream = Stream(Points(10), batch_size=batch_size, shuffle=True, seed=0, pad=False, drop_last=drop_last, iters=iters)
     assert stream.samples == sum(len(batch["input"]) for batch in stream.epoch(0))
 
@@ -163,7 +163,7 @@ def test_the_samples_of_an_epoch_are_counted(batch_size: int, drop_last: bool, i
     ],
 )
 def test_a_peak_is_that_of_the_device_by_its_whole_name(device: str, peak: float | None) -> None:
-    """An unknown device has none: no number is better than that of another device."""
+    """An unknown device has no peak."""
     assert _peak(device) == peak and len(PEAKS) == len({words for words, _ in PEAKS})
 
 
@@ -185,7 +185,7 @@ def test_a_profile_is_a_chrome_trace_of_its_steps(tmp_path: Path, capsys: pytest
 def test_a_run_that_is_too_short_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No file, one line, and the profiler is stopped."""
     fit(tiny_cfg(tmp_path, profile=dict(type="ProfilerHook", wait=12, warmup=2, active=5)))
-    assert "the run ended before the profile was complete: that takes 19 steps" in capsys.readouterr().out
+    assert "the run ended before the profile was complete. It needs 19 steps" in capsys.readouterr().out
     assert not (tmp_path / "profile").exists()
     assert not torch.autograd._profiler_enabled()
 
@@ -198,7 +198,7 @@ def test_a_profile_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: p
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:
-    """What makes no sense is a ConfigError, and sensible hooks keep the laws."""
+    """Bad settings are a ConfigError, and hooks with good settings keep the laws."""
     run = info(tmp_path)
     for build in (
         lambda: ProfilerHook(warmup=0, run=run),

@@ -142,7 +142,7 @@ def watching(before: list[Any], *, name: str = "before") -> Any:
 
 
 def test_images_are_of_the_first_evaluation_batch(tmp_path: Path) -> None:
-    """One sheet an epoch; the training is bit for bit that of a run without them."""
+    """One contact sheet per epoch. Training is bitwise that of a run without them."""
     state = fit(picture_cfg(tmp_path / "with", images=4)).state
     plain = fit(picture_cfg(tmp_path / "without")).state
     found = events(tmp_path / "with" / "tensorboard")
@@ -154,7 +154,7 @@ def test_images_are_of_the_first_evaluation_batch(tmp_path: Path) -> None:
         assert torch.equal(value, state.params[name])
 
 
-def test_a_picture_says_what_was_asked_and_what_was_answered() -> None:
+def test_a_picture_shows_target_and_prediction() -> None:
     """Classes in words, maps in colours beside the input, pictures beside pictures."""
     x = torch.rand(2, 1, 8, 4)
     scores = torch.tensor([[0.1, 0.9, 0.0], [2.0, 1.0, 0.0]])
@@ -173,7 +173,7 @@ def test_a_picture_says_what_was_asked_and_what_was_answered() -> None:
 def test_the_failures_of_all_its_parts_are_counted_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Scalars, histograms and pictures that all fail are three warnings, and then nothing of it is tried."""
+    """Scalars, histograms and images that all fail give three warnings. Then nothing is tried again."""
     from torch.utils.tensorboard import SummaryWriter
 
     def full(*args: Any, **kwargs: Any) -> None:

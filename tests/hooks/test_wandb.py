@@ -58,7 +58,7 @@ def history(work_dir: Path) -> list[dict[str, Any]]:
 
 
 def test_an_offline_run_holds_every_scalar_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the values of the record, under the tags that TensorBoard has, and trainer/step as their axis."""
+    """The values are those of metrics.jsonl, the tags those of TensorBoard, and the axis is trainer/step."""
     pytest.importorskip("wandb", reason="an optional writer")
     monkeypatch.setenv("WANDB_SILENT", "true")
     cfg = picture_cfg(tmp_path)
@@ -78,7 +78,7 @@ def test_an_offline_run_holds_every_scalar_and_picture(tmp_path: Path, monkeypat
 
 
 class Fake(types.ModuleType):
-    """As much of wandb as the hook uses; `how` says what it does badly."""
+    """The part of wandb that the hook uses. `how` is the way in which it fails."""
 
     def __init__(self, how: str, seconds: float = 0.0):
         super().__init__("wandb")
@@ -133,7 +133,7 @@ def trained(folder: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, **more: A
     "how", [f"{what}_{where}" for what in ("raise", "sleep", "hang") for where in ("init", "log", "finish")]
 )
 def test_a_bad_service_neither_delays_nor_changes_a_run(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether it raises, sleeps or hangs, at the start, in the midst or at the end: same bits, and at most `wait_s` later."""
+    """It raises, sleeps or hangs, at the start, in the middle or at the end: same final state, and at most `wait_s` longer."""
     plain = fit(tiny_cfg(tmp_path / "plain")).state
     fake = Fake(how, seconds=30)
     state, took = trained(tmp_path / "run", fake, monkeypatch, wait_s=0.3)
@@ -142,10 +142,10 @@ def test_a_bad_service_neither_delays_nor_changes_a_run(how: str, tmp_path: Path
         assert torch.equal(value, state.params[name]), name
 
 
-def test_failures_are_said_three_times(
+def test_failures_are_reported_three_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An observer that fails each time warns three times and is off; a slow one is named at the end."""
+    """A failing observer warns three times and is switched off. A slow one gives a warning at the end."""
     trained(tmp_path / "a", Fake("raise_log"), monkeypatch)
     out = capsys.readouterr().out
     assert out.count("warning: hook 'wandb' failed: RuntimeError: no such luck") == 3
@@ -199,5 +199,5 @@ def test_rows_come_in_order_and_a_resumed_run_has_the_same_id(tmp_path: Path, mo
 def test_settings_are_checked(tmp_path: Path) -> None:
     """A negative count or time is a ConfigError."""
     for bad in (dict(images=-1), dict(wait_s=-1.0)):
-        with pytest.raises(ConfigError, match=r"cfg\.hooks\.wandb: .* neither can be negative"):
+        with pytest.raises(ConfigError, match=r"cfg\.hooks\.wandb: .* both must be at least 0"):
             fit(tiny_cfg(tmp_path / "run", wandb=dict(type="WandbHook", **bad)))

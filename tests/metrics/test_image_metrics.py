@@ -46,7 +46,7 @@ def test_psnr_counts_the_pictures_with_a_weight(seed: int, weights: list[float])
 
 
 def test_equal_pictures_have_an_infinite_ratio_and_other_shapes_none() -> None:
-    """No epsilon flatters or hides a perfect copy; nothing is broadcast; half precision is summed in float32."""
+    """There is no epsilon for equal images, no broadcasting, and half precision is summed in float32."""
     same, _ = pictures(0, 2)
     assert math.isinf(float(PSNR()(same, same).value))
     with pytest.raises(ValueError, match="shapes must be the same"):

@@ -50,7 +50,7 @@ def test_weights_select_samples_and_parts_add_up(seed: int, samples: int, topk: 
 
 @pytest.mark.parametrize("topk", [1, 2])
 def test_one_score_per_class_is_a_label_too(topk: int) -> None:
-    """A float label of the shape of the scores stands for the class of its highest score."""
+    """A float label of the shape of the scores means the class with the highest value."""
     pred, label = drawn(0, 50, 7)
     scores = torch.nn.functional.one_hot(label, 7).float()
     assert metric(topk)(pred, scores).value == metric(topk)(pred, label).value

@@ -405,7 +405,7 @@ def test_lbfgs_equals_torch() -> None:
 @pytest.mark.parametrize(
     ("cls", "kwargs", "message"),
     [
-        ("AdamX", {}, r"cfg\.optimizer\.type: 'AdamX' is no optimizer\. Did you mean 'Adam"),
+        ("AdamX", {}, r"cfg\.optimizer\.type: 'AdamX' is not an optimizer\. Did you mean 'Adam"),
         ("Adam", {"weight_decey": 0.1}, r"cfg\.optimizer\.weight_decey: Adam takes no.* Did you mean 'weight_decay'"),
         ("Adam", {"lr": -1.0}, r"cfg\.optimizer: Adam refuses.*Invalid learning rate"),
         ("SGD", {"nesterov": True}, r"cfg\.optimizer: SGD refuses.*Nesterov"),

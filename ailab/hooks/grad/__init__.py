@@ -1,1 +1,1 @@
-"""Hooks at depth `grad`: they map gradients, or call the gradient again (traced)."""
+"""Hooks at depth `grad`: they change the gradient, or compute it more than once (traced)."""

@@ -1,4 +1,4 @@
-"""GradAccumulateHook: the gradient of a batch from micro-batches, with the memory of one."""
+"""GradAccumulateHook: gradient accumulation over micro-batches. It needs the memory of one micro-batch."""
 
 from __future__ import annotations
 
@@ -18,29 +18,33 @@ from ailab.types import SIZE, WEIGHT, Aux, Batch, Grad, Params, TrainState, batc
 
 @HOOKS.register_module()
 def GradAccumulateHook(n: int, name: str = "accumulate") -> Middleware[Grad]:
-    """Cut each batch into `n` micro-batches along dimension 0 and add their gradients: sums and weights, divided once.
+    """Split each batch into `n` micro-batches along dimension 0 and accumulate their gradients.
 
-    The step, the schedule and the logs see one batch. Buffers (BatchNorm) and slots pass from one micro-batch to the next.
-    With several processes gradients are exchanged once, after the last micro-batch, unless a grad hook listed before this one
-    needs them after each.
+    Sums and weights are accumulated and divided once. So the result is the gradient of the whole batch. The step, the schedule
+    and the logs see one batch. Buffers (BatchNorm) and slots pass from one micro-batch to the next. With several processes
+    gradients are all-reduced once, after the last micro-batch. If a grad hook is listed before this one, they are all-reduced
+    after each micro-batch.
+
+    Args:
+        n: micro-batches per batch of one process, at least 1. The last one may be smaller.
 
     Raises:
         ConfigError: when n < 1.
     """
     if n < 1:
-        raise ConfigError(f"cfg.hooks.{name}.n is {n}; a batch is cut into at least 1 micro-batch.")
+        raise ConfigError(f"cfg.hooks.{name}.n is {n}; it must be at least 1.")
 
     def wrap(grad: Grad) -> Grad:
-        # Directly around a core over several processes: one reduction for all micro-batches. A hook in between needs each
-        # reduced, and has no `many`.
+        # Directly around a core over several processes: one all-reduce for all micro-batches. A hook in between needs each
+        # micro-batch all-reduced, and has no `many`.
         many = grad.many if isinstance(grad, Core) else lambda state, parts: accumulated(grad, state, parts)
 
         def accumulating(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
-            parts, sizes = _cut(batch, n)
+            parts, sizes = _micro_batches(batch, n)
             if len(parts) == 1:
                 return grad(state, batch)
             grads, total, outputs = many(state, parts)
-            joined = {name: _joined([o[name] for o in outputs], sizes) for name in total.outputs}
+            joined = {name: _join_outputs([o[name] for o in outputs], sizes) for name in total.outputs}
             return grads, replace(total, outputs=joined)
 
         return accumulating
@@ -48,17 +52,17 @@ def GradAccumulateHook(n: int, name: str = "accumulate") -> Middleware[Grad]:
     return Middleware(name, wrap, "grad", holds_grad=False)
 
 
-def _cut(batch: Batch, n: int) -> tuple[list[Batch], list[int]]:
-    """The micro-batches and their sizes; the last one may be short. A field without a sample dimension goes to each of them.
+def _micro_batches(batch: Batch, n: int) -> tuple[list[Batch], list[int]]:
+    """The micro-batches and their sizes. The last one may be smaller. A field without a sample dimension is in each of them.
 
-    With several processes there are always `n`, so that all ranks make the same reductions, however many samples each has: in
-    place of one that would be empty comes the first one again, with weights of 0; it has no size.
+    With several processes there are always `n` micro-batches, so that all ranks make the same all-reduces, however many samples
+    they have. A micro-batch that would be empty is replaced by the first one with weights of 0. It is not in the sizes.
     """
     size = batch_size(batch)
     each = -(-size // n)
 
     def part(value: Any, start: int) -> Any:
-        return value[start : start + each] if _by_sample(value, size) else value
+        return value[start : start + each] if _is_per_sample(value, size) else value
 
     starts = range(0, size, each)
     parts: list[Batch] = [tree.map(lambda v, s=start: part(v, s), batch) for start in starts]
@@ -70,11 +74,11 @@ def _cut(batch: Batch, n: int) -> tuple[list[Batch], list[int]]:
     return parts, [min(each, size - start) for start in starts]
 
 
-def _joined(values: list[Any], sizes: list[int]) -> Any:
-    """A model output of all micro-batches; that of the last one where it is not one value per sample."""
+def _join_outputs(values: list[Any], sizes: list[int]) -> Any:
+    """A model output of all micro-batches. Where it is not one value per sample, the output of the last one."""
     real = values[: len(sizes)]
-    return torch.cat(real) if all(_by_sample(v, n) for v, n in zip(real, sizes, strict=True)) else real[-1]
+    return torch.cat(real) if all(_is_per_sample(v, n) for v, n in zip(real, sizes, strict=True)) else real[-1]
 
 
-def _by_sample(value: Any, size: int) -> bool:
+def _is_per_sample(value: Any, size: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size

@@ -1,4 +1,4 @@
-"""GradClipHook: bound the gradient by its norm or by value."""
+"""GradClipHook: gradient clipping by norm or by value."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ def GradClipHook(max_norm: float | None = None, max_value: float | None = None, 
     """Scale the gradient of all parameters so that its 2-norm is at most `max_norm`, or clamp it to +-`max_value`.
 
     Logs the norm before clipping as "grad_norm". `max_norm=inf` only logs.
+
+    Args:
+        max_norm: largest 2-norm of the gradient of all parameters together.
+        max_value: largest absolute value of an element of the gradient.
 
     Raises:
         ConfigError: unless exactly one of the two is given and it is positive.

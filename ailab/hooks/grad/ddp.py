@@ -1,4 +1,4 @@
-"""DDPHook: how gradients are synchronised when there are several processes; harmless with one."""
+"""DDPHook: how gradients are all-reduced with several processes. With one process it does nothing."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ def DDPHook(
     split_compiled: bool = False,
     name: str = "ddp",
 ) -> Middleware[Run]:
-    """How gradients travel when there are several processes, and a barrier at both ends of the run.
+    """Settings of the gradient all-reduce, and a barrier at the start and at the end of the run.
 
     Args:
-        bucket_cap_mb: size of a gradient bucket, MiB; for `dist.sync` "ddp" and "graph" alike.
-        static_graph: the same parameters are used in every step; "ddp" only, as the next two.
-        find_unused_parameters: look for parameters without a gradient in every step; costs a walk of the graph.
-        gradient_as_bucket_view: gradients are the buckets themselves, which saves a copy of them. None: where no grad hook holds
-            one gradient while it computes another.
-        split_compiled: compile the loss of "ddp" in parts, one for each bucket: their sums run under the backward, and nothing is
-            fused across a cut. Pays between machines; on one, the sums of a whole compiled backward are over before it would.
-        compress: send and sum gradients in this dtype: half the bytes, and its rounding.
-        name: of this hook.
+        bucket_cap_mb: size of a gradient bucket in MiB. For `dist.sync` "ddp" and "graph".
+        static_graph: promise that every step uses the same parameters. For "ddp" only.
+        find_unused_parameters: search for parameters without a gradient in every step. This walks the graph. For "ddp" only.
+        gradient_as_bucket_view: gradients are views of the buckets, which saves a copy. For "ddp" only. None: True, unless a
+            grad hook keeps one gradient while it computes another.
+        compress: send and sum gradients in this dtype. Half the bytes, at the precision of that dtype.
+        split_compiled: compile the loss of "ddp" in parts, one for each bucket. Then the all-reduce overlaps with the backward
+            pass, but no operations are fused across parts. Useful between machines. On one machine the all-reduce is usually
+            too short for it to pay.
 
     Raises:
-        ConfigError: for a bucket size that is not positive, or less than 1 MiB with `split_compiled`.
+        ConfigError: for a bucket size that is not positive, or below 1 MiB with `split_compiled`.
     """
     if not bucket_cap_mb > 0:
-        raise ConfigError(f"cfg.hooks.{name}.bucket_cap_mb is {bucket_cap_mb}; a bucket holds more than 0 MiB.")
+        raise ConfigError(f"cfg.hooks.{name}.bucket_cap_mb is {bucket_cap_mb}; it must be more than 0 MiB.")
 
     if split_compiled and bucket_cap_mb < 1:
-        raise ConfigError(f"cfg.hooks.{name}.bucket_cap_mb is {bucket_cap_mb}; with split_compiled the least is 1.0 (MiB).")
+        raise ConfigError(f"cfg.hooks.{name}.bucket_cap_mb is {bucket_cap_mb}; with split_compiled it must be at least 1 MiB.")
 
     def wrap(run: Run) -> Run:
-        def together(state: TrainState) -> TrainState:
+        def with_barriers(state: TrainState) -> TrainState:
             dist.barrier()
             state = run(state)
             dist.barrier()
             return state
 
-        return together
+        return with_barriers
 
-    both = {"bucket_cap_mb": bucket_cap_mb, "compress": _DTYPES[compress]}
+    shared = {"bucket_cap_mb": bucket_cap_mb, "compress": _DTYPES[compress]}
     ddp = {"static_graph": static_graph, "find_unused_parameters": find_unused_parameters, "split_compiled": split_compiled}
     if gradient_as_bucket_view is not None:
         ddp["gradient_as_bucket_view"] = gradient_as_bucket_view
-    return Middleware(name, wrap, "run", core={"ddp": {**both, **ddp}, "graph": both})
+    return Middleware(name, wrap, "run", core={"ddp": {**shared, **ddp}, "graph": shared})

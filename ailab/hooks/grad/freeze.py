@@ -1,4 +1,4 @@
-"""FreezeHook: parameters that stay as they are, for good or for the first steps."""
+"""FreezeHook: parameters that are not trained, for the whole run or for its first epochs or steps."""
 
 from __future__ import annotations
 
@@ -25,34 +25,32 @@ def FreezeHook(
     run: RunInfo,
     name: str = "freeze",
 ) -> list[Middleware[Any]]:
-    """Leave the parameters whose names match as they are.
+    """Freeze the parameters whose names match.
 
-    For good, they are not differentiated at all, as with `optimizer.freeze`. With `until` they are part of the graph from the
-    start, for it is the same graph all along: their gradient is zero, and they and their optimizer memory stay as they are
-    until so many epochs (or steps) are through. Buffers (BatchNorm's running statistics) are not parameters and go on.
+    Without `until` they are frozen for the whole run. No gradient is computed for them, as with `optimizer.freeze`. With `until`
+    the step is one graph for the whole run, so their gradient is computed and set to zero. They and their optimizer state do not
+    change until `until` epochs (or steps) are done. Buffers (running statistics of BatchNorm) are still updated.
 
     Args:
-        params: patterns of parameter names: `["backbone.*"]`.
-        until: epochs (or steps) that are through when they begin to train; None: never.
-        by: what `until` counts.
-        run: given by the framework.
-        name: of this hook.
+        params: glob patterns of parameter names, such as `["backbone.*"]`.
+        until: completed epochs (or steps) after which they are trained. None: they are never trained.
+        by: whether `until` counts epochs or optimizer steps.
 
     Raises:
         ConfigError: when `until` is below 1, or a pattern matches no parameter.
     """
     path = f"cfg.hooks.{name}"
     if until is not None and until < 1:
-        raise ConfigError(f"{path}.until is {until}; it counts {by}s, so it is at least 1.")
+        raise ConfigError(f"{path}.until is {until}; it counts {by}s and must be at least 1.")
     if until is None:
-        return [_for_good(params, path, name)]
-    steps, mine = until * (run.steps_per_epoch if by == "epoch" else 1), set[str]()
+        return [_freeze_always(params, path, name)]
+    steps, frozen_names = until * (run.steps_per_epoch if by == "epoch" else 1), set[str]()
 
     def wrap_grad(grad: Grad) -> Grad:
         def held(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
             grads, aux = grad(state, batch)
             frozen = state.step < steps
-            return {n: torch.where(frozen, torch.zeros_like(g), g) if n in mine else g for n, g in grads.items()}, aux
+            return {n: torch.where(frozen, torch.zeros_like(g), g) if n in frozen_names else g for n, g in grads.items()}, aux
 
         return held
 
@@ -60,52 +58,58 @@ def FreezeHook(
         def kept(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
             after, logs = step(state, batch)
             frozen = state.step < steps
-            params, memory = (_held(frozen, mine, getattr(state, f), getattr(after, f)) for f in ("params", "opt_state"))
+            params, memory = (
+                _keep_frozen(frozen, frozen_names, getattr(state, f), getattr(after, f)) for f in ("params", "opt_state")
+            )
             return after.replace(params=params, opt_state=memory), logs
 
         return kept
 
-    return [Middleware(name, wrap_grad, "grad"), Middleware(name, wrap_step, "step", _finder(params, path, mine))]
+    return [Middleware(name, wrap_grad, "grad"), Middleware(name, wrap_step, "step", _find_names(params, path, frozen_names))]
 
 
-def _for_good(params: Sequence[str], path: str, name: str) -> Middleware[Loss]:
-    mine = set[str]()
+def _freeze_always(params: Sequence[str], path: str, name: str) -> Middleware[Loss]:
+    frozen_names = set[str]()
 
     def wrap(loss: Loss) -> Loss:
         def frozen(values: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
-            return loss({n: p.detach() if n in mine else p for n, p in values.items()}, buffers, batch)
+            return loss({n: p.detach() if n in frozen_names else p for n, p in values.items()}, buffers, batch)
 
         return frozen
 
-    return Middleware(name, wrap, "loss", _finder(params, path, mine), core={"frozen": mine})
+    return Middleware(name, wrap, "loss", _find_names(params, path, frozen_names), core={"frozen": frozen_names})
 
 
-def _finder(patterns: Sequence[str], path: str, found: set[str]) -> Callable[[TrainState], dict[str, Tensor]]:
-    """An `init` that finds the names once the parameters are known, before anything is traced; there is nothing to remember."""
+def _find_names(patterns: Sequence[str], path: str, found: set[str]) -> Callable[[TrainState], dict[str, Tensor]]:
+    """An `init` that fills `found` when the parameters are known, before tracing. It adds no state."""
 
     def init(state: TrainState) -> dict[str, Tensor]:
-        found.update(matching(patterns, state.params, path))
+        found.update(matching_names(patterns, state.params, path))
         return {}
 
     return init
 
 
-def _held(frozen: Tensor, names: set[str], before: PyTree, after: PyTree) -> PyTree:
-    """`after`, where `frozen` holds with what `before` has under these parameter names, at any level of nested dicts."""
+def _keep_frozen(frozen: Tensor, names: set[str], before: PyTree, after: PyTree) -> PyTree:
+    """`after`. Where `frozen` is true, the entries of these parameter names are those of `before`, in nested dicts too."""
     if not isinstance(after, dict):
         return after
     entries = cast("dict[str, Any]", after).items()
     return {
-        k: v if k not in before else tree.where(frozen, before[k], v) if k in names else _held(frozen, names, before[k], v)
+        k: v
+        if k not in before
+        else tree.where(frozen, before[k], v)
+        if k in names
+        else _keep_frozen(frozen, names, before[k], v)
         for k, v in entries
     }
 
 
-def matching(patterns: Sequence[str], names: Collection[str], path: str) -> set[str]:
-    """The names that a pattern matches.
+def matching_names(patterns: Sequence[str], names: Collection[str], path: str) -> set[str]:
+    """The names that match one of the patterns.
 
     Raises:
-        ConfigError: for a pattern that matches none.
+        ConfigError: when a pattern matches no name.
     """
     found: set[str] = set()
     for i, pattern in enumerate(patterns):

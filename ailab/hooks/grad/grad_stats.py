@@ -1,4 +1,4 @@
-"""GradStatsHook: how large gradients and updates are, as logs."""
+"""GradStatsHook: log the size of gradients and of parameter updates."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _NONE: Mapping[str, str] = MappingProxyType({})
 
 @HOOKS.register_module()
 def GradStatsHook(patterns: Mapping[str, str] = _NONE, update: bool = True, name: str = "grad_stats") -> list[Middleware[Any]]:
-    """Log the 2-norm and the largest element of the gradient, and how far an update moves the parameters.
+    """Log the 2-norm and the largest absolute element of the gradient, and the relative size of the parameter update.
 
-    For all parameters the logs are "grad/norm", "grad/max" and "update/ratio", the 2-norm of the update over that of the
-    parameters before it (a healthy run is near 1e-3); for each pattern the same under "grad/norm/<label>" and so on. The
-    gradient is the one that the hooks listed before give: listed before `clip` it is the unclipped one. Computed on the device,
-    like any log, and averaged over the steps of an epoch.
+    For all parameters together the logs are "grad/norm", "grad/max" and "update/ratio". The ratio is the 2-norm of the update
+    divided by the 2-norm of the parameters before it. About 1e-3 is usual. For each label of `patterns` there are the logs
+    "grad/norm/<label>", "grad/max/<label>" and "update/ratio/<label>". The gradient is that of the hooks listed before this one:
+    listed before `clip` it is the unclipped gradient. All logs are computed on the device and averaged over the steps of an
+    epoch.
 
     Args:
-        patterns: {label: pattern of parameter names}, `{"encoder": "encoder.*"}`; all parameters are always there.
-        update: log the update, too.
-        name: of this hook.
+        patterns: {label: glob pattern of parameter names}, such as `{"encoder": "encoder.*"}`.
+        update: log "update/ratio" as well.
 
     Raises:
         ConfigError: when a pattern matches no parameter.
     """
-    groups: dict[str, list[str]] = {}  # parameter names by log suffix; found by `init`, before anything is traced
+    groups: dict[str, list[str]] = {}  # parameter names by log suffix; filled by `init`, before tracing
 
     def init(state: TrainState) -> dict[str, Tensor]:
         groups[""] = list(state.params)
@@ -53,9 +53,9 @@ def GradStatsHook(patterns: Mapping[str, str] = _NONE, update: bool = True, name
             grads, aux = grad(state, batch)
             logs = dict(aux.logs)
             for suffix, names in groups.items():
-                mine = [grads[n] for n in names if n in grads]
-                logs[f"grad/norm{suffix}"] = _once(mine, 2.0, state.step)
-                logs[f"grad/max{suffix}"] = _once(mine, float("inf"), state.step)
+                matched = [grads[n] for n in names if n in grads]
+                logs[f"grad/norm{suffix}"] = _norm(matched, 2.0, state.step)
+                logs[f"grad/max{suffix}"] = _norm(matched, float("inf"), state.step)
             return grads, replace(aux, logs=logs)
 
         return measured
@@ -65,7 +65,7 @@ def GradStatsHook(patterns: Mapping[str, str] = _NONE, update: bool = True, name
             after, logs = step(state, batch)
             ratios: dict[str, Mean] = {}
             for suffix, names in groups.items():
-                moved = _once([after.params[n] - state.params[n] for n in names], 2.0, state.step)
+                moved = _norm([after.params[n] - state.params[n] for n in names], 2.0, state.step)
                 size = tree.norm([state.params[n] for n in names])
                 ratios[f"update/ratio{suffix}"] = Mean(moved.total / (size + 1e-12), moved.weight)
             return after, {**logs, **ratios}
@@ -76,8 +76,8 @@ def GradStatsHook(patterns: Mapping[str, str] = _NONE, update: bool = True, name
     return [*hooks, Middleware(name, wrap_step, "step")] if update else hooks
 
 
-def _once(tensors: list[Tensor], order: float, like: Tensor) -> Mean:
-    """The norm of all tensors together, as one observation; nothing, on the device of `like`, where all of them are frozen."""
+def _norm(tensors: list[Tensor], order: float, like: Tensor) -> Mean:
+    """The norm of all tensors together as a `Mean` of weight 1; of weight 0, on the device of `like`, where there is no tensor."""
     if not tensors:
         return Mean(torch.zeros((), device=like.device), torch.zeros((), device=like.device))
     norm = tree.norm(tensors, order)

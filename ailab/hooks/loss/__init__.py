@@ -1,1 +1,1 @@
-"""Hooks at depth `loss`: they change the forward (traced)."""
+"""Hooks at depth `loss`: they change the forward pass (traced)."""

@@ -1,4 +1,4 @@
-"""AMPHook: the forward under autocast; fp16 with a dynamic loss scale that lives in the state."""
+"""AMPHook: the forward pass under autocast; for fp16 with a dynamic loss scale in the state."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ def AMPHook(
     """Train and validate under `torch.autocast`; parameters, gradients and updates stay in their own dtype.
 
     Args:
-        dtype: "auto" is bf16 on a GPU that has it, fp16 on another, and no autocast on a CPU (where it rarely pays).
-        init_scale: first loss scale; fp16 only.
-        growth_interval: finite steps in a row after which the scale doubles; it halves at an overflow, and that step is undone.
-        run: given by the framework.
-        name: of the slot.
+        dtype: "auto" is bf16 on a GPU that supports it, fp16 on any other GPU, and no autocast on a CPU.
+        init_scale: first loss scale. For fp16 only.
+        growth_interval: steps in a row without an overflow after which the loss scale doubles. At an overflow it is halved and
+            the step is skipped. For fp16 only.
 
     Source: Micikevicius et al. 2018; the rule is that of `torch.amp.GradScaler`.
     """
@@ -64,21 +63,21 @@ def _dtype(asked: str, device: torch.device) -> torch.dtype | None:
 
 
 def _refuse_hidden_overflows(run: RunInfo, name: str) -> None:
-    """An overflow is how the scale finds its level; a hook inside that undoes such a step would hide it from the scale."""
+    """The loss scale must see every overflow; a SkipNonFiniteHook listed before it would hide them."""
     for other, entry in run.cfg["hooks"].items():
         if other == name:
             return
         if entry.get("type") in ("SkipNonFiniteHook", SkipNonFiniteHook) and entry.get("enable", True):
             raise ConfigError(
-                f"cfg.hooks.{name}: with fp16 it is to be listed before '{other}', which would hide overflows.\n"
-                "  In that order an overflow is undone and halves the loss scale, as is its use, and is no failure."
+                f"cfg.hooks.{name}: with fp16 it must be listed before '{other}', which would hide overflows.\n"
+                "  In that order an overflow skips the step and halves the loss scale, and is not an error."
             )
 
 
 def _scaled(init_scale: float, growth_interval: int, name: str) -> list[Middleware[Any]]:
-    """The loss scale: handed to the gradient core, which divides it out again, and adapted at the step.
+    """The loss scale: passed to the gradient core, which divides by it again, and updated in the step.
 
-    The gradient is looked at, and not the new parameters: a clip by value or an optimizer that takes signs hides an overflow.
+    It checks the gradient, not the new parameters: clipping by value or an optimizer that uses signs hides an overflow.
     """
 
     def init(state: TrainState) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""AugmentHook: batch augmentation on the device, inside the step, from the step's own randomness."""
+"""AugmentHook: batch augmentation on the device, inside the step, with the random numbers of the step."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from ailab.types import Aux, Batch, Buffers, Loss, Params
 def AugmentHook(
     ops: Sequence[Mapping[str, Any]], field: str = "input", phases: Sequence[str] = ("train",), name: str = "augment"
 ) -> Middleware[Loss]:
-    """Apply batch transforms (`BatchShift`, `BatchFlip`, ... of TRANSFORMS) to one field before the model sees it.
+    """Apply batch transforms (`BatchShift`, `BatchFlip`, ... of TRANSFORMS) to one field before the forward pass.
 
     Args:
-        ops: each a dict with `type`; applied in order.
-        field: batch field, (B, C, H, W).
-        phases: where; training only by default.
-        name: of this hook.
+        ops: transforms, each a dict with `type` and its arguments. They are applied in this order.
+        field: batch field to change, (B, C, H, W).
+        phases: phases in which it is applied. By default only "train".
     """
     built = [TRANSFORMS.build(op, f"cfg.hooks.{name}.ops.{i}") for i, op in enumerate(ops)]
 

@@ -1,4 +1,4 @@
-"""LabelSmoothingHook: class indices become probabilities that leave something for the other classes."""
+"""LabelSmoothingHook: label smoothing for criteria that take class probabilities."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from ailab.types import VIEWS, Aux, Batch, Buffers, Loss, Params
 def LabelSmoothingHook(
     classes: int, smoothing: float = 0.1, target: str = "target", name: str = "label_smoothing"
 ) -> Middleware[Loss]:
-    """Give the criterion `(1 - smoothing) * one_hot(target) + smoothing / classes` for a target of class indices.
+    """Replace class indices by the probabilities `(1 - smoothing) * one_hot(target) + smoothing / classes`.
 
-    For criteria that take probabilities (cross-entropy, KL divergence, binary cross-entropy of one-hot targets) and in training
-    only. Nobody but the criterion sees them: metrics keep the indices, wherever they are listed. A target outside
-    0 .. classes - 1 (an `ignore_index`) has no probabilities: its loss is 0, and its sample counts. Where the criterion is
-    CrossEntropyLoss over indices, its own `label_smoothing` is the same for one batch, and knows class weights as well.
+    In training only, and for criteria that take probabilities: cross-entropy, KL divergence, binary cross-entropy of one-hot
+    targets. Only the criterion gets the probabilities. Metrics get the indices, wherever they are listed. A target outside
+    0 .. classes - 1 (an `ignore_index`) gets probabilities of 0: its loss is 0, and its sample still counts in the mean. With
+    CrossEntropyLoss over indices you can use its own `label_smoothing` instead. It gives the same loss, and also supports class
+    weights.
 
     Args:
-        classes: how many there are.
-        smoothing: in [0, 1]; 0 leaves the indices as they are.
-        target: the batch field, (B, ...) int64; becomes (B, classes, ...) float32.
-        name: of this hook.
+        classes: number of classes, at least 2.
+        smoothing: probability that is spread over all classes, in [0, 1]. 0 leaves the indices as they are.
+        target: the batch field, (B, ...) int64 class indices. The criterion gets (B, classes, ...) float32.
 
     Raises:
-        ConfigError: for smoothing outside [0, 1], fewer than 2 classes, a field that the batch lacks or that holds no indices.
+        ConfigError: for `smoothing` outside [0, 1], fewer than 2 classes, or a field that the batch does not have or that is
+            floating point.
 
     Source: Szegedy et al. 2016, arXiv:1512.00567.
     """
     path = f"cfg.hooks.{name}"
     if not 0 <= smoothing <= 1:
-        raise ConfigError(f"{path}.smoothing is {smoothing}; it lies in [0, 1].")
+        raise ConfigError(f"{path}.smoothing is {smoothing}; it must be in [0, 1].")
     if classes < 2:
-        raise ConfigError(f"{path}.classes is {classes}; there are at least 2.")
+        raise ConfigError(f"{path}.classes is {classes}; it must be at least 2.")
 
     def smooth(index: Tensor) -> Tensor:
         if index.is_floating_point():

@@ -1,4 +1,4 @@
-"""RematHook: activation checkpointing of the sub-modules whose names match."""
+"""RematHook: activation checkpointing of sub-modules."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ailab.types import Loss
 
 @HOOKS.register_module()
 def RematHook(modules: Sequence[str], name: str = "remat") -> Middleware[Loss]:
-    """Forget what the matching sub-modules computed, and compute it again in the backward: less memory for one more forward.
+    """Activation checkpointing: recompute the matching sub-modules in the backward pass. Less memory, one more forward pass.
 
-    Of a sub-module only the inputs and the outputs are kept. Dropout falls the same way again; running statistics move once.
-    Numbers are those without the hook. Where a run is compiled, it is cut at the loss: in one graph of the whole step torch
-    does not honour the request (2.11), or refuses random numbers in it (2.15).
+    Only the inputs and outputs of these sub-modules are kept. Dropout uses the same masks again. Running statistics are updated
+    once. The results are the same as without the hook. A compiled run is compiled with `cut="loss"`: in one graph of the whole
+    step torch 2.11 ignores checkpointing, and torch 2.15 refuses random numbers in it.
 
     Args:
-        modules: patterns of names of the model's sub-modules: `["blocks.*"]`; of nested ones that match, the outermost counts.
-        name: of this hook.
+        modules: glob patterns of names of the model's sub-modules, such as `["blocks.*"]`. If a sub-module and its parent both
+            match, the parent is used.
 
     Raises:
-        ConfigError: when a pattern matches no sub-module, or `compile` asks for another cut than "loss".
+        ConfigError: when a pattern matches no sub-module, or `compile` sets another cut than "loss".
 
     Source: Chen et al. 2016, arXiv:1604.06174.
     """
@@ -40,14 +40,14 @@ def RematHook(modules: Sequence[str], name: str = "remat") -> Middleware[Loss]:
         raise ConfigError(f"{path}.modules is empty; name sub-modules of the model, such as ['blocks.*'].")
 
     def change(model: nn.Module) -> None:
-        for module in _outermost(model, modules, path):
+        for module in _matching(model, modules, path):
             if not hasattr(type(module), "rematerialized"):
                 module.__class__ = _rematerialized(type(module))
 
     return Middleware(name, unchanged, "loss", bare=lambda loss: remodelled(loss, change), core={"compile": {"cut": "loss"}})
 
 
-def _outermost(model: nn.Module, patterns: Sequence[str], path: str) -> list[nn.Module]:
+def _matching(model: nn.Module, patterns: Sequence[str], path: str) -> list[nn.Module]:
     names = [n for n, _ in model.named_modules() if n]
     for i, pattern in enumerate(patterns):
         if not fnmatch.filter(names, pattern):
@@ -58,7 +58,7 @@ def _outermost(model: nn.Module, patterns: Sequence[str], path: str) -> list[nn.
 
 @cache
 def _rematerialized(cls: type[nn.Module]) -> type[nn.Module]:
-    """A class of modules like `cls` that keep nothing for their backward but their inputs."""
+    """A subclass of `cls` that keeps only its inputs for the backward pass."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""SyncBatchNormHook: BatchNorm sees the batch of all ranks."""
+"""SyncBatchNormHook: BatchNorm with the statistics of all ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm  # of BatchNorm1d, 2d and 3d, and of SyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm  # base of BatchNorm1d, 2d and 3d, and of SyncBatchNorm
 
 from ailab import dist
 from ailab.core.loss import remodelled
@@ -19,14 +19,11 @@ from ailab.types import Loss, widened
 
 @HOOKS.register_module()
 def SyncBatchNormHook(name: str = "sync_batchnorm") -> Middleware[Loss]:
-    """Normalise by the mean and variance over the batches of all ranks in training; running statistics are theirs, too.
+    """In training, normalise by the mean and variance over the batches of all ranks, and update running statistics with them.
 
-    Parameters and running statistics are then those of one process with the whole batch. One small reduction per BatchNorm in
-    the forward and one in the backward. Evaluation is as it was, and so is everything in one process. The model needs no
-    conversion, and `torch.nn.SyncBatchNorm` in a model is served as well, also on a CPU.
-
-    Args:
-        name: of this hook.
+    Parameters and running statistics are then the same as in one process with the global batch. Each BatchNorm needs one small
+    all-reduce in the forward and one in the backward pass. Evaluation does not change. With one process the hook does nothing.
+    The model needs no conversion. `torch.nn.SyncBatchNorm` in a model works too, also on a CPU.
     """
 
     def change(model: nn.Module) -> None:
@@ -42,16 +39,16 @@ def SyncBatchNormHook(name: str = "sync_batchnorm") -> Middleware[Loss]:
 
 @cache
 def _synchronised(cls: type[_BatchNorm]) -> type[_BatchNorm]:
-    """A class like this one of BatchNorm, whose moments are those over all ranks."""
+    """A subclass of a BatchNorm class with the mean and variance over all ranks."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
         if not self.training or dist.world_size() == 1:
             return cls.forward(self, input)
         self._check_input_dim(input)
         x = widened(input.flatten(2) if input.dim() > 2 else input.unsqueeze(2))  # (N, C, L)
-        mean, variance, count = moments_of_all(x)
+        mean, variance, count = global_moments(x)
         if self.running_mean is not None:
-            _remember(self, mean.detach(), variance.detach() * (count / (count - 1)))
+            _update_running_stats(self, mean.detach(), variance.detach() * (count / (count - 1)))
         scale = torch.rsqrt(variance + self.eps)
         scale = scale if self.weight is None else scale * self.weight
         out = (x - mean.view(1, -1, 1)) * scale.view(1, -1, 1)
@@ -61,10 +58,10 @@ def _synchronised(cls: type[_BatchNorm]) -> type[_BatchNorm]:
     return type(f"Synchronised{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__, "synchronised": True})
 
 
-def moments_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (C,), biased variance (C,) and number () of the values of each channel of `x`, (N, C, L), over all ranks.
+def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C,), biased variance (C,) and count () of the values of each channel of `x`, (N, C, L), over all ranks.
 
-    Each rank's own moments travel, and are joined as Chan et al. 1983 do: sums of squares would lose digits.
+    Each rank sends its own mean and variance. They are combined as in Chan et al. 1983: sums of squares would lose digits.
     """
     channels, mine = x.shape[1], torch.full((1,), float(x.shape[0] * x.shape[2]), dtype=x.dtype, device=x.device)
     variance, mean = torch.var_mean(x, (0, 2), correction=0)
@@ -77,8 +74,8 @@ def moments_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return whole, (share * (variances + (means - whole) ** 2)).sum(0), counts.sum()
 
 
-def _remember(module: Any, mean: Tensor, variance: Tensor) -> None:
-    """New running statistics: an exponential average, or a plain one where `momentum` is None."""
+def _update_running_stats(module: Any, mean: Tensor, variance: Tensor) -> None:
+    """Update the running statistics: exponential moving average, or cumulative average where `momentum` is None."""
     count = module.num_batches_tracked + 1
     factor = count.to(mean.dtype).reciprocal() if module.momentum is None else module.momentum
     for key, value in (("running_mean", mean), ("running_var", variance)):

@@ -1,1 +1,1 @@
-"""Metrics as hooks: traced into the step, or updated on the host."""
+"""Metrics as hooks. They are traced into the step, or updated on the host."""

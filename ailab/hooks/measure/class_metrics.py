@@ -16,7 +16,7 @@ from ailab.binding import Binding
 from ailab.core.epoch import epochs_done
 from ailab.errors import AilabError, ConfigError
 from ailab.hooks.measure.metric_memory import Memory, memory_of, restore, same_shape
-from ailab.hooks.observe.scalars import STRIKES
+from ailab.hooks.observe.scalars import MAX_FAILURES
 from ailab.stack import Middleware
 from ailab.types import WEIGHT, Batch, Epoch, Logs, Mean, PyTree, RunInfo, Step, TrainState
 
@@ -37,20 +37,20 @@ class Entry:
 def class_metric(entry: Entry, run: RunInfo) -> list[Middleware[Any]]:
     """The middlewares of a metric with `update`, `compute` and `reset`: a host and an epoch one for each phase.
 
-    In training its memory is a slot of the state where it consists of tensors and numbers of fixed shape, so that an epoch that
-    is resumed in its midst has the result of a whole one; where it does not, a resumed run says so.
+    In training its memory is a slot of the state, if it consists of tensors and numbers of fixed shape. Then an epoch that is
+    resumed in the middle has the result of the whole epoch. Otherwise a resumed run prints a warning.
     """
     metric = entry.metric.to(run.device) if hasattr(entry.metric, "to") else entry.metric
     parts: list[Any] = list(metric.modules()) if isinstance(metric, torch.nn.Module) else [metric]
     for part in parts:
         if hasattr(part, "sync_on_compute"):
-            part.sync_on_compute = False  # every rank is shown every sample below, so there is nothing left to gather
+            part.sync_on_compute = False  # every rank is updated with all samples, so nothing is left to gather
     copies = [metric, *(copy.deepcopy(metric) for _ in entry.phases[1:])]
     return [m for phase, own in zip(entry.phases, copies, strict=True) for m in _Counted(entry, own, phase, run).hooks()]
 
 
 class _Counted:
-    """One metric in one phase: what it has seen of this epoch, and whether it still works."""
+    """One metric in one phase: the steps counted in this epoch, and its failures."""
 
     def __init__(self, entry: Entry, metric: Any, phase: str, run: RunInfo):
         self.entry, self.metric, self.phase, self.run = entry, metric, phase, run
@@ -61,7 +61,7 @@ class _Counted:
         self.empty: Memory | None = kept  # None: its memory is not in the state
 
     def hooks(self) -> list[Middleware[Any]]:
-        """What a run needs of it."""
+        """The middlewares of the metric in this phase."""
         key, fields, phases = self.entry.key, self.entry.bound, (self.phase,)
         outputs = tuple(f for _, f in (*fields.mapped, *fields.free))
 
@@ -90,7 +90,7 @@ class _Counted:
         return measured
 
     def _kept(self, state: TrainState) -> TrainState:
-        if self.empty is None or self.failures >= STRIKES:
+        if self.empty is None or self.failures >= MAX_FAILURES:
             return state
         now = memory_of(self.metric, self.run.device)
         if self.spoilt or now is None or not same_shape(now, self.empty):
@@ -115,9 +115,9 @@ class _Counted:
         return computed
 
     def _begin(self, state: TrainState) -> None:
-        """Forget the last epoch, and remember what the state has of this one."""
+        """Reset the metric, or restore its memory in the middle of an epoch."""
         self.metric.reset()
-        self.seen, self.spoilt = 0, self.failures >= STRIKES
+        self.seen, self.spoilt = 0, self.failures >= MAX_FAILURES
         done = state.at - epochs_done(state) * self.run.steps_per_epoch if self.phase == "train" else 0
         if not done:
             return
@@ -129,22 +129,22 @@ class _Counted:
             self.run.say(f"warning: {self.entry.path}: this epoch's result is that of the steps after {state.at} only")
 
     def _try(self, call: Any) -> None:
-        """Call, unless this epoch's result is lost; a failure loses it, and three of them all that follow."""
+        """Call, unless the metric has failed in this epoch. After three failures it is switched off."""
         if self.spoilt:
             return
         try:
             call()
         except Exception as e:  # whatever the user's metric raises: it is an observer
             self.spoilt, self.failures = True, self.failures + 1
-            off = "; it is switched off now" if self.failures == STRIKES else ""
+            off = "; it is switched off now" if self.failures == MAX_FAILURES else ""
             what = f"{self.entry.path}: no {self.phase} result of this epoch: {type(e).__name__}: {e}"
             self.run.say(f"warning: {what}{off}")
 
     def _probe(self, sample: Batch, phase: str) -> tuple[str, ...]:
-        """The names of its results, found out on the first samples.
+        """The names of its results, computed on the first samples.
 
         Raises:
-            ConfigError: when it fails on them, or its result is no number.
+            ConfigError: when it fails on them, or its result is not a number.
         """
         entry = self.entry
         if not entry.probe:
@@ -152,10 +152,10 @@ class _Counted:
         fields = entry.bound.kwargs(sample)
         strange = [f for f, v in fields.items() if not isinstance(v, Tensor)]
         if strange and self.run.world_size > 1:
-            raise ConfigError(f"{entry.path}: {strange[0]!r} is no tensor, so it cannot be gathered from several processes.")
+            raise ConfigError(f"{entry.path}: {strange[0]!r} is not a tensor, so it cannot be gathered from several processes.")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about four samples
+                warnings.simplefilter("ignore")  # these are about four samples only
                 self.metric.update(**fields)
                 names, left_out = numbers(entry, self.metric.compute())
         except AilabError:
@@ -168,15 +168,15 @@ class _Counted:
         finally:
             self.metric.reset()
         if left_out:
-            self.run.say(f"{entry.path}: not reported, for they are no single numbers: {', '.join(left_out)}")
+            self.run.say(f"{entry.path}: not reported, because they are not single numbers: {', '.join(left_out)}")
         return tuple(names)
 
 
 def numbers(entry: Entry, value: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """What `compute` returned as 0-d float64 tensors by result name, and the names in a dict that are no single numbers.
+    """The results of `compute` as 0-d float64 tensors by name, and the names of those that are not single numbers.
 
     Raises:
-        ConfigError: when there is no number in it.
+        ConfigError: when there is no number in `value`.
     """
     if not isinstance(value, Mapping):
         named: dict[str, Any] = {entry.key: value}
@@ -187,7 +187,7 @@ def numbers(entry: Entry, value: Any) -> tuple[dict[str, Tensor], list[str]]:
         shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ConfigError(
             f"{entry.path}: {entry.bound.what} returned {shape}; a result is a number, or a dict of numbers by name.\n"
-            "  Ask it for one (of torchmetrics often average='macro'), or for the mean of what it returns: reduce='mean'."
+            "  Set the metric to return one (in torchmetrics often average='macro'), or average its result: reduce='mean'."
         )
     return found, [n for n in named if n not in found]
 

@@ -1,4 +1,4 @@
-"""What a class-style metric remembers, as a flat dict of tensors for a slot of the state; and back."""
+"""The internal state of a class-style metric as a flat dict of tensors, for a slot of the state, and back."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Memory = dict[str, Tensor]
 
 
 def memory_of(metric: Any, device: torch.device) -> Memory | None:
-    """A copy of all that `metric` has gathered, on `device`; None for what does not keep tensors or numbers alone.
+    """A copy of the internal state of `metric`, on `device`. None if it has anything but tensors, numbers and settings.
 
-    Of torchmetrics objects and collections these are the states that they declare (one that keeps every sample has a list); of
-    any other object all of its attributes.
+    For torchmetrics objects and collections it is the states that they declare. A metric that keeps every sample has a list there.
+    For any other object it is all of its attributes.
     """
     found: Memory = {}
     for prefix, part in _parts(metric):

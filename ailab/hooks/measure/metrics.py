@@ -1,4 +1,4 @@
-"""MetricHook: named metrics; pure ones are traced into the step, class-style ones run on the host."""
+"""MetricHook: named metrics. Pure metrics are traced into the step, class-style metrics run on the host."""
 
 from __future__ import annotations
 
@@ -29,23 +29,21 @@ _OWN: dict[str, Any] = {
 def MetricHook(*, run: RunInfo, name: str = "metrics", **metrics: Mapping[str, Any]) -> list[Middleware[Any]]:
     """Metrics by name: `top1=dict(type="Top1Accuracy", mapping={"pred": "output", "label": "target"}, phases=["val"])`.
 
-    A pure metric is a callable that returns a `Mean`; it is traced into the step and costs no host work. A class-style metric
-    has `update`, `compute` and `reset` (a `LabBaseMetric`, any torchmetrics object): the fields that it names come out of the
-    step, padding is cut off, and its result joins the epoch's logs. Both see the global batch or its exact sums. Of a dict each
-    number is a result of its own, "<name>_<key>".
+    A pure metric is a callable that returns a `Mean`. It is traced into the step and costs no host work. A class-style metric
+    has `update`, `compute` and `reset` (a `LabBaseMetric`, or any torchmetrics object). Its fields are returned from the step
+    without padding, and it is updated on the host. Both kinds measure the global batch. When a metric returns a dict, each of
+    its numbers is one result, with the name "<name>_<key>".
 
-    A class-style metric is tried on the first few samples before the run. One that fails later is an observer: an epoch in
-    which it failed has no result, and after three of them it is off.
+    A class-style metric is tested on a few samples before the run. If it fails during the run, this epoch has no result of it.
+    After three failures it is switched off.
 
     Args:
-        run: given by the framework.
-        name: of this hook.
-        **metrics: each with `type`, optional `mapping`, `phases` (all by default) and the arguments of its type; a class-style
-            one also `reduce="mean"`, of a result that is no single number, and `probe=False`, where it cannot be computed on a
-            few samples.
+        **metrics: for each name a dict with `type`, optional `mapping` and `phases` (all by default), and the arguments of the
+            type. For a class-style metric also `reduce="mean"`, to average a result that is not a single number, and
+            `probe=False`, to skip the test on a few samples.
 
     Raises:
-        ConfigError: before the first step, for a metric that fails on the first samples or whose result is no number.
+        ConfigError: before the first step, for a metric that fails on the first samples, or whose result is not a number.
     """
     hooks: list[Middleware[Any]] = []
     for key, entry in metrics.items():
@@ -62,7 +60,7 @@ def MetricHook(*, run: RunInfo, name: str = "metrics", **metrics: Mapping[str, A
 
 
 def _check_entries(entry: Mapping[str, Any], path: str) -> list[str]:
-    """The problems of a MetricHook entry of the cfg: each of its metrics is a component of its own."""
+    """The problems of a MetricHook entry of the cfg. Each of its metrics is checked as a component."""
     problems: list[str] = []
     for key, metric in entry.items():
         problems += METRICS.check(metric, f"{path}.{key}", keys=_OWN)

@@ -1,1 +1,1 @@
-"""Hooks at depths `host` and `epoch` that look and write, and change nothing."""
+"""Hooks at depths `host` and `epoch` that log and write files. They change no state."""

@@ -1,4 +1,4 @@
-"""LoggerHook: the console and a log file. RecordHook: config.json and metrics.jsonl. ProgressHook: the bar. All observers."""
+"""Observers. LoggerHook: console and log file. RecordHook: config.json and metrics.jsonl. ProgressHook: progress bar."""
 
 from __future__ import annotations
 
@@ -30,19 +30,17 @@ def LoggerHook(
     run: RunInfo,
     name: str = "logger",
 ) -> list[Middleware[Any]]:
-    """One line every `interval` steps and at the end of each phase: to the console and to `log_dir/train.log`.
+    """Log one line every `interval` steps and at the end of each phase, to the console and to `log_dir/train.log`.
 
     Args:
-        interval: in optimizer steps.
-        log_dir: the work_dir by default.
-        log_items: {name: path or callable}: what to show beside the loss and the metrics. Paths read the run:
+        interval: optimizer steps between two lines, at least 1.
+        log_dir: folder of the log file. The work_dir by default.
+        log_items: {name: path or callable}, the values to show beside the loss and the metrics. A path reads the run:
             `"optimizer.param_groups.0.lr"`, `"meters['top1'].avg"` (mean over the epoch so far),
-            `"metric_results.val_top1"` (newest result); a callable is given the `Report`.
-        run: given by the framework.
-        name: of this hook.
+            `"metric_results.val_top1"` (newest result). A callable gets the `Report`.
 
     Raises:
-        ConfigError: before the first step, for a path that leads nowhere.
+        ConfigError: for an interval below 1; before the first step, for a path that does not exist in this run.
     """
     usual: dict[str, Item] = {"lr": "optimizer.param_groups.0.lr"} if run.base_lrs else {}
     items: Mapping[str, Item] = usual if log_items is None else log_items
@@ -55,7 +53,7 @@ def LoggerHook(
         with file.open("a") as f:
             f.write(line + "\n")
 
-    append = guarded(write, f"{name} ({file.name})", run)  # a full disk does not silence the console
+    append = guarded(write, f"{name} ({file.name})", run)  # with a full disk the console still works
 
     def emit(report: Report) -> None:
         if report.final:
@@ -107,25 +105,25 @@ def _number(value: Any) -> str:
     return f"{value:.4f}" if 1e-2 <= abs(value) < 1e4 or not value else f"{value:.2e}"
 
 
-RATE = "samples_per_s"  # the name under which a ThroughputHook reports what the logger would measure itself
+RATE = "samples_per_s"  # the name of the same value in a ThroughputHook; then the logger does not measure it
 METRICS, CONFIG = "metrics.jsonl", "config.json"  # in the work_dir
 _KEYS = ("step", "epoch", "phase", "final", "lr")
 
 
 def is_reserved(key: str) -> bool:
-    """Whether a key of a line of metrics.jsonl is no result."""
+    """Whether a key of a line of metrics.jsonl is reserved, so that no result can have this name."""
     return key in _KEYS or key.startswith("wall_")
 
 
 def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
-    """`config.json`, and `metrics.jsonl`: a JSON object per line with step, epoch, phase and every log by name. In every run.
+    """Write `config.json` and `metrics.jsonl`: one JSON object per line with step, epoch, phase and every log by name.
 
-    A resumed run drops what the interrupted one wrote after its checkpoint, so that the file ends up the same, byte for byte,
-    as that of a run that was never interrupted; only keys that start with `wall_` differ. A run without a train phase adds its
-    lines to those that are there.
+    It is part of every run. A resumed run removes the lines that the interrupted run wrote after the checkpoint. So the file is
+    the same, byte for byte, as that of a run that was not interrupted. Only keys that start with `wall_` differ. A run without a
+    train phase appends its lines.
 
     Raises:
-        ConfigError: when a log is called like one of the other keys of a line.
+        ConfigError: when a log has the name of one of the other keys of a line.
         NonFiniteError: when the loss of a line is NaN or infinite.
     """
     lines: Lines | None = None
@@ -139,7 +137,7 @@ def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
         training = run.steps_per_epoch > 0
         lines.rewind(lambda row: not training or row["epoch"] <= epoch or (not row["final"] and row["step"] < step))
         if training and step > epoch * run.steps_per_epoch and step % interval == 0:
-            emit(running(state, run))  # its line may not have come before the checkpoint: on a GPU numbers arrive later
+            emit(running(state, run))  # on a GPU this line may not have been written before the checkpoint: values arrive later
 
     def write(report: Report) -> None:
         head = {"step": report.step, "epoch": report.epoch, "phase": report.phase, "final": report.final}
@@ -148,7 +146,7 @@ def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
             lines.append({**head, **report.means, "lr": list(report.lrs), **wall})
 
     configure = guarded(_write_config, CONFIG, run)
-    append = guarded(write, METRICS, run)  # a full disk does not switch the check below off
+    append = guarded(write, METRICS, run)  # with a full disk the check below still works
 
     def emit(report: Report) -> None:
         append(report)
@@ -156,20 +154,20 @@ def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"the {report.phase} loss of epoch {report.epoch} is {loss} at step {report.step}.\n"
-                "  Lower optimizer.lr, or put hooks.clip = dict(type='GradClipHook', max_norm=1.0) or SkipNonFiniteHook in."
+                "  Lower optimizer.lr, or add hooks.clip = dict(type='GradClipHook', max_norm=1.0) or a SkipNonFiniteHook."
             )
 
     def checked(run_all: Run) -> Run:
         taken = sorted({n for names in run.result_names.values() for n in names if is_reserved(n)})
         if taken:
-            raise ConfigError(f"metrics.jsonl has other uses for the key {taken[0]!r}; give that metric or loss another name.")
+            raise ConfigError(f"the key {taken[0]!r} of metrics.jsonl is reserved; give that metric or loss another name.")
         return run_all
 
     return [*observe("record", emit, run, every=interval, begin=begin), Middleware("record", checked, "run")]
 
 
 def _write_config(run: RunInfo) -> None:
-    """The cfg of this run as JSON; an evaluation leaves that of the training alone."""
+    """Write the cfg of this run as JSON. An evaluation does not overwrite the file of the training."""
     path = run.work_dir / CONFIG
     text = json.dumps(snapshot(run.cfg), indent=1).encode() + b"\n"
     if not path.exists() or (run.steps_per_epoch and path.read_bytes() != text):
@@ -177,7 +175,7 @@ def _write_config(run: RunInfo) -> None:
 
 
 def ProgressHook(bar: Any, run: RunInfo) -> list[Middleware[Any]]:
-    """Advance `bar` (a tqdm over the training steps of the run) after every step and name the epoch."""
+    """Update the progress bar after every training step. `bar` is a tqdm over the training steps of the run."""
 
     def wrap(step: Step) -> Step:
         def shown(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:

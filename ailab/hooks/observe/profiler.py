@@ -1,4 +1,4 @@
-"""ProfilerHook: a window of steps under torch.profiler, as a trace file for chrome://tracing or Perfetto."""
+"""ProfilerHook: some steps under torch.profiler, as a trace file for chrome://tracing or Perfetto."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ailab.errors import ConfigError
-from ailab.hooks.observe.scalars import Strikes, guarded
+from ailab.hooks.observe.scalars import Failures, guarded
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import Batch, Mean, Run, RunInfo, Step, TrainState
@@ -25,37 +25,35 @@ def ProfilerHook(
     run: RunInfo,
     name: str = "profiler",
 ) -> list[Middleware[Any]]:
-    """Trace `active` training steps once, `wait + warmup` steps after this process began, on every rank.
+    """Profile `active` training steps once, after the first `wait + warmup` steps of this process, on every rank.
 
-    The file is `work_dir/profile/rank<rank>_step<last step>.json`. An observer: it changes no number, and its failures end no
-    run. After the window it costs nothing.
+    The trace file is `work_dir/profile/rank<rank>_step<last step>.json`. The hook is an observer: it changes no result, and its
+    failures do not end the run. After the profiled steps it costs nothing.
 
     Args:
-        wait: steps that are left alone; the first one is in any case.
-        warmup: steps under the profiler whose trace is thrown away, for its own start distorts them; at least 1.
+        wait: steps before the profiler starts, at least 0. The first step is never profiled.
+        warmup: steps under the profiler whose trace is dropped, because starting the profiler slows them down. At least 1.
         active: steps that are traced, at least 1.
-        shapes: record the shapes of the inputs of each operator.
-        memory: record allocations.
+        shapes: record the input shapes of each operator.
+        memory: record memory allocations.
         stacks: record the Python stack of each operator.
-        run: given by the framework.
-        name: of this hook.
 
     Raises:
         ConfigError: for a negative `wait`, or `warmup` or `active` below 1.
     """
     if wait < 0 or warmup < 1 or active < 1:
         raise ConfigError(
-            f"cfg.hooks.{name}: wait={wait}, warmup={warmup}, active={active}; wait is at least 0, the others at least 1."
+            f"cfg.hooks.{name}: wait={wait}, warmup={warmup}, active={active}; wait must be at least 0, the others at least 1."
         )
     if not run.steps_per_epoch:
         return []
     window = _Window(wait, warmup, active, {"record_shapes": shapes, "profile_memory": memory, "with_stack": stacks}, run)
-    strikes = Strikes()
-    watch, close = guarded(window.after_step, name, run, strikes), guarded(window.close, name, run, strikes)
+    failures = Failures()
+    watch, close = guarded(window.after_step, name, run, failures), guarded(window.close, name, run, failures)
 
     def wrap(step: Step) -> Step:
         def profiled(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
-            if window.over:
+            if window.done:
                 return step(state, batch)
             state, logs = step(state, batch)
             watch(state.at)
@@ -76,24 +74,24 @@ def ProfilerHook(
 
 
 class _Window:
-    """A profiler that is started after `wait` steps and gone after `warmup + active` more."""
+    """A profiler that starts after `wait` steps and stops after `warmup + active` more."""
 
     def __init__(self, wait: int, warmup: int, active: int, settings: Mapping[str, Any], run: RunInfo):
         self.wait, self.warmup, self.active = wait, warmup, active
         self.settings, self.run = settings, run
-        self.seen = 0
+        self.steps = 0
         self.profiler: Any = None
-        self.over = False
+        self.done = False
 
     def after_step(self, at: int) -> None:
-        """Start, go on or stop, between two steps."""
-        self.seen += 1
+        """Start, continue or stop the profiler, between two steps."""
+        self.steps += 1
         if self.profiler is None:
-            if self.seen >= self.wait:
+            if self.steps >= self.wait:
                 self._start()
             return
         self.profiler.step()
-        if self.seen - max(self.wait, 1) >= self.warmup + self.active:
+        if self.steps - max(self.wait, 1) >= self.warmup + self.active:
             self._write(at)
 
     def _start(self) -> None:
@@ -106,7 +104,7 @@ class _Window:
         self.profiler = profiler
 
     def _write(self, at: int) -> None:
-        profiler, self.profiler, self.over = self.profiler, None, True
+        profiler, self.profiler, self.done = self.profiler, None, True
         profiler.stop()
         folder = Path(self.run.work_dir) / "profile"
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,11 +113,11 @@ class _Window:
         self.run.say(f"profile of the {self.active} steps up to {at}: {file}")
 
     def close(self, _: None) -> None:
-        """Stop a profiler whose window the run did not fill."""
-        if self.over or not self.seen:
+        """Stop the profiler when the run ended before all steps were traced."""
+        if self.done or not self.steps:
             return
-        profiler, self.profiler, self.over = self.profiler, None, True
+        profiler, self.profiler, self.done = self.profiler, None, True
         if profiler is not None:
             profiler.stop()
         needed = max(self.wait, 1) + self.warmup + self.active
-        self.run.say(f"warning: the run ended before the profile was complete: that takes {needed} steps")
+        self.run.say(f"warning: the run ended before the profile was complete. It needs {needed} steps")

@@ -1,4 +1,4 @@
-"""A read-only view of the run for `log_items`: paths such as `optimizer.param_groups.0.lr` or `meters['top1'].avg`."""
+"""What the paths of `log_items` read: `optimizer.param_groups.0.lr`, `meters['top1'].avg` and so on."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _PART = re.compile(r"\.?([A-Za-z_][A-Za-z0-9_]*)|\.?(\d+)|\[(\d+)\]|\['([^']*)'\
 
 @dataclass(frozen=True)
 class RunView:
-    """What a log item can read; `latest` holds the newest results of every phase as "val_top1"."""
+    """What a log item can read. `latest` has the newest results of every phase, by names such as "val_top1"."""
 
     report: Report
     latest: Mapping[str, float]
 
     def tree(self) -> dict[str, Any]:
-        """The names a path can start with."""
+        """The values by the first part of a path."""
         return {
             "optimizer": {"param_groups": [{"lr": lr} for lr in self.report.lrs]},
-            "meters": {n: {"avg": v} for n, v in self.report.means.items()},  # class-style ones when their phase has ended
+            "meters": {n: {"avg": v} for n, v in self.report.means.items()},  # class-style metrics: at the end of a phase
             "metric_results": dict(self.latest),
             "step": self.report.step,
             "epoch": self.report.epoch,
@@ -35,7 +35,7 @@ class RunView:
 
 
 def split(path: str) -> list[str]:
-    """`"meters['top1'].avg"` to `["meters", "top1", "avg"]`; empty when it is no path."""
+    """`"meters['top1'].avg"` to `["meters", "top1", "avg"]`; an empty list when it is not a valid path."""
     parts: list[str] = []
     at = 0
     while at < len(path):
@@ -48,7 +48,7 @@ def split(path: str) -> list[str]:
 
 
 def read(item: Item, view: RunView) -> Any:
-    """The value of one log item; None for a result that does not exist yet (a metric of a phase that has not run)."""
+    """The value of one log item. None for a result that does not exist yet, such as a metric of a phase that has not run."""
     if not isinstance(item, str):
         return item(view.report)
     node: Any = view.tree()
@@ -63,10 +63,10 @@ def read(item: Item, view: RunView) -> Any:
 
 
 def check_items(items: Mapping[str, Item], run: RunInfo, path: str) -> None:
-    """Compare every path with what this run will have.
+    """Check that every path of `items` exists in this run.
 
     Raises:
-        ConfigError: for a path that leads nowhere, with what is on offer.
+        ConfigError: for a path that does not exist. It lists those that do.
     """
     known = ["step", "epoch", "samples", *(f"optimizer.param_groups.{i}.lr" for i in range(len(run.base_lrs)))]
     known += dict.fromkeys(f"meters.{n}.avg" for names in run.result_names.values() for n in names)
@@ -74,5 +74,5 @@ def check_items(items: Mapping[str, Item], run: RunInfo, path: str) -> None:
     for name, item in items.items():
         if isinstance(item, str) and ".".join(split(item)) not in known:
             raise ConfigError(
-                f"{path}.{name}: {item!r} leads nowhere.{nearest(item, known)}\n  A run like this one has: {', '.join(known)}."
+                f"{path}.{name}: {item!r} does not exist in this run.{nearest(item, known)}\n  This run has: {', '.join(known)}."
             )

@@ -1,4 +1,4 @@
-"""Numbers for observers: read the epoch's running means every n steps without stalling the device, and hand them on."""
+"""Scalars for observers: the running means of the epoch every n steps, read without stalling the device."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Report:
-    """What an observer is told: at a step within an epoch, or when a phase of an epoch has ended."""
+    """What an observer gets: running means at a training step, or the results of a phase when it has ended."""
 
     step: int  # optimizer updates so far
     epoch: int  # counted from 1
     phase: str
-    final: bool  # the epoch's result, not a running mean
+    final: bool  # the result of the epoch, not a running mean
     means: Mapping[str, float]  # means over the epoch so far, by log name
-    samples: float  # counted so far in this epoch: the weight of the loss
-    lrs: tuple[float, ...]  # per parameter group, as last used
-    wall: Mapping[str, float] = field(default_factory=dict)  # what hooks listed before measured with a clock
+    samples: float  # so far in this epoch: the total weight of the loss
+    lrs: tuple[float, ...]  # per parameter group, of the last step
+    wall: Mapping[str, float] = field(default_factory=dict)  # wall-clock measurements of the hooks listed before
 
 
 Emit = Callable[[Report], None]
-STRIKES = 3  # failures after which an observer is off
+MAX_FAILURES = 3  # failures after which an observer is switched off
 
 
-class Strikes:
-    """The failures of one observer, in whatever part of it."""
+class Failures:
+    """The number of failures of one observer, over all of its parts."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.n = 0
 
 
-def guarded(emit: Callable[[T], None], name: str, run: RunInfo, strikes: Strikes | None = None) -> Callable[[T], None]:
-    """`emit`, switched off after three failures: an observer never ends a run. Errors of ailab's own pass."""
-    mine = strikes or Strikes()
+def guarded(emit: Callable[[T], None], name: str, run: RunInfo, failures: Failures | None = None) -> Callable[[T], None]:
+    """`emit`, but a failure is a warning, and after three failures it is switched off. ailab's own errors are raised."""
+    count = failures or Failures()
 
-    def safe(told: T) -> None:
-        if mine.count >= STRIKES:
+    def safe(value: T) -> None:
+        if count.n >= MAX_FAILURES:
             return
         try:
-            emit(told)
+            emit(value)
         except AilabError:
             raise
-        except Exception as e:  # whatever a writer, a network or a full disk may raise
-            mine.count += 1
-            off = "; it is switched off now" if mine.count == STRIKES else ""
+        except Exception as e:  # a writer, a network or a full disk can raise anything
+            count.n += 1
+            off = "; it is switched off now" if count.n == MAX_FAILURES else ""
             run.say(f"warning: hook {name!r} failed: {type(e).__name__}: {e}{off}")
 
     return safe
@@ -70,28 +70,38 @@ def observe(
     *,
     every: int,
     begin: Callable[[TrainState], None] | None = None,
-    strikes: Strikes | None = None,
+    failures: Failures | None = None,
 ) -> list[Middleware[Any]]:
     """The two middlewares of an observer: running means every `every` steps, and the results of each phase.
 
-    On rank 0 only. A value is handed on once it has arrived on the host: at once on a CPU, at a later step on a GPU. `begin`
-    is called before the first epoch of this process, with the state it starts from: resumed or fresh.
+    On rank 0 only. On a CPU a report comes at its step. On a GPU it comes at a later step, when its copy to the host is done.
+
+    Args:
+        name: name of the hook.
+        emit: called with each report.
+        run: the run.
+        every: optimizer steps between two reports of running means, at least 1.
+        begin: called once, before the first epoch of this process, with the state it starts from (fresh or resumed).
+        failures: shared with the other parts of the observer.
+
+    Raises:
+        ConfigError: when `every` is below 1.
     """
     if every < 1:
-        raise ConfigError(f"cfg.hooks.{name}: the interval is {every}; it counts steps, so it is at least 1.")
+        raise ConfigError(f"cfg.hooks.{name}: the interval is {every}; it counts steps and must be at least 1.")
     if run.rank != 0:
         return []
     phases = [p["phase"] for p in run.cfg["workflow"] if p.get(name, {}).get("enable", True)]
-    strikes = strikes or Strikes()
-    emit, begin = guarded(emit, name, run, strikes), guarded(begin, name, run, strikes) if begin else None
-    arriving = _Arriving(emit, run)
+    failures = failures or Failures()
+    emit, begin = guarded(emit, name, run, failures), guarded(begin, name, run, failures) if begin else None
+    pending = _PendingReports(emit, run)
 
     def wrap(step: Step) -> Step:
         def observed(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
             state, logs = step(state, batch)
             if state.at % every == 0:
-                arriving.expect(state, logs)
-            arriving.emit_those_here()
+                pending.fetch(state, logs)
+            pending.emit_ready()
             return state, logs
 
         return observed
@@ -103,8 +113,8 @@ def observe(
                 begin(state)
                 begin = None
             state, logs = epoch(state, batches)
-            arriving.emit_those_here(wait=True)
-            for report in results(state, logs, run):
+            pending.emit_ready(wait=True)
+            for report in _phase_reports(state, logs, run):
                 if report.phase in phases:
                     emit(report)
             return state, logs
@@ -114,28 +124,28 @@ def observe(
     return [Middleware(name, wrap, "host"), Middleware(name, wrap_epoch, "epoch")]
 
 
-class _Arriving:
-    """Running means on their way from the device to the host, and who is told of them."""
+class _PendingReports:
+    """Running means that are being copied from the device to the host."""
 
     def __init__(self, emit: Emit, run: RunInfo):
         self.emit, self.run = emit, run
-        self.waiting: deque[tuple[int, Mapping[str, float], Tensor, torch.cuda.Event | None]] = deque()
+        self.queue: deque[tuple[int, Mapping[str, float], Tensor, torch.cuda.Event | None]] = deque()
 
-    def expect(self, state: TrainState, logs: Mapping[str, Mean]) -> None:
-        """Begin to fetch those of this state."""
-        self.waiting.append((state.at, logs.wall if isinstance(logs, Logs) else {}, *_fetch(state)))
+    def fetch(self, state: TrainState, logs: Mapping[str, Mean]) -> None:
+        """Start the copy of the running means of this state."""
+        self.queue.append((state.at, logs.wall if isinstance(logs, Logs) else {}, *_fetch(state)))
 
-    def emit_those_here(self, *, wait: bool = False) -> None:
-        """Tell of all that have arrived, in order; of all, if told to wait."""
-        while self.waiting and (wait or self.waiting[0][3] is None or self.waiting[0][3].query()):
-            step, wall, values, event = self.waiting.popleft()
+    def emit_ready(self, *, wait: bool = False) -> None:
+        """Emit the reports whose copy is done, in order; with `wait` all of them."""
+        while self.queue and (wait or self.queue[0][3] is None or self.queue[0][3].query()):
+            step, wall, values, event = self.queue.popleft()
             if event is not None:
                 event.synchronize()
-            self.emit(_running(step, values, self.run, wall))
+            self.emit(_running_report(step, values, self.run, wall))
 
 
 def _fetch(state: TrainState) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Totals and learning rates as one host tensor, and the event after which it may be read."""
+    """Totals and learning rates as one host tensor, and the CUDA event after which it can be read."""
     rates = [r.to(torch.float64).reshape(1, 1).expand(1, 2) for r in lrs(state.opt_state)]
     values = torch.cat([state.slots[TOTALS], *rates])
     if values.device.type != "cuda":
@@ -148,14 +158,14 @@ def _fetch(state: TrainState) -> tuple[Tensor, torch.cuda.Event | None]:
 
 
 def running(state: TrainState, run: RunInfo) -> Report:
-    """The running means of the training phase at this state; waits for the device."""
+    """A report of the running means of the training phase at this state. It waits for the device."""
     values, event = _fetch(state)
     if event is not None:
         event.synchronize()
-    return _running(state.at, values, run, {})
+    return _running_report(state.at, values, run, {})
 
 
-def _running(step: int, values: Tensor, run: RunInfo, wall: Mapping[str, float]) -> Report:
+def _running_report(step: int, values: Tensor, run: RunInfo, wall: Mapping[str, float]) -> Report:
     names = run.log_names["train"]
     rows = values.tolist()
     means = {n: (total / weight if weight else 0.0) for n, (total, weight) in zip(names, rows, strict=False)}
@@ -163,8 +173,8 @@ def _running(step: int, values: Tensor, run: RunInfo, wall: Mapping[str, float])
     return Report(step, epoch, "train", False, means, rows[0][1], tuple(r[0] for r in rows[len(names) :]), wall)
 
 
-def results(state: TrainState, logs: Logs, run: RunInfo) -> list[Report]:
-    """One final report per phase out of a workflow epoch's logs."""
+def _phase_reports(state: TrainState, logs: Logs, run: RunInfo) -> list[Report]:
+    """One final report per phase, from the logs of a workflow epoch."""
     epoch, rates = epochs_done(state), tuple(float(r) for r in lrs(state.opt_state)) if run.base_lrs else ()
     rows = dict(zip(logs.names, logs.packed.tolist(), strict=True))
     out: list[Report] = []

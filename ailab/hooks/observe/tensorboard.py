@@ -1,4 +1,4 @@
-"""TensorboardHook: every scalar of every phase as TensorBoard events, and on request histograms and pictures."""
+"""TensorboardHook: every scalar of every phase as TensorBoard events. Optional histograms and images."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import Tensor
 from ailab.config.load import snapshot
 from ailab.core.epoch import epochs_done
 from ailab.errors import ConfigError
-from ailab.hooks.observe.pictures import Shown, show_samples
-from ailab.hooks.observe.scalars import Report, Strikes, guarded, observe
+from ailab.hooks.observe.pictures import SamplePictures, show_samples
+from ailab.hooks.observe.scalars import Failures, Report, guarded, observe
 from ailab.pictures.captions import captioned
 from ailab.registry import HOOKS
 from ailab.stack import Middleware, unchanged
 from ailab.types import Aux, Batch, Epoch, Grad, Logs, Mean, Params, Run, RunInfo, Step, TrainState
 
-_GRADS = "gradients"  # the output under which they leave the step
-_PLUMBING = {"mapping", "output_keys", "enable", "phases", "log_dir", "save_dir", "init_args"}  # keys that change no number
-_FLUSH_S = 20  # how old what a dashboard shows can be
+_GRADS = "gradients"  # the name of the step output that holds them
+# keys that change no result
+_NOT_HYPERPARAMETERS = {"mapping", "output_keys", "enable", "phases", "log_dir", "save_dir", "init_args"}
+_FLUSH_S = 20  # seconds between two writes to the file
 
 
 @HOOKS.register_module()
@@ -34,88 +35,88 @@ def TensorboardHook(
     run: RunInfo,
     name: str = "tensorboard",
 ) -> list[Middleware[Any]]:
-    """Every scalar of every phase as TensorBoard events over `state.step`.
+    """Write every scalar of every phase as TensorBoard events over `state.step`.
 
-    Running means of the training phase are "train/<name>", every `interval` steps; results of a phase "epoch/<phase>/<name>";
-    the learning rate is "lr/<group>"; what was measured with a clock "wall/<phase>/<name>". The cfg and the results of the last
-    epoch are a row of the HPARAMS tab. A resumed run purges what the interrupted one wrote after its checkpoint.
+    Running means of the training phase are "train/<name>", every `interval` steps. Results of a phase are
+    "epoch/<phase>/<name>". Learning rates are "lr/<group>". Wall-clock measurements are "wall/<phase>/<name>". The cfg and the
+    results of the last epoch are a row of the HPARAMS tab. A resumed run purges the events that the interrupted run wrote after
+    the checkpoint.
 
     Args:
-        interval: in optimizer steps.
-        log_dir: `work_dir/tensorboard` by default.
-        histograms: of every parameter and its gradient, every so many epochs; 0 for none. The gradients are those of the
-            epoch's last step as they are where this hook stands in the list; they leave every step, which costs their memory.
-        images: how many samples of the first evaluation batch are shown each epoch with target and prediction; 0 for none.
-        run: given by the framework.
-        name: of this hook.
+        interval: optimizer steps between two points of a running mean, at least 1.
+        log_dir: folder of the event files. `work_dir/tensorboard` by default.
+        histograms: epochs between two histograms of every parameter and its gradient. 0: no histograms. The gradient is that of
+            the last step of the epoch, after the grad hooks listed before this one. Every step returns its gradients, which
+            costs their memory.
+        images: samples of the first evaluation batch to show each epoch, with target and prediction. 0: no images.
 
     Raises:
-        ConfigError: for a negative count, or `images` of an input that is no picture.
+        ConfigError: for a negative `histograms` or `images`, or when `images` is set and the input is not a batch of images.
     """
     if histograms < 0 or images < 0:
-        raise ConfigError(f"cfg.hooks.{name}: histograms={histograms}, images={images}; 0 is for none, and less is nothing.")
-    board = _Board(log_dir or str(run.work_dir / "tensorboard"), run)
-    hooks = observe(name, board.scalars, run, every=interval, begin=board.begin, strikes=board.strikes)
-    hooks += show_samples(name, images, board.pictures, run, board.strikes)
-    hooks += _histograms(name, histograms, board, run) if histograms and run.steps_per_epoch else []
-    return [*hooks, Middleware(name, board.closing(name), "run")]
+        raise ConfigError(f"cfg.hooks.{name}: histograms={histograms}, images={images}; both must be at least 0 (0: none).")
+    writer = _Writer(log_dir or str(run.work_dir / "tensorboard"), run)
+    hooks = observe(name, writer.scalars, run, every=interval, begin=writer.begin, failures=writer.failures)
+    hooks += show_samples(name, images, writer.pictures, run, writer.failures)
+    hooks += _histograms(name, histograms, writer, run) if histograms and run.steps_per_epoch else []
+    return [*hooks, Middleware(name, writer.close_at_end(name), "run")]
 
 
-class _Board:
-    """The event file of a run; opened before the first epoch."""
+class _Writer:
+    """Writes the event file of a run. It is opened before the first epoch."""
 
     def __init__(self, folder: str, run: RunInfo):
         self.folder, self.run = folder, run
-        self.writer: Any = None
-        self.strikes = Strikes()
-        self.rated = -1  # step of the last learning rate
+        self.events: Any = None
+        self.failures = Failures()
+        self.lr_step = -1  # step of the last learning rate written
 
     def begin(self, state: TrainState) -> None:
-        """Open the file; what was written after this state's step does not count any more."""
+        """Open the file. Events after the step of this state are purged."""
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        purge = state.at + 1 if state.at and self.run.steps_per_epoch else None  # an evaluation adds to what is there
-        self.writer = SummaryWriter(self.folder, purge_step=purge, flush_secs=_FLUSH_S)
+        purge = state.at + 1 if state.at and self.run.steps_per_epoch else None  # an evaluation adds to the events that exist
+        self.events = SummaryWriter(self.folder, purge_step=purge, flush_secs=_FLUSH_S)
         results = {f"epoch/{phase}/{n}": 0.0 for phase, names in self.run.result_names.items() for n in names}
-        # In this folder, where the scalars are: add_hparams would make a run of its own out of them.
+        # In the folder of the scalars: add_hparams would make a second run for them.
         experiment, started, _ = hparams(hyperparameters(self.run), results)
         for summary in (experiment, started):
-            self.writer.file_writer.add_summary(summary, state.at)
+            self.events.file_writer.add_summary(summary, state.at)
 
     def scalars(self, report: Report) -> None:
-        """One point of each curve."""
-        if self.writer is None:
+        """Write one point of each curve."""
+        if self.events is None:
             return
         prefix = f"epoch/{report.phase}" if report.final else report.phase
         for key, value in report.means.items():
-            self.writer.add_scalar(f"{prefix}/{key}", value, report.step)
+            self.events.add_scalar(f"{prefix}/{key}", value, report.step)
         for key, value in report.wall.items():
-            self.writer.add_scalar(f"wall/{prefix}/{key}", value, report.step)
-        if report.step == self.rated:
+            self.events.add_scalar(f"wall/{prefix}/{key}", value, report.step)
+        if report.step == self.lr_step:
             return  # the results of a phase come after the running means of the same step
-        self.rated = report.step
+        self.lr_step = report.step
         for i, lr in enumerate(report.lrs):
-            self.writer.add_scalar(f"lr/{i}", lr, report.step)
+            self.events.add_scalar(f"lr/{i}", lr, report.step)
 
-    def pictures(self, shown: Shown) -> None:
-        """One image a phase, with all samples and their captions."""
-        if self.writer is not None:
-            self.writer.add_image(f"samples/{shown.phase}", captioned(shown.pictures), shown.step)
+    def pictures(self, samples: SamplePictures) -> None:
+        """Write one image with all samples and their captions."""
+        if self.events is not None:
+            self.events.add_image(f"samples/{samples.phase}", captioned(samples.pictures), samples.step)
 
-    def histograms(self, told: tuple[TrainState, Params]) -> None:
-        """Of what is finite in each tensor."""
-        state, grads = told
+    def histograms(self, state_and_grads: tuple[TrainState, Params]) -> None:
+        """Write a histogram of the finite elements of each parameter and gradient."""
+        state, grads = state_and_grads
         for prefix, tensors in (("params", state.params), ("grads", grads)):
             for key, tensor in tensors.items():
                 values = tensor.detach().float()
                 finite = values[values.isfinite()]
-                if self.writer is not None and finite.numel():
-                    self.writer.add_histogram(f"{prefix}/{key}", finite.cpu(), state.at)
+                if self.events is not None and finite.numel():
+                    self.events.add_histogram(f"{prefix}/{key}", finite.cpu(), state.at)
 
-    def closing(self, name: str) -> Any:
-        """Close the file when the run ends, however it ends."""
-        from_end = guarded(self._end, name, self.run, self.strikes)
+    def close_at_end(self, name: str) -> Any:
+        """A run middleware that closes the file when the run ends, with or without an error."""
+        close = guarded(self._close, name, self.run, self.failures)
 
         def wrap(run_all: Run) -> Run:
             def closed(state: TrainState) -> TrainState:
@@ -125,59 +126,59 @@ class _Board:
                     done = True
                     return state
                 finally:
-                    from_end((state, done))
+                    close((state, done))
 
             return closed
 
         return wrap
 
-    def _end(self, told: tuple[TrainState, bool]) -> None:
+    def _close(self, state_and_done: tuple[TrainState, bool]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        writer, self.writer = self.writer, None
-        if writer is None:
+        events, self.events = self.events, None
+        if events is None:
             return
-        state, done = told
+        state, done = state_and_done
         if done:
-            writer.file_writer.add_summary(hparams({}, {})[2], state.at)
-        writer.close()
+            events.file_writer.add_summary(hparams({}, {})[2], state.at)
+        events.close()
 
 
 def hyperparameters(run: RunInfo) -> dict[str, int | float | str]:
-    """What of the cfg tells two runs apart, by dotted path: components with their arguments, batch sizes, seed and length."""
+    """The hyper-parameters of the cfg by dotted path: components with their arguments, batch sizes, seed and epochs."""
     cfg = cast("Mapping[str, Any]", snapshot(run.cfg))
     hooks = {n: h for n, h in cfg.get("hooks", {}).items() if h.get("enable", True)}
     chosen: dict[str, Any] = {key: cfg.get(key) for key in ("seed", "total_epochs", "model", "loss", "optimizer")}
     data = {phase: cfg["data"][phase] for phase in run.phase_steps if "data" in cfg}
     sizes = {phase: cfg["data"][f"{phase}_dataloader"]["batch_size"] for phase in data}
-    found = _flat({**chosen, "data": data, "batch_size": sizes, "hooks": hooks})
-    return {path: value for path, value in found.items() if not _PLUMBING & {*path.split(".")}}
+    found = _flattened({**chosen, "data": data, "batch_size": sizes, "hooks": hooks})
+    return {path: value for path, value in found.items() if not _NOT_HYPERPARAMETERS & {*path.split(".")}}
 
 
-def _flat(value: Any, path: str = "") -> dict[str, int | float | str]:
-    """A nested cfg as one dict by dotted path; lists as JSON, switches as words."""
+def _flattened(value: Any, path: str = "") -> dict[str, int | float | str]:
+    """A nested cfg as one dict by dotted path. Lists and booleans become JSON text."""
     if isinstance(value, Mapping):
         found: dict[str, int | float | str] = {}
         for key, child in cast("Mapping[str, Any]", value).items():
-            found |= _flat(child, f"{path}.{key}" if path else key)
+            found |= _flattened(child, f"{path}.{key}" if path else key)
         return found
     if value is None:
         return {}
     return {path: value if isinstance(value, (int, float, str)) and not isinstance(value, bool) else json.dumps(value)}
 
 
-def _histograms(name: str, every: int, board: _Board, run: RunInfo) -> list[Middleware[Any]]:
-    """Hand out the gradients below the line, keep those of an epoch's last step, and write when the epoch has ended."""
-    emit = guarded(board.histograms, name, run, board.strikes)
+def _histograms(name: str, every: int, writer: _Writer, run: RunInfo) -> list[Middleware[Any]]:
+    """Return the gradients from the compiled step, keep those of the last step of an epoch, write them after the epoch."""
+    emit = guarded(writer.histograms, name, run, writer.failures)
     newest: dict[str, Tensor] = {}
 
-    def give(grad: Grad) -> Grad:
-        def given(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
+    def expose(grad: Grad) -> Grad:
+        def exposed(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
             grads, aux = grad(state, batch)
-            copies = {n: g.detach().clone() for n, g in grads.items()}  # an eager update may write to those it is given
+            copies = {n: g.detach().clone() for n, g in grads.items()}  # an eager optimizer may write to its inputs
             return grads, replace(aux, outputs={**aux.outputs, _GRADS: copies})
 
-        return given
+        return exposed
 
     def keep(step: Step) -> Step:
         def kept(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
@@ -199,9 +200,9 @@ def _histograms(name: str, every: int, board: _Board, run: RunInfo) -> list[Midd
 
         return written
 
-    first = run.rank == 0  # the others compile the same graph and write nothing
+    first = run.rank == 0  # the other ranks compile the same graph and write nothing
     return [
-        Middleware(name, give, "grad", core={"gives": (_GRADS,)}),
+        Middleware(name, expose, "grad", core={"gives": (_GRADS,)}),
         Middleware(name, keep if first else unchanged, "host", core={"outputs": (_GRADS,)}),
         *([Middleware(name, write, "epoch")] if first else []),
     ]

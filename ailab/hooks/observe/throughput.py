@@ -1,4 +1,4 @@
-"""ThroughputHook: samples per second, where the time of a step goes, peak memory, and the share of the device's peak."""
+"""ThroughputHook: samples per second, the time of a step, peak memory, and model FLOP utilisation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import Batch, Epoch, Logs, Mean, RunInfo, Step, TrainState
 
-# Dense bfloat16 tensor-core rates in FLOP/s, from NVIDIA's data sheets (half of what they give "with sparsity"); of those without
-# bfloat16, float16. All words must be in the device's name; the first row that fits counts.
+# Dense bfloat16 tensor-core rates in FLOP/s, from NVIDIA's data sheets (half of the rates "with sparsity"). For devices
+# without bfloat16: float16. All words must be in the name of the device. The first row that matches is used.
 PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("B200",), 2250e12),
     (("H200",), 989.4e12),
@@ -39,30 +39,34 @@ Clock = Callable[[], float]
 def ThroughputHook(
     interval: int = 50, peak_flops: float | None = None, *, run: RunInfo, name: str = "throughput"
 ) -> list[Middleware[Any]]:
-    """Measure the speed of each phase; the loggers listed after it show the running values, and all show those of an epoch.
+    """Measure the speed of each phase, as wall-clock values in the logs.
 
-    "samples_per_s" over all processes; "step_ms", of which "data_ms" waiting for the batch and "compute_ms" the rest; the
-    "peak_memory_mib" of the device, or of the process on a CPU; in training "mfu", the model FLOP utilisation (Chowdhery et al.
-    2022, PaLM, appendix B): the operations of the matrix products, convolutions and attention of one shrunk step, per sample,
-    times samples per second, over the peak of all devices. Recomputed operations count. The step that compiles does not.
+    - "samples_per_s": samples per second, over all processes.
+    - "step_ms": milliseconds per step. "data_ms" is the time waiting for the batch, and "compute_ms" is the rest.
+    - "peak_memory_mib": peak memory in MiB, of the device, or of the process on a CPU.
+    - "mfu", in training: the model FLOP utilisation. It is the FLOPs per sample, times samples per second, divided by the peak
+      of all devices. The FLOPs are those of matrix products, convolutions and attention, counted on a step with a small batch.
+      Recomputed operations count.
 
-    Of a clock, so no two runs have the same ones: metrics.jsonl has them under "wall_" names and a checkpoint not at all. On a
-    GPU the host runs ahead of the device, so "data_ms" is what the host waited, of which the device may not have felt all.
+    Loggers listed after this hook show the running values in training. All loggers show the values of an epoch. The first step,
+    which compiles, is not measured. The values differ from run to run. So metrics.jsonl has them under names that start with
+    "wall_", and checkpoints do not have them. On a GPU the host runs ahead of the device: "data_ms" is the time that the host
+    waited, and the device may have waited less.
 
     Args:
-        interval: in optimizer steps: how many a running value is over.
-        peak_flops: of one device in FLOP/s; by default the dense bfloat16 rate of NVIDIA devices that are known by name. There
-            is no "mfu" for another device, a CPU for one, without it.
-        run: given by the framework.
-        name: of this hook.
+        interval: optimizer steps in one running value, at least 1.
+        peak_flops: peak of one device in FLOP/s. By default the dense bfloat16 rate of the NVIDIA devices known by name. Without
+            a peak (other devices, a CPU) there is no "mfu".
 
     Raises:
-        ConfigError: for an interval below 1 or a peak that is not positive.
+        ConfigError: for an interval below 1, or a peak that is not positive.
+
+    Source: "mfu" as in Chowdhery et al. 2022 (PaLM), appendix B.
     """
     if interval < 1 or (peak_flops is not None and not peak_flops > 0):
-        raise ConfigError(f"cfg.hooks.{name}: interval={interval}, peak_flops={peak_flops}; both are positive.")
+        raise ConfigError(f"cfg.hooks.{name}: interval={interval}, peak_flops={peak_flops}; both must be positive.")
     if run.rank != 0:
-        return []  # one clock is read
+        return []  # rank 0 measures for all
     peak = peak_flops or (_peak(torch.cuda.get_device_name(run.device)) if run.device.type == "cuda" else None)
     meters = {phase: _Meter(phase, peak, run) for phase in run.phase_steps}
     hooks = [
@@ -82,23 +86,23 @@ def _peak(device: str) -> float | None:
 
 
 class _Span:
-    """From a moment on: how many steps, and how long the batches took to come."""
+    """The steps since a moment, and the seconds spent waiting for their batches."""
 
     def __init__(self, now: float):
         self.began, self.steps, self.waited = now, 0, 0.0
 
 
 class _Meter:
-    """The clock of one phase."""
+    """The measurements of one phase."""
 
     def __init__(self, phase: str, peak: float | None, run: RunInfo, clock: Clock = time.perf_counter):
         self.phase, self.peak, self.run, self.clock = phase, peak, run, clock
-        self.warm = False  # whether the first step, which may have compiled, is over
+        self.warm = False  # True after the first step, which may have compiled
         self.window, self.epoch = _Span(0.0), _Span(0.0)
         self.newest: Mapping[str, float] = {}
 
     def around_steps(self, interval: int) -> Callable[[Step], Step]:
-        """Count steps, and read the clock when a window is full."""
+        """Count steps, and measure after every `interval` steps."""
 
         def wrap(step: Step) -> Step:
             def counted(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
@@ -118,12 +122,12 @@ class _Meter:
         return wrap
 
     def around_epochs(self, epoch: Epoch) -> Epoch:
-        """Time the batches as they are drawn, and add what was measured to the epoch's logs."""
+        """Measure the time waiting for batches, and add the values of the epoch to its logs."""
 
         def timed(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
             self.newest = {}
             self._start()
-            state, logs = epoch(state, self._drawn(batches))
+            state, logs = epoch(state, self._timed_batches(batches))
             return state, logs.with_wall(self._measured(self.epoch))
 
         return timed
@@ -132,7 +136,7 @@ class _Meter:
         now = self.clock()
         self.window, self.epoch = _Span(now), _Span(now)
 
-    def _drawn(self, batches: Any) -> Generator[Batch]:
+    def _timed_batches(self, batches: Any) -> Generator[Batch]:
         source = iter(batches)
         try:
             while True:
@@ -150,7 +154,7 @@ class _Meter:
                 source.close()
 
     def _measured(self, span: _Span) -> dict[str, float]:
-        """What a span of at least one step took."""
+        """The values of a span; empty without a step."""
         took, steps = self.clock() - span.began, span.steps
         if not steps or took <= 0:
             return {}
@@ -164,7 +168,7 @@ class _Meter:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """MiB: of the device's allocator, or on a CPU of the process."""
+    """Peak memory in MiB: of the device's allocator, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # which Linux gives in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux

@@ -1,4 +1,4 @@
-"""WandbHook: every scalar of every phase to Weights & Biases, from a thread of rank 0 that nobody waits for."""
+"""WandbHook: every scalar of every phase to Weights & Biases, from a background thread of rank 0."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from ailab.config.load import snapshot
 from ailab.errors import ConfigError
-from ailab.hooks.observe.pictures import Shown, show_samples
-from ailab.hooks.observe.scalars import Report, Strikes, guarded, observe
+from ailab.hooks.observe.pictures import SamplePictures, show_samples
+from ailab.hooks.observe.scalars import Failures, Report, guarded, observe
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import Run, RunInfo, TrainState
 
-_INIT_S = 6  # to reach the service: less than `wait_s`, so that a short run can still be recorded offline
-_ROWS = 10_000  # that wait for a service that does not answer; more are dropped
+_INIT_TIMEOUT_S = 6  # less than the default of `wait_s`, so that a short run can still be recorded offline
+_MAX_QUEUED = 10_000  # calls that wait for a service that does not answer; more are dropped
 
 
 @HOOKS.register_module()
@@ -31,28 +31,28 @@ def WandbHook(
     run: RunInfo,
     name: str = "wandb",
 ) -> list[Middleware[Any]]:
-    """Log running means as "train/<name>" every `interval` steps and results as "epoch/<phase>/<name>" over `trainer/step`.
+    """Log every scalar of every phase to Weights & Biases over `trainer/step`.
 
-    The run id is derived from the work_dir, so a resumed run continues the same W&B run. Training only hands its numbers over; a
-    thread talks to W&B. Where it cannot be reached the run is recorded offline, and where it hangs, the end of the run waits
-    `wait_s` for it and goes on. An observer: its failures never end training.
+    Running means of the training phase are "train/<name>", every `interval` steps. Results of a phase are
+    "epoch/<phase>/<name>". The run id is derived from the work_dir, so a resumed run continues the same W&B run. A background
+    thread talks to W&B, so training does not wait for the network. If W&B cannot be reached, the run is recorded offline. If it
+    does not answer, the end of the run waits at most `wait_s` seconds for it. The hook is an observer: its failures do not end
+    the run.
 
     Args:
-        init_args: of `wandb.init` (`project`, `name`, `mode`, ...).
-        interval: in optimizer steps.
-        images: how many samples of the first evaluation batch are shown each epoch with target and prediction; 0 for none.
-        wait_s: seconds that the end of the run waits for what is not yet handed over.
-        run: given by the framework.
-        name: of this hook.
+        init_args: arguments of `wandb.init` (`project`, `name`, `mode`, ...).
+        interval: optimizer steps between two points of a running mean, at least 1.
+        images: samples of the first evaluation batch to show each epoch, with target and prediction. 0: no images.
+        wait_s: seconds that the end of the run waits until everything is sent.
 
     Raises:
-        ConfigError: for a negative `images` or `wait_s`, or `images` of an input that is no picture.
+        ConfigError: for a negative `images` or `wait_s`, or when `images` is set and the input is not a batch of images.
     """
     if images < 0 or not wait_s >= 0:
-        raise ConfigError(f"cfg.hooks.{name}: images={images}, wait_s={wait_s}; neither can be negative.")
-    remote = _Remote(name, dict(init_args or {}), run)
-    hooks = observe(name, remote.scalars, run, every=interval, begin=remote.begin, strikes=remote.strikes)
-    hooks += show_samples(name, images, remote.pictures, run, remote.strikes)
+        raise ConfigError(f"cfg.hooks.{name}: images={images}, wait_s={wait_s}; both must be at least 0.")
+    background = _BackgroundRun(name, dict(init_args or {}), run)
+    hooks = observe(name, background.scalars, run, every=interval, begin=background.begin, failures=background.failures)
+    hooks += show_samples(name, images, background.pictures, run, background.failures)
 
     def wrap(run_all: Run) -> Run:
         def finished(state: TrainState) -> TrainState:
@@ -62,31 +62,31 @@ def WandbHook(
                 code = 0
                 return state
             finally:
-                remote.finish(code, wait_s)
+                background.finish(code, wait_s)
 
         return finished
 
     return [*hooks, Middleware(name, wrap, "run")]
 
 
-class _Remote:
-    """A W&B run in a thread: calls are queued, made in order, and never waited for."""
+class _BackgroundRun:
+    """A W&B run in a background thread. Calls are queued and made in order; the caller does not wait for them."""
 
     def __init__(self, name: str, args: dict[str, Any], run: RunInfo):
         self.name, self.args, self.run = name, args, run
-        self.live: Any = None
-        self.strikes = Strikes()
-        self.calls: queue.Queue[Callable[[], None] | None] = queue.Queue(_ROWS)
+        self.wandb_run: Any = None
+        self.failures = Failures()
+        self.calls: queue.Queue[Callable[[], None] | None] = queue.Queue(_MAX_QUEUED)
         self.thread: threading.Thread | None = None
 
     def begin(self, state: TrainState) -> None:
-        """Start the thread and, in it, the run."""
-        self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        """Start the thread, and the W&B run in it."""
+        self.thread = threading.Thread(target=self._make_calls, name="wandb", daemon=True)
         self.thread.start()
         self.calls.put_nowait(self._start)
 
     def scalars(self, report: Report) -> None:
-        """One row; raises `queue.Full` where thousands wait already."""
+        """Queue one row. Raises `queue.Full` when `_MAX_QUEUED` calls wait already."""
         prefix = f"epoch/{report.phase}" if report.final else report.phase
         row: dict[str, Any] = {f"{prefix}/{k}": v for k, v in report.means.items()}
         row |= {f"wall/{prefix}/{k}": v for k, v in report.wall.items()}
@@ -94,12 +94,12 @@ class _Remote:
         row |= {"trainer/step": report.step, "trainer/epoch": report.epoch}
         self.calls.put_nowait(lambda: self._log(row))
 
-    def pictures(self, shown: Shown) -> None:
-        """The samples of a phase, each with its caption."""
-        self.calls.put_nowait(lambda: self._log_pictures(shown))
+    def pictures(self, samples: SamplePictures) -> None:
+        """Queue the samples of a phase, each with its caption."""
+        self.calls.put_nowait(lambda: self._log_pictures(samples))
 
     def finish(self, code: int, wait_s: float) -> None:
-        """End the run with what is queued; after `wait_s` seconds without waiting for it."""
+        """Send what is queued and end the W&B run. Return after `wait_s` seconds at the latest."""
         if self.thread is None:
             return
         try:
@@ -111,37 +111,37 @@ class _Remote:
         if self.thread.is_alive():
             self.run.say(f"warning: W&B did not take everything within {wait_s:g} s; `wandb sync` sends what it has on disk")
 
-    def _work(self) -> None:
-        def made(call: Callable[[], None]) -> None:
+    def _make_calls(self) -> None:
+        def make(call: Callable[[], None]) -> None:
             call()
 
-        safe = guarded(made, self.name, self.run, self.strikes)
+        safe = guarded(make, self.name, self.run, self.failures)
         while (call := self.calls.get()) is not None:
             safe(call)
 
     def _start(self) -> None:
-        self.live = _started(self.args, self.run)
+        self.wandb_run = _init_run(self.args, self.run)
 
     def _log(self, row: dict[str, Any]) -> None:
-        if self.live is not None:
-            self.live.log(row)
+        if self.wandb_run is not None:
+            self.wandb_run.log(row)
 
-    def _log_pictures(self, shown: Shown) -> None:
-        if self.live is None:
+    def _log_pictures(self, samples: SamplePictures) -> None:
+        if self.wandb_run is None:
             return
         image = importlib.import_module("wandb").Image
-        sheets = [image(p.image.permute(1, 2, 0).numpy(), caption=p.caption or None) for p in shown.pictures]
-        self.live.log({f"samples/{shown.phase}": sheets, "trainer/step": shown.step})
+        images = [image(p.image.permute(1, 2, 0).numpy(), caption=p.caption or None) for p in samples.pictures]
+        self.wandb_run.log({f"samples/{samples.phase}": images, "trainer/step": samples.step})
 
     def _end(self, code: int) -> None:
-        if self.live is not None:
-            self.live.finish(exit_code=code)
+        if self.wandb_run is not None:
+            self.wandb_run.finish(exit_code=code)
 
 
-def _started(args: dict[str, Any], run: RunInfo) -> Any:
+def _init_run(args: dict[str, Any], run: RunInfo) -> Any:
     wandb: Any = importlib.import_module("wandb")
 
-    settings = wandb.Settings(init_timeout=_INIT_S, console="off", disable_git=True, save_code=False)
+    settings = wandb.Settings(init_timeout=_INIT_TIMEOUT_S, console="off", disable_git=True, save_code=False)
     identity = hashlib.sha256(str(run.work_dir.resolve()).encode()).hexdigest()[:16]
     common: dict[str, Any] = {
         "id": identity,
@@ -154,10 +154,10 @@ def _started(args: dict[str, Any], run: RunInfo) -> Any:
         common.pop("resume")  # ignored offline, with a warning
     try:
         started = wandb.init(**{**common, **args})
-    except wandb.errors.Error as e:  # unreachable, not logged in, refused
+    except wandb.errors.Error as e:  # not reachable, not logged in, refused
         said = (str(e).strip() or type(e).__name__).splitlines()[0]
         run.say(f"warning: W&B cannot be reached ({said}); recording offline")
-        wandb.teardown()  # its service holds the id of the run that did not begin
+        wandb.teardown()  # its service still holds the id of the run that did not start
         common.pop("resume", None)
         started = wandb.init(**{**common, **args, "mode": "offline"})
     started.define_metric("*", step_metric="trainer/step")

@@ -1,1 +1,1 @@
-"""Hooks around a whole run: checkpoints, resumption, early stopping."""
+"""Hooks around a whole run: checkpoints, resuming, early stopping."""

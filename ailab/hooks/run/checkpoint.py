@@ -1,4 +1,4 @@
-"""CheckpointHook and ResumeHook: the state to files and back."""
+"""CheckpointHook and ResumeHook: save the state to checkpoints and continue from them."""
 
 from __future__ import annotations
 
@@ -33,22 +33,21 @@ def CheckpointHook(
     run: RunInfo,
     name: str = "checkpoint",
 ) -> list[Middleware[Any]]:
-    """Save to `save_dir/step_00001234/` at the end of every `interval`-th epoch, of the last one, and when a signal ends a run.
+    """Save a checkpoint to `save_dir/step_00001234/` after every `interval`-th epoch, after the last one, and at a signal.
 
-    Written by rank 0, by rename; an epoch's checkpoint is written after all its phases, so it knows its results, and after all
-    hooks around it, wherever they stand in the cfg: what an early stop or a plateau has learnt from the epoch is in it.
+    Rank 0 writes it, and a rename makes it complete. The checkpoint of an epoch is written after all phases and all hooks of the
+    epoch, wherever this hook is listed. So it has the results of the epoch, and the state of an early stop or a plateau scheduler
+    after that epoch.
 
     Args:
-        interval: in workflow epochs.
-        every_steps: also after every so many optimizer steps, in mid-epoch.
-        save_dir: `work_dir/checkpoints` by default.
-        keep: what stays: `dict(last=2, best=1, metric="val_top1", mode="max")`; the newest two by default.
-        run: given by the framework.
-        name: of this hook.
+        interval: workflow epochs between two checkpoints, at least 1.
+        every_steps: also save after every so many optimizer steps, at least 1. None: only after epochs.
+        save_dir: folder of the checkpoints. `work_dir/checkpoints` by default.
+        keep: which checkpoints to keep, such as `dict(last=2, best=1, metric="val_top1", mode="max")`. The newest two by default.
 
     Raises:
         ConfigError: for an interval below 1, or a `keep.metric` that no epoch of this run reports.
-        CheckpointError: when a checkpoint cannot be written; it is no observer, the run ends.
+        CheckpointError: when a checkpoint cannot be written. This ends the run.
     """
     if interval < 1 or (every_steps is not None and every_steps < 1):
         raise ConfigError(f"cfg.hooks.{name}: interval={interval}, every_steps={every_steps}; both are at least 1.")
@@ -56,13 +55,13 @@ def CheckpointHook(
         return []  # nothing new comes out of an evaluation
     directory, kept = _directory(save_dir, run), Keep(**dict(keep or {}))
     save = _saver(directory, kept, run)
-    ending = _Ending(save, interval, every_steps)
+    pending = _PendingSave(save, interval, every_steps)
 
     def wrap_epoch(epoch: Epoch) -> Epoch:
         def saved(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
-            ending.settle(state, last=False)
+            pending.save_if_due(state, last=False)
             state, logs = epoch(state, batches)
-            ending.results = logs.values_as_floats()
+            pending.results = logs.values_as_floats()
             return state, logs
 
         return saved
@@ -72,13 +71,13 @@ def CheckpointHook(
             if run.rank == 0 and _resume_entry(run) is None:
                 _refuse_earlier_run(directory)
             if run.rank == 0 and (rendezvous := dist.current_rendezvous()) is not None:
-                rendezvous.set_flag("begun")  # from here on the launcher's restarts go on with what is saved
+                rendezvous.set_flag("begun")  # from here on a restart by the launcher continues from what is saved
             try:
                 state = run_all(state)
             except Interrupted as stop:
                 save(stop.state, {})
                 raise Preempted(f"stopped by a signal at step {stop.state.at}; the state is saved in {directory}.") from None
-            ending.settle(state, last=True)
+            pending.save_if_due(state, last=True)
             return state
 
         return preemptible
@@ -88,15 +87,15 @@ def CheckpointHook(
     return [Middleware(name, _mid_epoch(every_steps, save, run), "host"), *hooks] if every_steps else hooks
 
 
-class _Ending:
-    """An epoch that has ended and is not saved yet: its checkpoint waits for the hooks around it."""
+class _PendingSave:
+    """The results of an epoch that has ended and is not saved yet. It is saved after all hooks around it have run."""
 
     def __init__(self, save: Save, interval: int, every_steps: int | None):
         self.save, self.interval, self.every_steps = save, interval, every_steps
         self.results: Mapping[str, float] | None = None
 
-    def settle(self, state: TrainState, *, last: bool) -> None:
-        """Save it, if it is one to be saved; `state` has come out of every hook around it."""
+    def save_if_due(self, state: TrainState, *, last: bool) -> None:
+        """Save the epoch if a checkpoint is due. `state` is the state after all hooks around it."""
         due = last or epochs_done(state) % self.interval == 0 or (self.every_steps and state.at % self.every_steps == 0)
         if self.results is not None and due:
             self.save(state, self.results)
@@ -104,7 +103,7 @@ class _Ending:
 
 
 def _mid_epoch(every: int, save: Save, run: RunInfo) -> Callable[[Step], Step]:
-    """Save after every so many steps; the last step of an epoch is saved with the epoch's results."""
+    """Save after every `every` steps. The last step of an epoch is saved with the results of the epoch."""
 
     def wrap(step: Step) -> Step:
         def saved(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
@@ -119,7 +118,7 @@ def _mid_epoch(every: int, save: Save, run: RunInfo) -> Callable[[Step], Step]:
 
 
 def _saver(directory: Path, keep: Keep, run: RunInfo) -> Save:
-    """How every rank saves a state with its results: rank 0 writes, and all hear whether it could."""
+    """A function that saves a state with its results. Rank 0 writes, and all ranks raise if it fails."""
 
     def save(state: TrainState, metrics: Mapping[str, float]) -> None:
         failed = None
@@ -129,7 +128,7 @@ def _saver(directory: Path, keep: Keep, run: RunInfo) -> Save:
                 epoch = epochs_done(state)
                 checkpoint.save(directory, content, step=state.at, epoch=epoch, fingerprint=_fingerprint(run), metrics=metrics)
                 checkpoint.retain(directory, keep)
-            except Exception as e:  # the other ranks must hear of it before it ends this one
+            except Exception as e:  # the other ranks must know it before it is raised here
                 failed = e
         if dist.any_rank(failed is not None, run.device):
             raise failed or CheckpointError("rank 0 could not save a checkpoint; its message says why.")
@@ -141,24 +140,23 @@ def _saver(directory: Path, keep: Keep, run: RunInfo) -> Save:
 def ResumeHook(
     resume_from: str | None = None, resume_lr: str | float = "keep", save_dir: str | None = None, *, run: RunInfo
 ) -> Middleware[Run]:
-    """Continue from the newest valid checkpoint of `save_dir`, or start from `resume_from`; start afresh where there is none.
+    """Continue from the newest valid checkpoint of `save_dir`, or start from `resume_from`. Without a checkpoint, start new.
 
-    A run that began with `resume_from` and was interrupted goes on with its own checkpoints. A run without a train phase takes
-    parameters, buffers and the slots that its hooks read, and nothing else.
+    An interrupted run that started from `resume_from` continues from its own checkpoints. A run without a train phase loads
+    only parameters, buffers and the slots that its hooks read.
 
     Args:
-        resume_from: a checkpoint folder, or a folder of them; must exist.
-        resume_lr: "keep" goes on with the schedule as it stood; "initial" starts the schedule again at its beginning; a float
-            does so too, with this as the rate of the first parameter group (the others in proportion).
-        save_dir: where the CheckpointHook saves; `work_dir/checkpoints` by default.
-        run: given by the framework.
+        resume_from: a checkpoint folder, or a folder of checkpoints. It must exist.
+        resume_lr: "keep" continues the schedule. "initial" restarts it. A float restarts it with this learning rate for the
+            first parameter group, and the others in proportion.
+        save_dir: the folder in which the CheckpointHook saves. `work_dir/checkpoints` by default.
 
     Raises:
-        CheckpointError: when there are checkpoints and none is valid or none fits this model.
+        CheckpointError: when there are checkpoints but none is valid, or the checkpoint does not fit this model.
         ConfigError: when `resume_from` is given and `save_dir` holds checkpoints of another run.
     """
     if resume_lr not in ("keep", "initial") and not isinstance(resume_lr, (int, float)):
-        raise ConfigError(f"cfg.hooks.resume.resume_lr is {resume_lr!r}; it is 'keep', 'initial' or a learning rate.")
+        raise ConfigError(f"cfg.hooks.resume.resume_lr is {resume_lr!r}; it must be 'keep', 'initial' or a learning rate.")
     source = _source(resume_from, run)
     directory = _directory(save_dir, run)
     rate = resume_lr if resume_lr != "keep" else run.cfg.get("resume_lr", "keep")
@@ -168,7 +166,7 @@ def ResumeHook(
             path = _agreed(_find(source, directory, run), run)
             if path is None:
                 if not run.steps_per_epoch:
-                    run.say(f"warning: there is no checkpoint in {directory}: the first weights are evaluated")
+                    run.say(f"warning: there is no checkpoint in {directory}: the initial parameters are evaluated")
                 return run_all(state)
             content, found = checkpoint.load(path)
             state = checkpoint.restore(state, _fitting(content["state"], state, run))
@@ -185,7 +183,7 @@ def ResumeHook(
 
 
 def contents(state: TrainState, run: RunInfo) -> dict[str, Any]:
-    """What `state.pt` holds: the user's module and optimizer in torch's own formats, and the whole state."""
+    """The content of `state.pt`: model and optimizer in torch's own formats, and the whole state."""
     return {
         "model_state": run.model_state(state),
         "optimizer_state": run.optimizer_state(state),
@@ -194,12 +192,12 @@ def contents(state: TrainState, run: RunInfo) -> dict[str, Any]:
 
 
 def _refuse_earlier_run(directory: Path) -> None:
-    """A fresh run does not mix its checkpoints with those of another; called before anything is written."""
+    """Refuse to start a new run in a folder with checkpoints of another run. Called before anything is written."""
     earlier = checkpoint.newest(directory, sweep=False)
     if earlier is not None:
         raise ConfigError(
             f"cfg.work_dir: {directory} holds checkpoints of an earlier run, up to step {earlier.step}.\n"
-            "  To go on from there: hooks.resume = dict(type='ResumeHook'). To start anew: another work_dir."
+            "  To continue it: hooks.resume = dict(type='ResumeHook'). To start a new run: another work_dir."
         )
 
 
@@ -214,13 +212,13 @@ def _resume_entry(run: RunInfo) -> Mapping[str, Any] | None:
 
 
 def _source(resume_from: str | Path | None, run: RunInfo) -> str | None:
-    """Where the cfg says that the run starts, as an absolute path."""
+    """The absolute path of `resume_from`."""
     source = resume_from or run.cfg.get("resume_from")
     return os.path.abspath(source) if source else None
 
 
 def _find(source: str | None, directory: Path, run: RunInfo) -> Path | None:
-    """The checkpoint to start from, looked for by rank 0 alone."""
+    """The checkpoint to start from. Only rank 0 searches."""
     if run.rank != 0:
         return None
     if source is not None and not run.steps_per_epoch:
@@ -234,7 +232,7 @@ def _find(source: str | None, directory: Path, run: RunInfo) -> Path | None:
     if mine is not None and mine.path.resolve() != asked.resolve():
         raise ConfigError(
             f"cfg.hooks.resume.resume_from: {directory} holds checkpoints of another run, up to step {mine.step}.\n"
-            f"  To start from {asked}: another work_dir, or move those away. To go on with them: no resume_from."
+            f"  To start from {asked}: another work_dir, or move those away. To continue from them: no resume_from."
         )
     return asked
 
@@ -250,7 +248,7 @@ def _named(source: str, run: RunInfo) -> Path:
 
 
 def _fitting(saved: Mapping[str, Any], like: TrainState, run: RunInfo) -> Mapping[str, Any]:
-    """What a run takes of a saved state: all of it to train on; to evaluate, what the model and its hooks read."""
+    """The part of a saved state that a run loads: all of it to train; only what the model and the hooks read to evaluate."""
     if run.steps_per_epoch:
         return saved
     slots = {n: v for n, v in saved["slots"].items() if n in like.slots}

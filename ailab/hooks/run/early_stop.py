@@ -24,18 +24,16 @@ def EarlyStopHook(
     run: RunInfo,
     name: str = "early_stop",
 ) -> list[Middleware[Epoch]]:
-    """End the run after `patience` epochs in a row in which `metric` was not better than its best by more than `min_delta`.
+    """End the run after `patience` epochs in a row in which `metric` did not improve by more than `min_delta`.
 
-    The best value and the count are in the state, so a resumed run stops where a run that was never interrupted does. The
-    CheckpointHook saves the last epoch. A NaN is no improvement.
+    The best value and the count are in the state. So a resumed run stops at the same epoch as a run that was not interrupted. The
+    CheckpointHook saves the last epoch. NaN is not an improvement.
 
     Args:
-        metric: a result such as "val_loss".
-        mode: whether a lower ("min") or a higher one ("max") is better.
-        patience: in workflow epochs, at least 1.
-        min_delta: in the units of the metric, at least 0.
-        run: given by the framework.
-        name: of this hook.
+        metric: the result to monitor, such as "val_loss".
+        mode: "min" if lower is better, "max" if higher is better.
+        patience: workflow epochs without an improvement, at least 1.
+        min_delta: smallest change that counts as an improvement, in the units of the metric, at least 0.
 
     Raises:
         ConfigError: for a setting out of range, or a metric that no epoch of this run reports.
@@ -43,7 +41,7 @@ def EarlyStopHook(
     if patience < 1 or not min_delta >= 0 or mode not in ("min", "max"):
         raise ConfigError(
             f"cfg.hooks.{name}: patience={patience}, min_delta={min_delta}, mode={mode!r}.\n"
-            "  patience is at least 1, min_delta at least 0, and mode 'min' or 'max'."
+            "  patience must be at least 1, min_delta at least 0, and mode 'min' or 'max'."
         )
     if not run.steps_per_epoch:
         return []  # nothing is trained
@@ -66,7 +64,7 @@ def EarlyStopHook(
             best, bad = (value, 0) if better else (best, bad + 1)
             after = {"best": torch.full_like(memory["best"], best), "bad": torch.full_like(memory["bad"], bad)}
             state = state.with_slot(name, after)
-            if dist.any_rank(bad >= patience, run.device):  # results are those of all ranks; a run of two minds would hang
+            if dist.any_rank(bad >= patience, run.device):  # all ranks must stop at the same epoch, or the run would hang
                 run.say(f"stopped after epoch {epochs_done(state)}: {metric} was not better than {best:.6g} for {bad} epochs")
                 state = ask_to_stop(state)
             return state, logs

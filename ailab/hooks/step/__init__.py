@@ -1,1 +1,1 @@
-"""Hooks at depth `step`: they map state to state (traced)."""
+"""Hooks at depth `step`: they change the new state of a step (traced)."""

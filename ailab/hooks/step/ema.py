@@ -22,12 +22,11 @@ def EMAHook(
     """Keep `average = d * average + (1 - d) * params` after each step, in `state.slots[name]`.
 
     Args:
-        decay: in [0, 1]; 0 keeps the parameters themselves.
-        warmup: use `d = min(decay, (1 + n) / (10 + n))` at step n, so that a short run is not dominated by its start.
-        use_buffers: average the buffers too (running statistics; counters are copied); else the model's own serve.
-        eval: validate and test with the average, and let a checkpoint's `model_state` be the average: nothing is swapped, the
-            evaluation is handed another state. A resumed run goes on with the parameters, which are in `state`.
-        name: of the slot.
+        decay: d, in [0, 1]. With 0 the average is the parameters themselves.
+        warmup: use `d = min(decay, (1 + n) / (10 + n))` at step n, so that the average of a short run forgets its start.
+        use_buffers: average the buffers too (running statistics; counters are copied). False: evaluate with the model's buffers.
+        eval: validate and test with the average, and save it as `model_state` of a checkpoint. The parameters themselves are not
+            replaced. A resumed run continues with them.
 
     Raises:
         ConfigError: when `decay` is outside [0, 1].
@@ -35,7 +34,7 @@ def EMAHook(
     Source: Polyak and Juditsky 1992; the warm-up is that of TensorFlow's ExponentialMovingAverage.
     """
     if not 0.0 <= decay <= 1.0:
-        raise ConfigError(f"cfg.hooks.{name}.decay is {decay}; a decay lies in [0, 1].")
+        raise ConfigError(f"cfg.hooks.{name}.decay is {decay}; it must be in [0, 1].")
 
     def init(state: TrainState) -> Params:
         return tree.clone(tensors_of(state, use_buffers))

@@ -1,4 +1,4 @@
-"""Evaluate, and hand to the user, another model than the one that trains: an average of it, say. Nothing is swapped."""
+"""Evaluate and export other parameters than those that are trained, such as their moving average."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from torch import Tensor
 from ailab.stack import Middleware
 from ailab.types import Batch, Mean, Step, TrainState
 
-View = Callable[[TrainState], TrainState]
+EvalState = Callable[[TrainState], TrainState]
 
 
-def evaluated(view: View, name: str) -> Middleware[Step]:
-    """Validation and test are handed `view(state)`, and a checkpoint's `model_state` is that of it.
+def evaluated(eval_state: EvalState, name: str) -> Middleware[Step]:
+    """A middleware with which validation and test use `eval_state(state)`. A checkpoint's `model_state` is that of it too.
 
     Args:
-        view: gives a state with other parameters and buffers; pure.
-        name: of the hook.
+        eval_state: a pure function that returns the state with other parameters and buffers.
+        name: name of the hook.
     """
 
     def wrap(step: Step) -> Step:
-        def viewed(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
-            after, logs = step(view(state), batch)
+        def evaluating(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+            after, logs = step(eval_state(state), batch)
             return after.replace(params=state.params, buffers=state.buffers), logs
 
-        return viewed
+        return evaluating
 
-    return Middleware(name, wrap, "step", phases=("val", "test"), core={"eval_state": view})
+    return Middleware(name, wrap, "step", phases=("val", "test"), core={"eval_state": eval_state})
 
 
 def tensors_of(state: TrainState, use_buffers: bool) -> dict[str, Tensor]:
-    """What is averaged: the parameters, and the buffers too where asked; the names of a module's tensors differ."""
+    """The tensors to average: the parameters, and with `use_buffers` the buffers. Their names never clash."""
     return {**state.params, **state.buffers} if use_buffers else dict(state.params)
 
 
 def holding(state: TrainState, values: Mapping[str, Tensor]) -> TrainState:
-    """The state with these in place of its parameters, and of its buffers as far as `values` has them."""
+    """The state with its parameters replaced by `values`, and those of its buffers that `values` has."""
     buffers = {n: values.get(n, b) for n, b in state.buffers.items()}
     return state.replace(params={n: values[n] for n in state.params}, buffers=buffers)

@@ -1,4 +1,4 @@
-"""LookaheadHook: k steps forward, one step back."""
+"""LookaheadHook: slow weights that follow the parameters every k steps."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from ailab.types import Batch, Mean, Params, Step, TrainState
 
 @HOOKS.register_module()
 def LookaheadHook(k: int = 5, alpha: float = 0.5, name: str = "lookahead") -> Middleware[Step]:
-    """After every `k`-th step set `slow += alpha * (params - slow)` and `params = slow`; the optimizer's memory goes on.
+    """After every `k`-th step set `slow += alpha * (params - slow)` and `params = slow`. The optimizer state is not changed.
 
-    The slow weights are in `state.slots[name]`; they begin as the first parameters.
+    The slow weights are in `state.slots[name]`. They start as the initial parameters.
 
     Args:
-        k: steps between two synchronisations.
-        alpha: in [0, 1]; 1 is the inner optimizer alone.
-        name: of the slot.
+        k: optimizer steps between two updates of the slow weights, at least 1.
+        alpha: step size of the slow weights, in [0, 1]. 1 is the inner optimizer alone.
 
     Raises:
         ConfigError: when k < 1, or alpha is outside [0, 1].
@@ -30,9 +29,9 @@ def LookaheadHook(k: int = 5, alpha: float = 0.5, name: str = "lookahead") -> Mi
     Source: Zhang et al. 2019, arXiv:1907.08610.
     """
     if k < 1:
-        raise ConfigError(f"cfg.hooks.{name}.k is {k}; it counts steps, so it is at least 1.")
+        raise ConfigError(f"cfg.hooks.{name}.k is {k}; it counts steps and must be at least 1.")
     if not 0.0 <= alpha <= 1.0:
-        raise ConfigError(f"cfg.hooks.{name}.alpha is {alpha}; it lies in [0, 1].")
+        raise ConfigError(f"cfg.hooks.{name}.alpha is {alpha}; it must be in [0, 1].")
 
     def init(state: TrainState) -> Params:
         return tree.clone(state.params)

@@ -25,23 +25,23 @@ SLOT = "lr_scheduler"
 def LrSchedulerHook(
     scheduler: Mapping[str, Any], by: Literal["epoch", "step"] = "epoch", metric: str = "val_loss", *, run: RunInfo
 ) -> Middleware[Any] | list[Middleware[Any]]:
-    """Any `torch.optim.lr_scheduler` class by name, or `WarmupAndCosineAnnealingLR`; also chained and sequential ones.
+    """Schedule the learning rate with a `torch.optim.lr_scheduler` class or `WarmupAndCosineAnnealingLR`.
 
-    The schedule is tabulated once by running torch's own class, so that the rate at a step is a look-up: it needs no memory,
-    is right after a resume and under accumulation, and is the same on every rank.
+    ChainedScheduler and SequentialLR work too. The schedule is computed once with torch's own class and stored as a table. The
+    learning rate of a step is read from the table. So it is the same on every rank, after a resume and with gradient
+    accumulation.
 
     Args:
-        scheduler: `dict(type=..., **arguments)`; `total_steps` is filled in for a class that takes it.
+        scheduler: `dict(type=..., **arguments)`. `total_steps` is filled in for a class that takes it.
         by: whether the scheduler counts epochs or optimizer steps.
-        metric: what `ReduceLROnPlateau` watches, a result such as "val_top1".
-        run: given by the framework.
+        metric: the result that `ReduceLROnPlateau` monitors, such as "val_top1". It is read at the end of each epoch.
 
     Raises:
-        ConfigError: for arguments that the scheduler refuses.
+        ConfigError: for arguments that the scheduler does not accept, or a `metric` that no epoch of this run reports.
     """
     path = "cfg.hooks.lr_scheduler.scheduler"
     if by not in ("epoch", "step"):
-        raise ConfigError(f"cfg.hooks.lr_scheduler.by is {by!r}; a schedule counts by 'epoch' or by 'step'.")
+        raise ConfigError(f"cfg.hooks.lr_scheduler.by is {by!r}; it must be 'epoch' or 'step'.")
     if not run.steps_per_epoch:
         return []  # nothing is trained
     if scheduler.get("type") == "ReduceLROnPlateau":
@@ -65,7 +65,7 @@ def LrSchedulerHook(
 
 
 def restart_lr(state: TrainState, base_lrs: tuple[float, ...], lr: float | None) -> TrainState:
-    """The state with its learning rate back at the start of the schedule, of the cfg's base rate or of `lr`."""
+    """The state with its schedule restarted, from the base learning rates of the cfg, or from `lr` for the first group."""
     scale = 1.0 if lr is None else lr / base_lrs[0]
     rates = [torch.full_like(old, base * scale) for old, base in zip(lrs(state.opt_state), base_lrs, strict=True)]
     state = state.replace(opt_state=with_lrs(state.opt_state, rates))
@@ -76,16 +76,14 @@ def restart_lr(state: TrainState, base_lrs: tuple[float, ...], lr: float | None)
 
 
 def _plateau(scheduler: Mapping[str, Any], metric: str, run: RunInfo, path: str) -> Middleware[Epoch]:
-    """Lower the rate when a result stops improving; looks at the end of each epoch."""
+    """ReduceLROnPlateau: reduce the learning rates when a result stops improving. Updated at the end of each epoch."""
     rule = plateau(scheduler, run.base_lrs, path=path)
 
     def wrap(epoch: Epoch) -> Epoch:
         def watched(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
             state, logs = epoch(state, batches)
             if metric not in logs:
-                raise ConfigError(
-                    f"{path}: there is no result {metric!r} after epoch {epochs_done(state)}; there is {', '.join(logs)}."
-                )
+                raise ConfigError(f"{path}: epoch {epochs_done(state)} has no result {metric!r}; it has {', '.join(logs)}.")
             rates = [float(r) for r in lrs(state.opt_state)]
             memory, new = rule.update(state.slots[SLOT], float(logs[metric].value), rates)
             rates_ = [torch.full_like(old, r) for old, r in zip(lrs(state.opt_state), new, strict=True)]
@@ -105,10 +103,10 @@ def _check(entry: Mapping[str, Any], path: str) -> list[str]:
 
 
 def _with_total_steps(scheduler: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The entry as the run will complete it."""
+    """The entry with the `total_steps` that the run fills in."""
     try:
         takes = parameters(LR_SCHEDULERS.get(scheduler.get("type"))).types
-    except ConfigError:  # the check says so
+    except ConfigError:  # LR_SCHEDULERS.check reports it
         return scheduler
     return {"total_steps": 1, **scheduler} if "total_steps" in takes else scheduler
 

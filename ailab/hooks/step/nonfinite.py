@@ -1,4 +1,4 @@
-"""SkipNonFiniteHook: a NaN or infinite gradient never reaches the parameters."""
+"""SkipNonFiniteHook: skip or refuse steps with NaN or infinite gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ailab import tree
 from ailab.errors import ConfigError, NonFiniteError
-from ailab.hooks.step.rollback import ended_by, rolled_back
+from ailab.hooks.step.rollback import checked_on_host, rolled_back
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import Aux, Batch, Grad, Mean, Params, Step, TrainState
@@ -21,26 +21,24 @@ from ailab.types import Aux, Batch, Grad, Mean, Params, Step, TrainState
 def SkipNonFiniteHook(
     policy: Literal["raise", "skip"] = "raise", max_in_a_row: int = 10, every: int = 10, name: str = "skip_nonfinite"
 ) -> list[Middleware[Any]]:
-    """Undo a step whose gradient or new parameters are not finite: a `where` inside the graph, no device read per step.
+    """Skip a step whose gradient or new parameters are not finite. A `where` inside the graph, no device read per step.
 
-    `state.step` and the data go on; parameters, buffers, optimizer state and the other slots stay as they were. Counts such
-    steps as the log "skipped" (their fraction). It sees the gradient as the hooks listed before it leave it, over all ranks.
+    A skipped step counts in `state.step`. Parameters, buffers, optimizer state and the other slots do not change. The log
+    "skipped" is the fraction of such steps. The hook checks the gradient of the hooks listed before it, over all ranks.
 
     Args:
-        policy: "raise" ends the run at the next look from the host, naming the first such step, which did no harm; "skip" goes
-            on without such steps.
-        max_in_a_row: skips in a row after which "skip" ends the run.
-        every: steps between two looks from the host; there is one at the end of each training epoch, too.
-        name: of the slot.
+        policy: "raise" ends the run at the next check on the host, with the number of the first such step. "skip" continues.
+        max_in_a_row: skipped steps in a row after which "skip" ends the run, at least 1.
+        every: optimizer steps between two checks on the host, at least 1. There is also one at the end of each training epoch.
 
     Raises:
         ConfigError: when `max_in_a_row` or `every` is below 1.
-        NonFiniteError: as `policy` says.
+        NonFiniteError: under "raise", at the first check after such a step; under "skip", after `max_in_a_row` of them in a row.
     """
     if policy not in ("raise", "skip"):
-        raise ConfigError(f"cfg.hooks.{name}.policy is {policy!r}; it is 'raise' or 'skip'.")
+        raise ConfigError(f"cfg.hooks.{name}.policy is {policy!r}; it must be 'raise' or 'skip'.")
     if max_in_a_row < 1:
-        raise ConfigError(f"cfg.hooks.{name}.max_in_a_row is {max_in_a_row}; it is at least 1.")
+        raise ConfigError(f"cfg.hooks.{name}.max_in_a_row is {max_in_a_row}; it must be at least 1.")
 
     def wrap_grad(grad: Grad) -> Grad:
         def watched(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
@@ -65,21 +63,21 @@ def SkipNonFiniteHook(
 
         return skipping
 
-    def look(state: TrainState) -> None:
+    def check(state: TrainState) -> None:
         memory = state.slots[name]
         if policy == "skip" and int(memory["longest"]) >= max_in_a_row:
             raise NonFiniteError(f"{max_in_a_row} steps in a row were not finite; the run was at step {state.at}.")
         if policy == "raise" and (first := int(memory["first"])):
             raise NonFiniteError(
-                f"the gradient of step {first} is not finite. The step was undone: no parameter has seen it.\n"
-                f"  Lower optimizer.lr, put hooks.clip = dict(type='GradClipHook', max_norm=1.0) in, or go on without such\n"
+                f"the gradient of step {first} is not finite. The step was skipped: no parameter has changed.\n"
+                f"  Lower optimizer.lr, add hooks.clip = dict(type='GradClipHook', max_norm=1.0), or skip such\n"
                 f"  steps: hooks.{name}.policy='skip'."
             )
 
     return [
         Middleware(name, wrap_grad, "grad", holds_grad=False),
         Middleware(name, wrap, "step", _memory),
-        *ended_by(look, every, name),
+        *checked_on_host(check, every, name),
     ]
 
 
@@ -87,7 +85,7 @@ def _memory(state: TrainState) -> dict[str, Tensor]:
     count = torch.zeros((), dtype=torch.int64, device=state.step.device)
     return {
         "row": count,  # skips in a row
-        "longest": count.clone(),  # of all rows so far: a look from the host may come after a row has ended
+        "longest": count.clone(),  # of the whole run: a check on the host may come after a row has ended
         "first": count.clone(),  # step of the first skip, counted from 1
-        "finite": torch.ones((), dtype=torch.bool, device=state.step.device),  # of all gradients of the step in flight
+        "finite": torch.ones((), dtype=torch.bool, device=state.step.device),  # of all gradients of the current step
     }

@@ -1,4 +1,4 @@
-"""SWAHook: the plain average of the parameters along the last part of a run, kept in the state."""
+"""SWAHook: stochastic weight averaging, the equal-weight average of the parameters over the last part of a run."""
 
 from __future__ import annotations
 
@@ -27,19 +27,16 @@ def SWAHook(
     run: RunInfo,
     name: str = "swa",
 ) -> list[Middleware[Step]]:
-    """Average the parameters as they are after `start`, `start + every`, ... epochs or steps, each with the same weight.
+    """Average the parameters after `start`, `start + every`, ... epochs or steps, all with the same weight.
 
-    The slot holds {"n": samples so far, "mean": their average}. Until the first sample the parameters themselves are evaluated.
+    The slot holds {"n": number of samples, "mean": their average}. Before the first sample the parameters are evaluated.
 
     Args:
-        start: epochs (or steps) that are through when the first sample is taken.
-        every: epochs (or steps) between two samples.
-        by: what both count.
-        use_buffers: average the buffers too: running statistics of the samples stand for those of the average, which no
-            training batch has seen. Counters are copied. False: the model's own serve.
-        eval: validate and test with the average, and let a checkpoint's `model_state` be the average.
-        run: given by the framework.
-        name: of the slot.
+        start: completed epochs (or steps) at which the first sample is taken, at least 1.
+        every: epochs (or steps) between two samples, at least 1.
+        by: whether `start` and `every` count epochs or optimizer steps.
+        use_buffers: average the buffers too (running statistics; counters are copied). False: evaluate with the model's buffers.
+        eval: validate and test with the average, and save it as `model_state` of a checkpoint.
 
     Raises:
         ConfigError: when `start` or `every` is below 1, or the run ends before `start`.
