@@ -43,7 +43,7 @@ def cfg_file(path: Path, data: dict[str, Any], **more: Any) -> Path:
 def test_the_command_counts_lists_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Counts, classes, shapes, mean and standard deviation are those of the files; each bad file is named with its kind."""
     root = folder(tmp_path / "set")
-    entry = {"type": "ClassificationImageDataset", "annotation_file": str(root)}
+    entry = {"type": "ClassificationImageDataset", "source": str(root)}
     path = cfg_file(tmp_path / "exp.py", {"train": entry, "truncated": "fill"})
     assert main([str(path), "--out", str(tmp_path / "x.png"), "--show", "6"]) == 0
     text = capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_the_command_counts_lists_and_draws(tmp_path: Path, capsys: pytest.Captu
         assert shown.width > 900
     assert main([str(path), "--split", "val"]) == 2
     assert "there is no such split" in capsys.readouterr().err
-    assert main([str(path), "data.train.annotation_file=" + str(tmp_path / "nowhere")]) == 3
+    assert main([str(path), "data.train.source=" + str(tmp_path / "nowhere")]) == 3
 
 
 def test_the_numbers_are_those_of_the_samples() -> None:

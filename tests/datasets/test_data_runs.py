@@ -47,7 +47,7 @@ def test_folders_of_pictures_train_by_name_alone(tmp_path: Path) -> None:
     """A folder, transforms by name and workers: the loss of two classes that differ in brightness goes to zero."""
     data = dict(
         type="ClassificationImageDataset",
-        annotation_file=str(squares(tmp_path / "data")),
+        source=str(squares(tmp_path / "data")),
         transform=[
             dict(type="RandomResizedCrop", size=16, scale=(0.5, 1.0)),
             dict(type="RandomHorizontalFlip"),
@@ -62,17 +62,17 @@ def test_folders_of_pictures_train_by_name_alone(tmp_path: Path) -> None:
 
 def bad_column(folder: Path) -> dict[str, Any]:
     (folder / "a.csv").write_text("file,label\nx.png,0\n")
-    return dict(type="ClassificationImageDataset", annotation_file=str(folder / "a.csv"))
+    return dict(type="ClassificationImageDataset", source=str(folder / "a.csv"))
 
 
 def bad_class(folder: Path) -> dict[str, Any]:
     (folder / "a.jsonl").write_text('{"image": "x.png", "label": "cow"}\n')
-    return dict(type="ClassificationImageDataset", annotation_file=str(folder / "a.jsonl"), classes=["cat"])
+    return dict(type="ClassificationImageDataset", source=str(folder / "a.jsonl"), classes=["cat"])
 
 
 def bad_path(folder: Path) -> dict[str, Any]:
     (folder / "a.txt").write_text("ok.png 0\n../../x.png 1\n")
-    return dict(type="ClassificationImageDataset", annotation_file=str(folder / "a.txt"))
+    return dict(type="ClassificationImageDataset", source=str(folder / "a.txt"))
 
 
 def bad_box(folder: Path) -> dict[str, Any]:
@@ -93,12 +93,12 @@ def bad_xml(folder: Path) -> dict[str, Any]:
 def bad_folders(folder: Path) -> dict[str, Any]:
     squares(folder / "d", 1)
     picture(folder / "d" / "Dark" / "0.png")
-    return dict(type="ClassificationImageDataset", annotation_file=str(folder / "d"))
+    return dict(type="ClassificationImageDataset", source=str(folder / "d"))
 
 
 def empty(folder: Path) -> dict[str, Any]:
     (folder / "a.jsonl").write_text("\n")
-    return dict(type="ClassificationImageDataset", annotation_file=str(folder / "a.jsonl"))
+    return dict(type="ClassificationImageDataset", source=str(folder / "a.jsonl"))
 
 
 @pytest.mark.parametrize(

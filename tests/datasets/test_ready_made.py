@@ -103,7 +103,7 @@ def test_labels_may_be_numbers_or_many(tmp_path: Path) -> None:
         (
             "image,label\n0.png,999999999\n",
             {},
-            r"a\.csv: a label is 999999999; expected the indices of at most 1048576 classes",
+            r"a\.csv: a label is 999999999\. Expected class indices from 0 to at most 1048575",
         ),
         ("image,label\n0.png,0.5\n", {"classes": ["0.5x"]}, r"line 2, 'label': unknown class '0.5'.* Did you mean '0.5x'"),
     ],
@@ -631,7 +631,7 @@ def test_a_data_set_is_split_in_two(tmp_path: Path) -> None:
     """The parts are disjoint and are all together, each class gives its share, and in-memory data stays in memory."""
     for i in range(20):
         picture(tmp_path / ("a" if i < 15 else "b") / f"{i}.png", pixels(i, 4, 4))
-    entry = dict(type="ClassificationImageDataset", annotation_file=str(tmp_path))
+    entry = dict(type="ClassificationImageDataset", source=str(tmp_path))
     parts = [SplitDataset(entry, part, val_fraction=0.2, seed=3) for part in ("train", "val")]
     assert [len(p) for p in parts] == [16, 4]
     assert [p.targets.bincount().tolist() for p in parts] == [[12, 4], [3, 1]]
@@ -730,6 +730,7 @@ def test_a_file_that_is_not_there_is_one_clear_error(name: str, tmp_path: Path) 
     more = {"COCODataset": dict(images_root="i"), "COCOSegmentationDataset": dict(images_root="i")}
     sizes = {"AudioClassificationDataset": dict(frames=4), "TextWindows": dict(window=4), "WindowedTimeSeries": dict(window=4)}
     first = {"TextWindows": "path", "VOCDataset": "root", "VOCSegmentationDataset": "root", "WindowedTimeSeries": "table_path"}
+    first |= dict.fromkeys(["AudioClassificationDataset", "ClassificationImageDataset"], "source")
     entry = {first.get(name, "annotation_file"): str(tmp_path / "none.csv"), **more.get(name, {}), **sizes.get(name, {})}
     with pytest.raises(AilabError, match=r"none\.csv") as error:
         DATASETS.build({"type": name, **entry}, "data")

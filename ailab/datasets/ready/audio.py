@@ -1,4 +1,4 @@
-"""Classification of sounds from a folder per class or an annotation file."""
+"""Audio classification from one folder per class, or from an annotation file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ailab.datasets.files.audio import SOUNDS, check_reader, read_audio, sound_info
-from ailab.datasets.ready.image_classification import labelled
+from ailab.datasets.ready.image_classification import read_labels
 from ailab.datasets.storages.folder import FolderPerClassDataset
 from ailab.datasets.storages.sequence import ListDataset
 from ailab.datasets.storages.shared_list import SharedList
@@ -25,29 +25,33 @@ _Crop = Literal["random", "center", "start"]
 
 @DATASETS.register_module()
 class AudioClassificationDataset(ListDataset, AudioClassificationTask):
-    """Sounds of one length with a class: `{"audio": (C, frames) float32 in [-1, 1], "target": () int64}`.
+    """Audio clips of one length with a class label: `{"audio": (C, frames) float32 in [-1, 1], "target": () int64}`.
+
+        AudioClassificationDataset("clips/", frames=16000)  # clips/dog/1.wav, clips/cat/2.wav, ...
+        AudioClassificationDataset("train.csv", frames=16000)  # a CSV file with the columns audio and label
 
     Args:
-        annotation_file: a folder with one folder of sounds per class; or a file of records, as `ClassificationImageDataset`.
-        frames: length of a sample; longer sounds are cut, shorter ones get zeros at their end. Only the cut is read.
-        rate: frames per second that every file has to have; any when None.
-        crop: which part of a longer sound: "random" (another one each time), "center" or "start".
-        mono: the mean of the channels.
-        x_key: name of the path in a record.
-        y_key: name of the label in a record.
-        classes: names of the classes in order; the sorted distinct ones when left out.
-        root: the folder that paths are relative to; that of the file when left out.
-        transform: see `build_transform`; it is given all fields.
-        allow_outside_root: accept sounds outside `root`.
+        source: A folder with one folder of audio files per class, or an annotation file. The annotation file has the formats
+            of `ClassificationImageDataset`.
+        frames: Length of a sample in frames. A longer clip is cropped. A shorter clip is padded with zeros at its end.
+        rate: Sample rate in frames per second that every file must have. None accepts any rate. There is no resampling.
+        crop: Which part of a longer clip is read: "random" (a new part each time), "center" or "start".
+        mono: Whether to average the channels into one.
+        x_key: Name of the audio path in a record.
+        y_key: Name of the label in a record.
+        classes: Class names in the order of their indices. Default: the distinct names of the data, sorted.
+        root: Folder that relative paths start from. Default: the folder of the annotation file.
+        transform: Transforms of a sample, see `build_transform`. They get all fields.
+        allow_outside_root: Whether to accept audio files outside `root`.
 
     Raises:
-        DataError: as `ClassificationImageDataset`; a FLAC, Ogg or AIFF file without the package soundfile. While reading, a
-            sound of another rate is a bad sample: there is no resampling.
+        DataError: At build time, as `ClassificationImageDataset`; also for a FLAC, Ogg or AIFF file if the package soundfile is
+            not installed. While reading, a file with another sample rate is a bad sample.
     """
 
     def __init__(
         self,
-        annotation_file: str | Path,
+        source: str | Path,
         frames: int,
         rate: int | None = None,
         *,
@@ -63,12 +67,12 @@ class AudioClassificationDataset(ListDataset, AudioClassificationTask):
         check_choice(crop, _Crop, "AudioClassificationDataset: crop")
         self.frames, self.rate, self.crop, self.mono = frames, rate, crop, mono
         self.transform = build_transform(transform)
-        if os.path.isdir(annotation_file):
-            folders = FolderPerClassDataset(annotation_file, classes, extensions=SOUNDS)
+        if os.path.isdir(source):
+            folders = FolderPerClassDataset(source, classes, extensions=SOUNDS)
             self.classes, items = folders.classes, list(folders.samples)
         else:
-            self.classes, items = labelled(
-                annotation_file, x_key, y_key, classes=classes, root=root, allow_outside_root=allow_outside_root
+            self.classes, items = read_labels(
+                source, x_key, y_key, classes=classes, root=root, allow_outside_root=allow_outside_root
             )
         check_reader(path for path, _ in items)
         super().__init__(SharedList(items))
