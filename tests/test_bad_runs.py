@@ -1,4 +1,4 @@
-"""Runs over a folder with damaged pictures, from the command line: what is written, what is told, when the run ends."""
+"""Runs over a folder with damaged images, from the command line: what is written, what is told, when the run ends."""
 
 from __future__ import annotations
 

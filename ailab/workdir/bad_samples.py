@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ailab.datasets.files.bad_file import Bad
+from ailab.datasets.files.bad_file import BadSample
 from ailab.workdir import durable
 
 BAD_SAMPLES = "bad_samples.jsonl"  # in the work_dir
@@ -27,7 +27,7 @@ class BadSampleLog:
         self._count: dict[str, int] = {}
         self._read = 0  # bytes of the file that were looked at
 
-    def __call__(self, split: str, bad: Bad, kept: bool) -> bool:
+    def __call__(self, split: str, bad: BadSample, kept: bool) -> bool:
         """Write one down; whether it was news. A disk that is full costs the line and not the run."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

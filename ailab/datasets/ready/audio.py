@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ailab.datasets.files.audio import SOUNDS, check_reader, read_audio, sound_info
+from ailab.datasets.files.audio import AUDIO_EXTENSIONS, audio_info, check_audio_decoder, read_audio
 from ailab.datasets.ready.image_classification import read_labels
 from ailab.datasets.storages.folder import FolderPerClassDataset
 from ailab.datasets.storages.sequence import ListDataset
@@ -68,27 +68,27 @@ class AudioClassificationDataset(ListDataset, AudioClassificationTask):
         self.frames, self.rate, self.crop, self.mono = frames, rate, crop, mono
         self.transform = build_transform(transform)
         if os.path.isdir(source):
-            folders = FolderPerClassDataset(source, classes, extensions=SOUNDS)
+            folders = FolderPerClassDataset(source, classes, extensions=AUDIO_EXTENSIONS)
             self.classes, items = folders.classes, list(folders.samples)
         else:
             self.classes, items = read_labels(
                 source, x_key, y_key, classes=classes, root=root, allow_outside_root=allow_outside_root
             )
-        check_reader(path for path, _ in items)
+        check_audio_decoder(path for path, _ in items)
         super().__init__(SharedList(items))
         self.targets = torch.tensor([label for _, label in items])  # of all samples: (N,) int64
 
     def load_audio(self, raw: Any) -> Tensor:
-        """(C, frames)."""
-        sound = sound_info(raw[0])
-        if self.rate is not None and sound.rate != self.rate:
-            raise ValueError(f"{raw[0]}: {sound.rate} frames per second; expected {self.rate}")
-        spare = max(sound.frames - self.frames, 0)
+        """The clip: (C, frames) float32."""
+        info = audio_info(raw[0])
+        if self.rate is not None and info.rate != self.rate:
+            raise ValueError(f"{raw[0]}: {info.rate} frames per second; expected {self.rate}")
+        spare = max(info.frames - self.frames, 0)
         start = {"random": int(torch.randint(spare + 1, ())), "center": spare // 2, "start": 0}[self.crop]
         audio, _ = read_audio(raw[0], start=start, frames=self.frames)
         audio = audio.mean(0, keepdim=True) if self.mono else audio
         return torch.nn.functional.pad(audio, (0, self.frames - audio.shape[1]))
 
     def load_label(self, raw: Any) -> int:
-        """The index of the class."""
+        """The class index."""
         return raw[1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ailab.datasets.files.image import read_image
-from ailab.datasets.files.paths import inside
+from ailab.datasets.files.paths import path_inside
 from ailab.datasets.storages.folder import FolderPerClassDataset
 from ailab.datasets.storages.records import Records, lookup, read_records
 from ailab.datasets.storages.sequence import ListDataset
@@ -88,7 +88,7 @@ class ClassificationImageDataset(ListDataset, ClassificationTask):
                 allow_outside_root=allow_outside_root,
             )
         # A subclass may write to the image, so only this class borrows the memory of the cache.
-        self._borrow = type(self) is ClassificationImageDataset and self.transform is not None and self.transform.copies
+        self._borrow = type(self) is ClassificationImageDataset and self.transform is not None and self.transform.copies_image
         super().__init__(SharedList(items))
         self.targets = None if multi_label else torch.tensor([label for _, label in items])  # of all samples: (N,) int64
 
@@ -127,7 +127,7 @@ def read_labels(
     items: list[tuple[str, Any]] = []
     for i, (row, value) in enumerate(zip(records.rows, values, strict=True)):
         where = records.where(i)
-        path = inside(place, lookup(row, x_key, lambda w=where: w), where, allow_outside_root=allow_outside_root)
+        path = path_inside(place, lookup(row, x_key, lambda w=where: w), where, allow_outside_root=allow_outside_root)
         try:
             found = [
                 i if (i := _index_of(v, index)) is not None else class_index(v, names) for v in (value if many else [value])
