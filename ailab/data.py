@@ -1,4 +1,4 @@
-"""`python -m ailab.data cfgs/exp.py --split train`: what is in the data of a cfg, what is bad in it, and how the model sees it."""
+"""`python -m ailab.data cfgs/exp.py --split train`: statistics of a dataset, its bad samples, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from ailab.config import check
 from ailab.config.load import load as load_cfg
 from ailab.config.schema import PHASES
 from ailab.datasets import Stream
-from ailab.datasets.files.bad_file import Bad
+from ailab.datasets.files.bad_file import BadSample
 from ailab.datasets.stream.order import Plan
 from ailab.errors import AilabError, ConfigError
 from ailab.hooks.loss.augment import AugmentHook
 from ailab.job.build import build_dataset, reading_of
-from ailab.pictures.contact_sheet import Look, class_name, contact_sheet
+from ailab.pictures.contact_sheet import FieldInfo, class_name, contact_sheet
 from ailab.registry import TRANSFORMS
 from ailab.rng import mix
 from ailab.types import WEIGHT
 
-_READ = 16  # samples at a time
-_LISTED = 20  # bad samples, classes
+_READ = 16  # samples per batch
+_MAX_LINES = 20  # bad samples or classes that are listed
 _LABELS = ("target", "label", "labels", "class", "y")
 
 
 @dataclass
-class Field:
-    """What was seen of one field, over all samples."""
+class FieldSummary:
+    """Statistics of one field over all samples."""
 
-    kinds: Counter[str] = field(default_factory=Counter[str])  # dtype and shape
-    count: int = 0  # of numbers
-    total: Tensor | None = None  # per channel, or (1,)
-    squares: Tensor | None = None
+    kinds: Counter[str] = field(default_factory=Counter[str])  # by dtype and shape
+    count: int = 0  # numbers per channel
+    total: Tensor | None = None  # sum per channel, (C,) or (1,)
+    squares: Tensor | None = None  # sum of squares
     low: float = math.inf
     high: float = -math.inf
     classes: Counter[int] = field(default_factory=Counter[int])
 
     def add(self, name: str, value: Any) -> None:
-        """Count one value in."""
+        """Add the value of one sample."""
         if isinstance(value, bool | int | float):
             value = torch.tensor(value)
         if not isinstance(value, Tensor):
@@ -66,7 +66,7 @@ class Field:
                 self.count += rows.shape[1]
 
     def moments(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation, per channel of pictures."""
+        """Mean and standard deviation: one number per channel for images, otherwise one number."""
         if self.total is None or self.squares is None or not self.count:
             return [], []
         mean = self.total / self.count
@@ -74,33 +74,33 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The result of reading a split."""
+class SplitSummary:
+    """The statistics of a split."""
 
     size: int  # samples of the dataset
-    read: int
-    fields: Mapping[str, Field]
-    bad: Sequence[Bad]
-    kept: Sequence[Bad]
-    look: Look
-    first: Sequence[tuple[int, dict[str, Any]]]  # samples for the sheet
+    read: int  # samples that were read
+    fields: Mapping[str, FieldSummary]
+    bad: Sequence[BadSample]
+    damaged: Sequence[BadSample]
+    info: FieldInfo
+    first: Sequence[tuple[int, dict[str, Any]]]  # (index, sample) for the contact sheet
 
 
-def look_at(cfg: Mapping[str, Any], split: str, *, samples: int | None = None, show: int = 24) -> Seen:
+def read_split(cfg: Mapping[str, Any], split: str, *, samples: int | None = None, show: int = 24) -> SplitSummary:
     """Read a split of a checked and completed cfg.
 
     Args:
-        cfg: as `check.complete` returns it.
+        cfg: The cfg, as `check.complete` returns it.
         split: "train", "val" or "test".
-        samples: how many to read, evenly spaced; all when left out.
-        show: how many of them to keep for a sheet, evenly spaced.
+        samples: Number of samples to read, evenly spaced. Default: all samples.
+        show: Number of samples to keep for the contact sheet, evenly spaced.
 
     Raises:
-        ConfigError: there is no such split.
-        DataError: the dataset cannot be opened, or nothing of it can be read.
+        ConfigError: The cfg has no such split.
+        DataError: The dataset cannot be opened, or no sample can be read.
     """
     if cfg["data"].get(split) is None:
-        raise ConfigError(f"cfg.data.{split}: there is no such split; the cfg has no entry for it.")
+        raise ConfigError(f"cfg.data.{split}: there is no such split. The cfg has no entry for it.")
     dataset = build_dataset(cfg["data"][split], f"cfg.data.{split}")
     loader = cfg["data"][f"{split}_dataloader"]
     stream = Stream(
@@ -109,15 +109,15 @@ def look_at(cfg: Mapping[str, Any], split: str, *, samples: int | None = None, s
         shuffle=False,
         seed=cfg["seed"],
         pad=True,
-        collate_fn=_listed,
+        collate_fn=_collate_list,
         name=f"cfg.data.{split}",
-        report=_quiet,
+        report=_ignore,
         max_bad_frac=1.0,
-        sampler=_Spaced(samples),
+        sampler=_EvenSampler(samples),
         num_workers=loader["num_workers"],
         **reading_of(cfg),
     )
-    fields: dict[str, Field] = {}
+    fields: dict[str, FieldSummary] = {}
     first: list[tuple[int, dict[str, Any]]] = []
     read = stream.order.plan.count if stream.order.plan else len(dataset)
     wanted = {i * read // max(1, min(show, read)) for i in range(min(show, read))}
@@ -127,41 +127,41 @@ def look_at(cfg: Mapping[str, Any], split: str, *, samples: int | None = None, s
             if not batch[WEIGHT][i]:
                 continue
             for name, value in tree.items(sample):
-                fields.setdefault(name, Field()).add(name, value)
+                fields.setdefault(name, FieldSummary()).add(name, value)
             if step * _READ + i in wanted:
                 first.append((index, sample))
-    return Seen(len(dataset), read, fields, stream.bad, stream.kept, Look.of(dataset), first)
+    return SplitSummary(len(dataset), read, fields, stream.bad, stream.damaged, FieldInfo.of(dataset), first)
 
 
-class _Spaced:
-    """A sampler of samples at equal distances."""
+class _EvenSampler:
+    """A sampler of evenly spaced samples."""
 
     def __init__(self, count: int | None):
         self.count = count
 
     def plan(self, dataset: Any, size: int, batch_size: int) -> Plan:
-        """Every k-th sample."""
+        """The plan of the evenly spaced samples."""
         count = min(size, self.count or size)
         return Plan(count, lambda epoch, generator: torch.arange(count) * size // count)
 
 
-def _listed(samples: list[Any]) -> dict[str, Any]:
-    """The collation: samples stay apart, for their shapes may differ."""
+def _collate_list(samples: list[Any]) -> dict[str, Any]:
+    """A collate function that keeps the samples in a list, since their shapes may differ."""
     return {"samples": [tree.map(torch.Tensor.detach, _tensors(wrap_sample(s))) for s in samples]}
 
 
 def _tensors(sample: dict[str, Any]) -> dict[str, Any]:
-    """The sample with tensors in the place of arrays."""
+    """The sample with its arrays converted to tensors."""
     leaves = [torch.as_tensor(v) if type(v).__module__ == "numpy" else v for v in tree.leaves(sample)]
     return tree.unflatten(sample, leaves)
 
 
-def _quiet(line: str) -> None:
-    """All bad samples are listed at the end."""
+def _ignore(line: str) -> None:
+    """Ignore a report of the stream: all bad samples are listed at the end."""
 
 
 def augmented(cfg: Mapping[str, Any], split: str, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The samples after the batch augmentations that the hooks of the cfg apply in this phase."""
+    """The samples after the batch augmentations of the cfg's hooks for this split."""
     hooks = [(n, h) for n, h in cfg["hooks"].items() if h["enable"] and h["type"] in ("AugmentHook", AugmentHook)]
     out = [dict(s) for s in samples]
     for name, hook in hooks:
@@ -180,11 +180,11 @@ def augmented(cfg: Mapping[str, Any], split: str, samples: Sequence[dict[str, An
     return out
 
 
-def described(seen: Seen, split: str) -> str:
-    """The report, as text."""
-    part = "" if seen.read == seen.size else f", {seen.read} of them read"
-    lines = [f"{split}: {seen.size} samples{part}"]
-    for name, one in seen.fields.items():
+def summary_text(summary: SplitSummary, split: str) -> str:
+    """The statistics of a split, as a text of several lines."""
+    part = "" if summary.read == summary.size else f", {summary.read} of them read"
+    lines = [f"{split}: {summary.size} samples{part}"]
+    for name, one in summary.fields.items():
         shapes = ", ".join(f"{kind} x {n}" for kind, n in one.kinds.most_common(3))
         more = f" and {len(one.kinds) - 3} more" if len(one.kinds) > 3 else ""
         lines.append(f"  {name:<12} {shapes}{more}")
@@ -192,45 +192,49 @@ def described(seen: Seen, split: str) -> str:
             mean, std = (", ".join(f"{v:.4g}" for v in values) for values in one.moments())
             lines.append(f"  {'':<12} mean {mean}   std {std}   from {one.low:.4g} to {one.high:.4g}")
         if one.classes:
-            lines += _classes(one.classes, seen.look)
-    kinds = Counter(b.kind for b in seen.bad)
+            lines += _classes(one.classes, summary.info)
+    kinds = Counter(b.kind for b in summary.bad)
     counts = f" ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})" if kinds else ""
-    lines.append(f"  bad: {len(seen.bad)}{counts}" + (f"; damaged and used: {len(seen.kept)}" if seen.kept else ""))
-    lines += [f"    {b.sample}: {b.kind}: {b.message}" for b in [*seen.bad, *seen.kept][:_LISTED]]
-    rest = len(seen.bad) + len(seen.kept) - _LISTED
+    lines.append(
+        f"  bad: {len(summary.bad)}{counts}" + (f"; damaged and used: {len(summary.damaged)}" if summary.damaged else "")
+    )
+    lines += [f"    {b.sample}: {b.kind}: {b.message}" for b in [*summary.bad, *summary.damaged][:_MAX_LINES]]
+    rest = len(summary.bad) + len(summary.damaged) - _MAX_LINES
     return "\n".join([*lines, f"    and {rest} more"] if rest > 0 else lines)
 
 
-def _classes(counts: Counter[int], look: Look) -> list[str]:
-    each = [f"{class_name(c, look.classes)} {n}" for c, n in sorted(counts.items())[:_LISTED]]
-    more = f", and {len(counts) - _LISTED} more" if len(counts) > _LISTED else ""
-    never = [str(c) for i, c in enumerate(look.classes or ()) if i not in counts]
-    without = f"; none of: {', '.join(never[:_LISTED])}" if never else ""
+def _classes(counts: Counter[int], info: FieldInfo) -> list[str]:
+    each = [f"{class_name(c, info.classes)} {n}" for c, n in sorted(counts.items())[:_MAX_LINES]]
+    more = f", and {len(counts) - _MAX_LINES} more" if len(counts) > _MAX_LINES else ""
+    never = [str(c) for i, c in enumerate(info.classes or ()) if i not in counts]
+    without = f"; none of: {', '.join(never[:_MAX_LINES])}" if never else ""
     return [f"  {'':<12} {len(counts)} classes: {', '.join(each)}{more}{without}"]
 
 
 def run(cfg: Mapping[str, Any], split: Literal["train", "val", "test"], out: Path, samples: int | None, show: int) -> str:
-    """Check a cfg, read a split, write the sheet to `out`; the report."""
+    """Check a cfg, read a split and write its contact sheet to `out`. Returns the text of the statistics."""
     check.check(cfg)
     full = check.complete(cfg)
-    seen = look_at(full, split, samples=samples, show=show)
-    text = described(seen, split)
-    if not seen.first:
+    summary = read_split(full, split, samples=samples, show=show)
+    text = summary_text(summary, split)
+    if not summary.first:
         return text
-    shown = augmented(full, split, [sample for _, sample in seen.first])
-    contact_sheet(shown, [f"#{index}" for index, _ in seen.first], seen.look).save(out)
+    shown = augmented(full, split, [sample for _, sample in summary.first])
+    contact_sheet(shown, [f"#{index}" for index, _ in summary.first], summary.info).save(out)
     return f"{text}\n  {len(shown)} samples, as the model sees them: {out}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="ailab.data", description="Look at the data of a cfg.")
+    """Run the command line. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="ailab.data", description="Print statistics of a dataset in a cfg, list its bad samples, draw a contact sheet."
+    )
     parser.add_argument("cfg", help="a Python file that defines `cfg`")
     parser.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="changes to the cfg, such as data.truncated=fill")
-    parser.add_argument("--split", choices=PHASES, default="train")
-    parser.add_argument("--out", type=Path, help="of the contact sheet; SPLIT.png when left out")
-    parser.add_argument("--samples", type=int, help="read this many, evenly spaced; all when left out")
-    parser.add_argument("--show", type=int, default=24, help="samples on the sheet")
+    parser.add_argument("--split", choices=PHASES, default="train", help="the split to read (default: train)")
+    parser.add_argument("--out", type=Path, help="path of the contact sheet (default: SPLIT.png)")
+    parser.add_argument("--samples", type=int, help="number of samples to read, evenly spaced (default: all)")
+    parser.add_argument("--show", type=int, default=24, help="number of samples on the contact sheet (default: 24)")
     args = parser.parse_intermixed_args(argv)
     try:
         cfg = load_cfg(args.cfg, args.overrides)

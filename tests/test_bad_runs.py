@@ -1,4 +1,4 @@
-"""Runs over a folder with damaged pictures, from the command line: what is written, what is told, when the run ends."""
+"""Runs over a folder with damaged images, from the command line: what is written, what is told, when the run ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ailab.fit import main
 CFG = """
 cfg = dict(
     seed=0, work_dir={work_dir!r}, total_epochs=2, compile=False,
-    data=dict(train=dict(type="ClassificationImageDataset", annotation_file={folder!r}), {more}
+    data=dict(train=dict(type="ClassificationImageDataset", source={folder!r}), {more}
               train_dataloader=dict(batch_size=16, num_workers=1)),
     model=dict(type="ConvNet", in_channels=3, num_classes=2, widths=(4,), depth=1, mean=128.0, std=64.0),
     loss=dict(type="CrossEntropyLoss"), optimizer=dict(type="SGD", lr=0.01),

@@ -1,4 +1,4 @@
-"""A dataset is a storage (index -> raw record) composed with a task (raw record -> sample)."""
+"""The base class of datasets. A dataset is a storage (index -> raw record) and a task (raw record -> sample)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch.utils.data import Dataset
 
 
 class LabBaseDataset(Dataset[Any]):
-    """The base of storages and of tasks; a class that inherits one of each is a dataset.
+    """The base class of storages and tasks. A class that inherits one storage and one task is a dataset.
 
-    A storage overrides `_len` and `_get_raw`, a task `_get_sample`. Both derive from this class, so they compose in any order:
+    A storage overrides `_len` and `_get_raw`. A task overrides `_get_sample`. The order of the two does not matter:
 
         class Leaves(TableAnnotationDataset, RegressionTask):
             def load_input(self, raw): ...
             def load_target(self, raw): ...
 
-    An exception means a bad sample. It is not caught here: the stream puts another in its place, keeps the order and lists it.
+    An exception in `__getitem__` marks a bad sample. `Stream` catches it, replaces the sample within its batch and reports it.
     """
 
     def __len__(self) -> int:
@@ -30,9 +30,9 @@ class LabBaseDataset(Dataset[Any]):
         raise NotImplementedError(f"{type(self).__name__} inherits no storage; define _len.")
 
     def _get_raw(self, index: int) -> Any:
-        """What is stored about one sample: a path, a row, a record."""
+        """The raw record of one sample: a path, a row, a dict."""
         raise NotImplementedError(f"{type(self).__name__} inherits no storage; define _get_raw.")
 
     def _get_sample(self, raw: Any) -> Any:
-        """The sample, a tuple or a dict of fields."""
+        """The sample of a raw record: a tuple or a dict of fields."""
         raise NotImplementedError(f"{type(self).__name__} inherits no task; define _get_sample.")

@@ -1,1 +1,1 @@
-"""Everything that is drawn."""
+"""Drawing: contact sheets and sample images."""

@@ -1,4 +1,4 @@
-"""Samples with their captions as one image."""
+"""A grid of images with captions, as one image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _LINE, _GAP = 14, 4  # pixels
 
 
 def captioned(pictures: Sequence[Picture]) -> Tensor:
-    """(3, H, W) uint8: the pictures in rows, each with its caption below it."""
+    """Arrange pictures in a grid, each with its caption below it: (3, H, W) uint8.
+
+    The caption is red if it has a target and a prediction and they differ.
+    """
     from PIL import Image, ImageDraw
 
     columns = math.ceil(math.sqrt(len(pictures)))

@@ -1,4 +1,4 @@
-"""Samples of a batch as pictures, with their target and prediction."""
+"""Images of the samples of a batch, with target and prediction."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SIDE = 96  # pixels: what is smaller is enlarged
+_SIDE = 96  # pixels; a smaller image is enlarged
 _PALETTE = torch.tensor(
     [[0, 0, 0], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48], [145, 30, 180], [70, 240, 240]]
     + [[240, 50, 230], [210, 245, 60], [250, 190, 212], [0, 128, 128], [220, 190, 255], [170, 110, 40], [128, 0, 0]],
     dtype=torch.uint8,
-)  # one colour a class, in turn
+)  # one colour per class, repeated for further classes
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A sample as something to look at."""
+    """The image of a sample, with a caption."""
 
-    image: Tensor  # (3, H, W) uint8; target and prediction stand beside the input where they are pictures or maps
-    caption: str  # "target 3, predicted 5"
+    image: Tensor  # (3, H, W) uint8; a target or a prediction that is an image or a class map is beside the input
+    caption: str  # e.g. "target 3, predicted 5"
 
 
 def pictures_of(fields: Mapping[str, Tensor]) -> list[Picture]:
-    """Samples as pictures; one read of the device."""
+    """Images of the samples of a batch, with one copy from the device.
+
+    Args:
+        fields: "input" (B, C, H, W), and optionally "target" and "output" (B, ...).
+    """
     host = {n: v.detach().float().cpu() if v.is_floating_point() else v.detach().cpu() for n, v in fields.items()}
     return [_picture({n: v[i] for n, v in host.items()}) for i in range(len(host["input"]))]
 
@@ -51,7 +55,7 @@ def _picture(sample: Mapping[str, Tensor]) -> Picture:
 
 
 def _stretched(image: Tensor) -> Tensor:
-    """(C, H, W) of any range to uint8, its smallest value black and its largest white."""
+    """Scale (C, H, W) of any range to uint8. The smallest value becomes 0, the largest 255."""
     low, high = image.min(), image.max()
     return ((image - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8)
 
@@ -61,12 +65,12 @@ def _grey_to_colour(image: Tensor) -> Tensor:
 
 
 def _coloured(labels: Tensor) -> Tensor:
-    """(H, W) class indices to (3, H, W)."""
+    """Colour a class map: (H, W) class indices to (3, H, W) uint8."""
     return _PALETTE[labels.long() % len(_PALETTE)].permute(2, 0, 1)
 
 
 def _in_words(value: Tensor) -> str:
-    """A class, of scores the highest; a number; or the shape of what is neither."""
+    """A text for a value: the class with the highest score, a number, or the shape."""
     if value.dim() == 1 and len(value) > 1:
         return str(int(value.argmax()))
     if value.numel() == 1:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ailab.datasets.files.bad_file import Bad
+from ailab.datasets.files.bad_file import BadSample
 from ailab.workdir import durable
 
 BAD_SAMPLES = "bad_samples.jsonl"  # in the work_dir
@@ -28,7 +28,7 @@ class BadSampleLog:
         self._count: dict[str, int] = {}
         self._read = 0  # bytes of the file that have been read
 
-    def __call__(self, split: str, bad: Bad, kept: bool) -> bool:
+    def __call__(self, split: str, bad: BadSample, kept: bool) -> bool:
         """Append one bad sample, and return whether it is new. An OSError, such as a full disk, is ignored.
 
         Args:

@@ -1,4 +1,4 @@
-"""Batch augmentations that change the size or the colours: exact against slices and torchvision, one draw a picture."""
+"""Batch augmentations that change the size or the colours: exact against slices and torchvision, one draw an image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pictures(dtype: torch.dtype = torch.float32, channels: int = 3) -> Tensor:
 
 @pytest.mark.parametrize(("op", "size"), OPS, ids=lambda op: type(op).__name__)
 def test_they_are_pure_seeded_and_trace(op: Any, size: tuple[int, int]) -> None:
-    """The input is untouched, the same seed gives the same pictures, bytes and floats agree, and there is one graph."""
+    """The input is untouched, the same seed gives the same images, bytes and floats agree, and there is one graph."""
     for dtype in (torch.float32, torch.uint8):
         x = pictures(dtype)
         kept = x.clone()
@@ -42,8 +42,8 @@ def test_they_are_pure_seeded_and_trace(op: Any, size: tuple[int, int]) -> None:
         torch.testing.assert_close(out.float() / (255 if dtype == torch.uint8 else 1), floats, atol=1e-5, rtol=1e-5)
 
 
-def test_each_crop_is_a_window_of_its_picture() -> None:
-    """Every picture gets one of the possible windows, exactly; all of them come; a window of full size is the picture."""
+def test_each_crop_is_a_window_of_its_image() -> None:
+    """Every image gets one of the possible windows, exactly; all of them come; a window of full size is the image."""
     x = pictures()
     padded = functional.pad(x, [1] * 4, value=0.5)
     possible = [padded[:, :, i : i + 9, j : j + 10] for i in range(2) for j in range(3)]
@@ -58,10 +58,10 @@ def test_each_crop_is_a_window_of_its_picture() -> None:
 
 
 def test_a_resized_crop_is_a_resized_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window on whole pixels, enlarged, is what interpolate makes of that slice; the whole picture at its size is itself."""
+    """A window on whole pixels, enlarged, is what interpolate makes of that slice; the whole image at its size is itself."""
     x = pictures()
     torch.testing.assert_close(BatchResizedCrop((8, 10), area=(1, 1), ratio=(1.25, 1.25))(x), x)
-    # the left upper quarter: share 1/4, aspect of the picture, centre at (-1/2, -1/2)
+    # the left upper quarter: share 1/4, aspect of the image, centre at (-1/2, -1/2)
     drawn = iter([0.25, 0.2231435513142097, -1.0, -1.0])
     monkeypatch.setattr("ailab.datasets.transforms.augment._uniform", lambda x, low, high: torch.full((len(x),), next(drawn)))
     window = BatchResizedCrop((8, 10))(x)
@@ -70,7 +70,7 @@ def test_a_resized_crop_is_a_resized_window(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_windows_have_the_asked_area_and_aspect() -> None:
-    """On a picture of its own coordinates each window lies inside, and has an area and an aspect of the asked ranges."""
+    """On an image of its own coordinates each window lies inside, and has an area and an aspect of the asked ranges."""
     h, w = 40, 60
     rows, cols = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
     x = torch.stack([rows, cols])[None].expand(500, -1, -1, -1).contiguous()
@@ -84,7 +84,7 @@ def test_windows_have_the_asked_area_and_aspect() -> None:
 
 
 def test_jitter_is_that_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With given factors: brightness, contrast and saturation of torchvision on floats, one factor for each picture."""
+    """With given factors: brightness, contrast and saturation of torchvision on floats, one factor for each image."""
     x = pictures()
     factors = torch.linspace(0.4, 1.6, 6)
     monkeypatch.setattr("ailab.datasets.transforms.augment._uniform", lambda x, *_: factors[:, None, None, None])
@@ -95,7 +95,7 @@ def test_jitter_is_that_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_jitter_is_the_identity() -> None:
-    """With all changes 0, pictures of any number of channels are as they were, up to rounding."""
+    """With all changes 0, images of any number of channels are as they were, up to rounding."""
     for channels in (1, 2, 3):
         x = pictures(channels=channels)
         torch.testing.assert_close(BatchJitter()(x), x, atol=1e-6, rtol=0)

@@ -1,4 +1,4 @@
-"""The cache of decoded pictures: the same bytes as without, shared by all processes, stale and damaged entries never used."""
+"""The cache of decoded images: the same bytes as without, shared by all processes, stale and damaged entries never used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ailab.datasets import ClassificationImageDataset, read_image
 from ailab.datasets.files import image
 from ailab.datasets.files.bad_file import BadFile
 from ailab.datasets.files.cache import SHARED, Cache, little_memory, memory_held, run_cache
-from ailab.datasets.files.image import Reading, reading
+from ailab.datasets.files.image import ImageSettings, image_settings
 
 
 @pytest.fixture(params=["ram", "disk"])
@@ -42,7 +42,7 @@ def picture(path: Path, seed: int = 0) -> Path:
 
 
 def read(cache: Cache, path: Path, **settings: Any) -> tuple[torch.Tensor, bool]:
-    """A picture, and whether it was decoded now."""
+    """An image, and whether it was decoded now."""
     decoded: list[Any] = []
     original = image._decoded
 
@@ -52,7 +52,7 @@ def read(cache: Cache, path: Path, **settings: Any) -> tuple[torch.Tensor, bool]
 
     image._decoded = watched
     try:
-        with reading(Reading(cached=cache)):
+        with image_settings(ImageSettings(cache=cache)):
             return read_image(path, **settings), bool(decoded)
     finally:
         image._decoded = original
@@ -107,7 +107,7 @@ def test_a_damaged_entry_is_never_used(cache: Cache, tmp_path: Path) -> None:
 
 
 def test_bad_files_are_not_kept(cache: Cache, tmp_path: Path) -> None:
-    """What cannot be read is refused each time, what was filled is told each time, and neither leaves anything behind."""
+    """What cannot be read is refused each time, what was filled is reported each time, and neither leaves anything behind."""
     (tmp_path / "x").write_bytes(encoded(photo(0), "JPEG")[:500])
     for _ in range(2):
         with pytest.raises(BadFile):
@@ -115,20 +115,20 @@ def test_bad_files_are_not_kept(cache: Cache, tmp_path: Path) -> None:
     data = encoded(photo(0, (320, 240)), "JPEG")
     (tmp_path / "y").write_bytes(data[: len(data) * 9 // 10])
     for _ in range(2):
-        with reading(Reading("fill", cache)) as how:
+        with image_settings(ImageSettings("fill", cache)) as how:
             read_image(tmp_path / "y")
         assert len(how.notes) == 1
     assert not any(p.is_file() for p in cache.folder.rglob("*"))
 
 
 def test_a_full_or_unusable_place_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing can be kept pictures are decoded, and no part of a file stays."""
+    """Where nothing can be kept images are decoded, and no part of a file stays."""
     path = picture(tmp_path / "x")
     blocked = Cache(path / "cache")
     assert read(blocked, path)[1]
     assert read(blocked, path)[1]
     free = Cache(tmp_path / "c")
-    monkeypatch.setattr("ailab.datasets.files.cache._SPARE", 1.0)
+    monkeypatch.setattr("ailab.datasets.files.cache._FREE_SHARE", 1.0)
     assert read(free, path)[1]
     assert read(free, path)[1]
     monkeypatch.undo()
@@ -138,9 +138,9 @@ def test_a_full_or_unusable_place_costs_only_time(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("mib", "said"), [(64, "holds 64 MiB: few"), (1024, None), (0, "holds 0 MiB"), (None, "there is none here")]
+    ("mib", "expected"), [(64, "has only 64 MiB. Few"), (1024, None), (0, "has only 0 MiB"), (None, "does not exist here")]
 )
-def test_too_little_memory_is_told(mib: int | None, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_reported(mib: int | None, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a run that asks for it, and for no other."""
 
     def statvfs(_: Path) -> Any:
@@ -149,18 +149,18 @@ def test_too_little_memory_is_told(mib: int | None, said: str | None, monkeypatc
         return SimpleNamespace(f_blocks=mib << 8, f_frsize=4096)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
-    told = little_memory("ram")
-    assert told is None if said is None else said in str(told)
+    warning = little_memory("ram")
+    assert warning is None if expected is None else expected in str(warning)
     assert little_memory("disk") is None and little_memory(None) is None
 
 
 def borrowed(cache: Cache, path: Path) -> torch.Tensor:
-    with reading(Reading(cached=cache)):
+    with image_settings(ImageSettings(cache=cache)):
         return read_image(path, borrow=True)
 
 
 def test_what_is_borrowed_from_memory_is_read_where_it_lies(tmp_path: Path) -> None:
-    """The same bits without a copy, from an entry of this source only; a picture that is not borrowed is a copy."""
+    """The same bits without a copy, from an entry of this source only; an image that is not borrowed is a copy."""
     cache = run_cache("ram", tmp_path)
     assert cache is not None
     path = picture(tmp_path / "x")
@@ -170,7 +170,7 @@ def test_what_is_borrowed_from_memory_is_read_where_it_lies(tmp_path: Path) -> N
         one, other = borrowed(cache, path), borrowed(cache, path)
         assert one.data_ptr() == other.data_ptr()
         assert torch.equal(one, plain)
-        with reading(Reading(cached=cache)):
+        with image_settings(ImageSettings(cache=cache)):
             read_image(path).zero_()
         assert torch.equal(borrowed(cache, path), plain)
         assert pickle.loads(pickle.dumps(cache))._maps == {}
@@ -182,8 +182,8 @@ def test_what_is_borrowed_from_memory_is_read_where_it_lies(tmp_path: Path) -> N
         cache.clear()
 
 
-def test_only_memory_is_lent_and_only_so_much_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures on a disk are copied and checked each time; so are those past the number that a process may map."""
+def test_only_shared_memory_is_mapped_and_only_a_limited_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images on a disk are copied and checked each time; so are those past the number that a process may map."""
     disk, ram = run_cache("disk", tmp_path), run_cache("ram", tmp_path)
     assert disk is not None
     assert ram is not None
@@ -220,7 +220,7 @@ def test_what_a_killed_run_left_in_memory_is_swept_by_the_next(tmp_path: Path) -
 
 @pytest.mark.parametrize("crop", [{}, {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}])
 @pytest.mark.parametrize("then", [[], [{"type": "ToDtype", "dtype": torch.float32}, {"type": "Normalize", "inplace": True}]])
-def test_epochs_out_of_lent_pictures_are_those_of_files(crop: dict[str, Any], then: list[Any], tmp_path: Path) -> None:
+def test_epochs_from_mapped_images_equal_those_from_files(crop: dict[str, Any], then: list[Any], tmp_path: Path) -> None:
     """Nothing that follows the crop, in place or not, writes to the cache: each epoch is bit for bit the one without."""
     folder = tmp_path / "class"
     folder.mkdir()
@@ -244,12 +244,12 @@ def test_epochs_out_of_lent_pictures_are_those_of_files(crop: dict[str, Any], th
 
 def _race(job: tuple[Path, Path]) -> list[float]:
     torch.set_num_threads(1)
-    with reading(Reading(cached=Cache(job[0]))):
+    with image_settings(ImageSettings(cache=Cache(job[0]))):
         return [float(read_image(job[1] / str(i)).float().mean()) for i in range(20)]
 
 
 def test_processes_and_threads_share_it(cache: Cache, tmp_path: Path) -> None:
-    """Four readers at once, processes or threads, get the pictures and leave one entry each."""
+    """Four readers at once, processes or threads, get the images and leave one entry each."""
     for i in range(20):
         picture(tmp_path / str(i), i)
     wanted = [float(read_image(tmp_path / str(i)).float().mean()) for i in range(20)]

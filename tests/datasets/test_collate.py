@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ailab.config.check import check
 from ailab.datasets import ListDataset, MultiScaleCollate, PadCollate, SegmentationCollate, Stream
-from ailab.datasets.stream.collate import column
+from ailab.datasets.stream.collate import stack_field
 from ailab.errors import ConfigError
 from ailab.fit import fit
 
@@ -48,7 +48,7 @@ def test_ragged_fields_are_as_long_as_the_longest(lengths: list[int], multiple: 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_a_batch_is_contiguous_however_its_samples_lie(dtype: torch.dtype) -> None:
-    """Pictures as decoders leave them, pixel by pixel, and cut-outs of them: the strides of a batch say nothing of its samples."""
+    """Images as decoders leave them, pixel by pixel, and cut-outs of them: the strides of a batch say nothing of its samples."""
     whole = [torch.randint(0, 256, (7, 9, 3), dtype=torch.uint8).to(dtype).permute(2, 0, 1) for _ in range(4)]
     for samples in (
         whole,
@@ -56,11 +56,11 @@ def test_a_batch_is_contiguous_however_its_samples_lie(dtype: torch.dtype) -> No
         [x.contiguous() for x in whole],
         [whole[0], *map(torch.clone, whole)],
     ):
-        joined = column(samples)
+        joined = stack_field(samples)
         assert joined.is_contiguous()
         assert all(torch.equal(a, b) for a, b in zip(joined, samples, strict=True))
     with pytest.raises(RuntimeError, match="equal size"):
-        column([whole[0], whole[1][:, 1:]])
+        stack_field([whole[0], whole[1][:, 1:]])
 
 
 def test_pictures_and_sounds_are_padded_at_their_end() -> None:
@@ -93,12 +93,12 @@ def test_fields_in_dicts_and_tuples() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(max_size={"boxes": 2}), r"'boxes' has \[3\] and max_size is \[2\]: raise it, or overflow='cut'"),
-        (dict(), r"'boxes' differs between samples, \[\(1, 4\), \(3, 4\)\]: name it in max_size or ragged"),
+        (dict(max_size={"boxes": 2}), r"'boxes' has \[3\] and max_size is \[2\]: raise it, or set overflow='cut'"),
+        (dict(), r"'boxes' differs between samples, \[\(1, 4\), \(3, 4\)\]: add it to max_size or ragged"),
         (dict(ragged=["boxes", "boxs"]), "there is no field 'boxs'. Did you mean 'boxes'"),
     ],
 )
-def test_what_does_not_collate_is_told(settings: Any, message: str) -> None:
+def test_what_does_not_collate_is_reported(settings: Any, message: str) -> None:
     """The field, its sizes, and what to write."""
     with pytest.raises(ValueError, match=message):
         PadCollate(**settings)([boxes(1), boxes(3)])
@@ -107,12 +107,12 @@ def test_what_does_not_collate_is_told(settings: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(max_size={"boxes": 0}), "max_size.boxes: expected sizes of 1 at least, got 0"),
-        (dict(multiple_of=0), "multiple_of: expected 1 at least"),
+        (dict(max_size={"boxes": 0}), "max_size.boxes: expected sizes of at least 1, got 0"),
+        (dict(multiple_of=0), "multiple_of: expected at least 1"),
         (dict(max_size={"boxes": 2}, pad_value={"boxs": 1}), "pad_value.boxs: .* Did you mean 'boxes'"),
     ],
 )
-def test_settings_that_make_no_sense_are_told(settings: Any, message: str) -> None:
+def test_settings_that_make_no_sense_are_reported(settings: Any, message: str) -> None:
     """When the collate function is made."""
     with pytest.raises(ConfigError, match=message):
         PadCollate(**settings)
@@ -121,7 +121,7 @@ def test_settings_that_make_no_sense_are_told(settings: Any, message: str) -> No
 
 
 def test_a_batch_is_resized_as_a_whole() -> None:
-    """Pictures to one of the sizes, maps to the nearest pixel, points with them; a uint8 picture stays one."""
+    """Images to one of the sizes, maps to the nearest pixel, points with them; a uint8 image stays one."""
     sample = {
         "image": torch.arange(4, dtype=torch.uint8).repeat_interleave(2).repeat(3, 8, 1) * 60,
         "mask": torch.arange(4).repeat_interleave(2).repeat(8, 1),

@@ -1,4 +1,4 @@
-"""A folder of good pictures with damaged ones among them, and the order over every way to read it."""
+"""A folder of good images with damaged ones among them, and the order over every way to read it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = [*DAMAGED, *LINKS]
 
 
 class Pictures(Dataset[Any]):
-    """A random window of each picture, from the global generator."""
+    """A random window of each image, from the global generator."""
 
     def __init__(self, folder: Path, size: int):
         self.folder, self.size = folder, size

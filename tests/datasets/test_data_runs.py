@@ -1,4 +1,4 @@
-"""Data sets out of a cfg, from the command line: what trains, and what a bad annotation is told before anything is trained."""
+"""Datasets out of a cfg, from the command line: what trains, and what is reported of a bad annotation before training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(folder: Path, data: dict[str, Any], loader: dict[str, Any], mapping: dic
 
 
 def squares(folder: Path, n: int = 12) -> Path:
-    """Bright and dark pictures of three sizes, in a folder for each class."""
+    """Bright and dark images of three sizes, in a folder for each class."""
     for i in range(n):
         for name, level in (("bright", 200), ("dark", 50)):
             image = torch.full((3, 20 + i % 3, 24), level + i, dtype=torch.uint8)
@@ -43,11 +43,11 @@ def squares(folder: Path, n: int = 12) -> Path:
     return folder
 
 
-def test_folders_of_pictures_train_by_name_alone(tmp_path: Path) -> None:
+def test_folders_of_images_train_by_names_in_the_cfg(tmp_path: Path) -> None:
     """A folder, transforms by name and workers: the loss of two classes that differ in brightness goes to zero."""
     data = dict(
         type="ClassificationImageDataset",
-        annotation_file=str(squares(tmp_path / "data")),
+        source=str(squares(tmp_path / "data")),
         transform=[
             dict(type="RandomResizedCrop", size=16, scale=(0.5, 1.0)),
             dict(type="RandomHorizontalFlip"),
@@ -62,17 +62,17 @@ def test_folders_of_pictures_train_by_name_alone(tmp_path: Path) -> None:
 
 def bad_column(folder: Path) -> dict[str, Any]:
     (folder / "a.csv").write_text("file,label\nx.png,0\n")
-    return dict(type="ClassificationImageDataset", annotation_file=str(folder / "a.csv"))
+    return dict(type="ClassificationImageDataset", source=str(folder / "a.csv"))
 
 
 def bad_class(folder: Path) -> dict[str, Any]:
     (folder / "a.jsonl").write_text('{"image": "x.png", "label": "cow"}\n')
-    return dict(type="ClassificationImageDataset", annotation_file=str(folder / "a.jsonl"), classes=["cat"])
+    return dict(type="ClassificationImageDataset", source=str(folder / "a.jsonl"), classes=["cat"])
 
 
 def bad_path(folder: Path) -> dict[str, Any]:
     (folder / "a.txt").write_text("ok.png 0\n../../x.png 1\n")
-    return dict(type="ClassificationImageDataset", annotation_file=str(folder / "a.txt"))
+    return dict(type="ClassificationImageDataset", source=str(folder / "a.txt"))
 
 
 def bad_box(folder: Path) -> dict[str, Any]:
@@ -93,12 +93,12 @@ def bad_xml(folder: Path) -> dict[str, Any]:
 def bad_folders(folder: Path) -> dict[str, Any]:
     squares(folder / "d", 1)
     picture(folder / "d" / "Dark" / "0.png")
-    return dict(type="ClassificationImageDataset", annotation_file=str(folder / "d"))
+    return dict(type="ClassificationImageDataset", source=str(folder / "d"))
 
 
 def empty(folder: Path) -> dict[str, Any]:
     (folder / "a.jsonl").write_text("\n")
-    return dict(type="ClassificationImageDataset", annotation_file=str(folder / "a.jsonl"))
+    return dict(type="ClassificationImageDataset", source=str(folder / "a.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -106,11 +106,11 @@ def empty(folder: Path) -> dict[str, Any]:
     [
         (bad_column, "a.csv, line 2: there is no 'image'. It has: file, label"),
         (bad_class, "a.jsonl, line 1, 'label': unknown class 'cow'"),
-        (bad_path, "a.txt, line 2: '../../x.png' leads out of the data set's root"),
+        (bad_path, "a.txt, line 2: '../../x.png' leads out of the dataset's root"),
         (bad_box, "coco.json, annotation id 4: the box [9, 9, 40, 2] (xywh) reaches outside the image of 16x12 pixels"),
-        (bad_id, "coco.json: the annotation id 4 is there twice"),
+        (bad_id, "coco.json: the annotation id 4 occurs twice"),
         (bad_xml, "a.xml, line 1: declares a document type or entity"),
-        (bad_folders, "the classes 'Dark' and 'dark' differ in case alone"),
+        (bad_folders, "the classes 'Dark' and 'dark' differ only in case"),
         (empty, "a.jsonl: the split is empty"),
     ],
 )
@@ -119,8 +119,8 @@ def test_a_bad_annotation_ends_a_run_before_it_begins(
 ) -> None:
     """Exit code 3, at most four lines with the file, the row and what is expected, and no checkpoint."""
     assert run(tmp_path, made(tmp_path), dict(batch_size=2), {}) == 3
-    told = capsys.readouterr().err
-    assert expected in told
-    assert "Traceback" not in told
-    assert len(told.strip().splitlines()) <= 4
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) <= 4
     assert not list((tmp_path / "run").glob("checkpoints/*"))

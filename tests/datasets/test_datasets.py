@@ -1,4 +1,4 @@
-"""Storages, the data sets that come with ailab, and the batch augmentations."""
+"""Storages, the datasets that come with ailab, and the batch augmentations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ailab.datasets import (
     TableAnnotationDataset,
     TableDataset,
 )
-from ailab.datasets.ready.digits import held_out
+from ailab.datasets.ready.digits import stratified_choice
 from ailab.errors import DataError
 from ailab.models import MLP, ConvNet
 
@@ -37,7 +37,7 @@ def table(folder: Path, text: str, name: str = "t.csv") -> Path:
 
 
 def test_a_storage_and_a_task_compose_in_any_order() -> None:
-    """A data set is a class that inherits a storage and a task, and nothing else."""
+    """A dataset is a class that inherits a storage and a task, and nothing else."""
 
     class Squares(LabBaseDataset):
         def _len(self) -> int:
@@ -102,11 +102,11 @@ def test_an_excel_sheet_is_a_table(tmp_path: Path) -> None:
     [
         ("a,b\n1,2\n", {"target": "c"}, r"t\.csv: there is no column 'c'"),
         ("length,b\n1,2\n", {"inputs": ["lenght"]}, "Did you mean 'length'"),
-        ("a,b\n1,2\nx,3\n", {}, r"record 1, column 'a' holds 'x', which is no number"),
+        ("a,b\n1,2\nx,3\n", {}, r"record 1, column 'a' has 'x', which is not a number"),
         ("a,b\n1,2\n,3\n", {}, "record 1, column 'a' is empty"),
         ("a,b\n1,2\n2,\n", {}, "record 1, column 'b' is empty"),
-        ("", {}, "not a table that can be read"),
-        (None, {}, "not a table that can be read: FileNotFoundError"),
+        ("", {}, "cannot be read as a table"),
+        (None, {}, "cannot be read as a table: FileNotFoundError"),
     ],
 )
 def test_a_table_that_does_not_fit_says_where(tmp_path: Path, text: str | None, settings: Any, message: str) -> None:
@@ -120,7 +120,7 @@ def test_a_table_that_does_not_fit_says_where(tmp_path: Path, text: str | None, 
 
 
 def test_the_digits_are_what_their_source_says() -> None:
-    """1,437 + 360 pictures of 8x8 pixels in 0..16, the two splits disjoint, each class with its share."""
+    """1,437 + 360 images of 8x8 pixels in 0..16, the two splits disjoint, each class with its share."""
     train, val = Digits("train"), Digits("val")
     assert (len(train), len(val)) == (1437, 360)
     pixels = torch.cat([train.tensors()["input"], val.tensors()["input"]])
@@ -139,9 +139,9 @@ def test_the_digits_are_what_their_source_says() -> None:
 def test_the_split_is_a_pure_function_of_its_seed() -> None:
     """The same seed gives the same split, another seed another; the size is ceil(N * fraction) for any fraction."""
     labels = torch.arange(103) % 4
-    assert torch.equal(held_out(labels, 0.3, 1), held_out(labels, 0.3, 1))
-    assert not torch.equal(held_out(labels, 0.3, 1), held_out(labels, 0.3, 2))
-    assert [int(held_out(labels, f, 0).sum()) for f in (0.0, 0.001, 0.5, 1.0)] == [0, 1, 52, 103]
+    assert torch.equal(stratified_choice(labels, 0.3, 1), stratified_choice(labels, 0.3, 1))
+    assert not torch.equal(stratified_choice(labels, 0.3, 1), stratified_choice(labels, 0.3, 2))
+    assert [int(stratified_choice(labels, f, 0).sum()) for f in (0.0, 0.001, 0.5, 1.0)] == [0, 1, 52, 103]
 
 
 def idx(folder: Path, name: str, values: Tensor) -> None:
@@ -150,7 +150,7 @@ def idx(folder: Path, name: str, values: Tensor) -> None:
 
 
 def test_fashion_mnist_reads_idx_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures and labels come out as they were written, from `root` or from the folder the environment names."""
+    """Images and labels come out as they were written, from `root` or from the folder the environment names."""
     images, labels = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8), torch.arange(5, dtype=torch.uint8)
     idx(tmp_path, "t10k-images-idx3-ubyte.gz", images)
     idx(tmp_path, "t10k-labels-idx1-ubyte.gz", labels)
@@ -195,7 +195,7 @@ OPS = [
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: type(op).__name__)
 def test_augmentations_are_pure_seeded_and_trace(op: Any) -> None:
-    """The input is untouched, the same seed gives the same pictures, uint8 works, and there is one graph."""
+    """The input is untouched, the same seed gives the same images, uint8 works, and there is one graph."""
     for dtype in (torch.float32, torch.uint8):
         x = pictures(dtype)
         kept = x.clone()
@@ -209,7 +209,7 @@ def test_augmentations_are_pure_seeded_and_trace(op: Any) -> None:
 
 
 def test_the_neutral_settings_are_the_identity() -> None:
-    """No shift, no angle, probability 0 and mean 0 with std 1 leave the pictures as they are."""
+    """No shift, no angle, probability 0 and mean 0 with std 1 leave the images as they are."""
     x = pictures()
     for op in (BatchShift(0), BatchFlip(0.0), BatchErase(0.0), BatchNormalize(0.0, 1.0)):
         assert torch.equal(op(x), x)
@@ -217,7 +217,7 @@ def test_the_neutral_settings_are_the_identity() -> None:
 
 
 def test_flip_and_shift_are_exact() -> None:
-    """Probability 1 mirrors each picture; each shifted picture is one of the possible shifts of its own."""
+    """Probability 1 mirrors each image; each shifted image is one of the possible shifts of its own."""
     x = pictures()
     assert torch.equal(BatchFlip(1.0)(x), x.flip(-1))
     padded = functional.pad(x, [1, 1, 1, 1], value=9.0)
@@ -233,7 +233,7 @@ def test_flip_and_shift_are_exact() -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_quarter_turn_is_rot90(sign: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rotation keeps the aspect of a picture that is not square: 90 degrees of its square middle is rot90."""
+    """Rotation keeps the aspect of an image that is not square: 90 degrees of its square middle is rot90."""
 
     def extreme(x: Tensor, low: float, high: float, *shape: int) -> Tensor:
         return torch.full((len(x), *shape), sign * high if low < 0 else high)
@@ -245,7 +245,7 @@ def test_a_quarter_turn_is_rot90(sign: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_erase_paints_one_rectangle_of_the_asked_size() -> None:
-    """What is painted is a full rectangle, over all channels, of no more than the asked share of the picture."""
+    """What is painted is a full rectangle, over all channels, of no more than the asked share of the image."""
     out = BatchErase(1.0, (0.1, 0.3), fill=-1.0)(torch.zeros(200, 2, 32, 32))
     hit = out == -1
     assert torch.equal(hit[:, 0], hit[:, 1])
@@ -257,7 +257,7 @@ def test_erase_paints_one_rectangle_of_the_asked_size() -> None:
 
 
 def test_normalize_is_per_channel() -> None:
-    """(x - mean) / std of each channel, in float32 for uint8 pictures."""
+    """(x - mean) / std of each channel, in float32 for uint8 images."""
     x = pictures(torch.uint8)
     out = BatchNormalize([3.0, 1.0], [2.0, 4.0])(x)
     expected = (x.float() - torch.tensor([3.0, 1.0])[:, None, None]) / torch.tensor([2.0, 4.0])[:, None, None]
@@ -268,7 +268,7 @@ def test_normalize_is_per_channel() -> None:
 
 
 def test_a_convnet_normalises_inside() -> None:
-    """uint8 pictures and the same as floats give the same logits; so do pictures normalised before."""
+    """uint8 images and the same as floats give the same logits; so do images normalised before."""
     torch.manual_seed(0)
     x = torch.randint(0, 256, (3, 2, 12, 12), dtype=torch.uint8)
     model = ConvNet(2, 5, widths=(4, 6), depth=(1, 2), mean=[100.0, 50.0], std=[30.0, 40.0]).eval()
@@ -282,7 +282,7 @@ def test_a_convnet_normalises_inside() -> None:
 
 
 def test_an_mlp_has_the_layers_it_is_asked_for() -> None:
-    """Sizes (64, 8, 10): two linear layers with a ReLU between; pictures are flattened."""
+    """Sizes (64, 8, 10): two linear layers with a ReLU between; images are flattened."""
     model = MLP((64, 8, 10))
     assert [tuple(p.shape) for p in model.parameters()] == [(8, 64), (8,), (10, 8), (10,)]
     x = torch.randint(0, 16, (3, 1, 8, 8), dtype=torch.uint8)

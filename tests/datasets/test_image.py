@@ -1,4 +1,4 @@
-"""Reading pictures: what damage does, what each mode becomes, how large a header may be."""
+"""Reading images: what damage does, what each mode becomes, how large a header may be."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from pictures import DAMAGED, LINKS, chunk, damage, encoded, photo, png_bomb
 from PIL import Image, ImageOps
 
-from ailab.datasets.files.image import BadFile, Reading, read_image, reading
+from ailab.datasets.files.image import BadFile, ImageSettings, image_settings, read_image
 
 PIXELS = photo(1)
 GREY = np.asarray(Image.fromarray(PIXELS).convert("L"))
@@ -37,7 +37,7 @@ def array(path: Path, **settings: Any) -> np.ndarray:
 @pytest.mark.parametrize("name", [*DAMAGED, *LINKS])
 @pytest.mark.parametrize("truncated", ["skip", "fill"])
 def test_a_damaged_file_is_refused_with_its_kind(name: str, truncated: Any, tmp_path: Path) -> None:
-    """Each kind of damage is a BadFile that says which and where; none is a picture, a hang or another exception."""
+    """Each kind of damage is a BadFile that says which and where; none is an image, a hang or another exception."""
     kind = damage(tmp_path / "x.jpg", name)
     with pytest.raises(BadFile) as caught:
         read_image(tmp_path / "x.jpg", truncated=truncated)
@@ -123,7 +123,7 @@ def test_pictures_stand_upright(orientation: int, kind: str, tmp_path: Path) -> 
 
 
 def modes() -> dict[str, tuple[Any, str, np.ndarray]]:
-    """name -> (picture, format, what the RGB has to be)."""
+    """name -> (image, format, what the RGB has to be)."""
     picture = Image.fromarray(PIXELS)
     grey = np.repeat(GREY[..., None], 3, -1)
     clear = picture.convert("RGBA")
@@ -152,7 +152,7 @@ def modes() -> dict[str, tuple[Any, str, np.ndarray]]:
 
 @pytest.mark.parametrize("name", modes())
 def test_every_mode_has_one_meaning(name: str, tmp_path: Path) -> None:
-    """Pictures of each mode become the same 8 bits, deep ones scaled and never cut off; alpha only where it is asked for."""
+    """Images of each mode become the same 8 bits, deep ones scaled and never cut off; alpha only where it is asked for."""
     picture, kind, wanted = modes()[name]
     path = saved(tmp_path, picture, kind)
     with warnings.catch_warnings():
@@ -194,7 +194,7 @@ def test_jpegs_are_decoded_as_by_pillow(operator: bool, tmp_path: Path, monkeypa
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path: Path) -> None:
-    """The result has at least twice the hint, turned or not, and looks as the whole picture does when that is shrunk."""
+    """The result has at least twice the hint, turned or not, and looks as the whole image does when that is shrunk."""
     large = photo(2, (600, 800), grain=0)
     for orientation in (1, 6):
         exif = Image.Exif()
@@ -220,7 +220,7 @@ def test_a_truncated_jpeg_keeps_its_rows_and_says_so(tmp_path: Path) -> None:
     kept = 0
     for share in (0.3, 0.6, 0.7, 0.8, 0.9, 0.99):
         path.write_bytes(data[: int(len(data) * share)])
-        with reading(Reading(truncated="fill")) as how:
+        with image_settings(ImageSettings(truncated="fill")) as how:
             try:
                 picture = read_image(path)
             except BadFile as error:
@@ -246,14 +246,14 @@ def test_no_global_switch_is_touched(tmp_path: Path) -> None:
 
     data = encoded(photo(3, (320, 240)), "JPEG")
     (tmp_path / "x").write_bytes(data[: len(data) * 8 // 10])
-    with reading(Reading(truncated="fill")):
+    with image_settings(ImageSettings(truncated="fill")):
         read_image(tmp_path / "x")
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
     assert Image.MAX_IMAGE_PIXELS == 89478485
 
 
 def test_a_mode_without_meaning_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture of a mode that has no defined conversion is bad, and so is one with NaN pixels."""
+    """An image of a mode that has no defined conversion is bad, and so is one with NaN pixels."""
     values = GREY.astype("float32")
     values[3, 3] = np.nan
     with pytest.raises(BadFile, match="NaN") as caught:

@@ -21,8 +21,8 @@ from test_stream import Noisy, equal, stream
 from torch.utils.data import Dataset, TensorDataset
 
 from ailab.datasets import read_image
-from ailab.datasets.files.bad_file import Bad
-from ailab.datasets.stream.transport import Outbox
+from ailab.datasets.files.bad_file import BadSample
+from ailab.datasets.stream.transport import BatchSender
 from ailab.errors import DataError
 from ailab.types import WEIGHT
 from ailab.workdir.bad_samples import BadSampleLog
@@ -121,7 +121,7 @@ def test_a_read_that_fails_for_the_moment_is_tried_again() -> None:
             try:
                 raise OSError(number, "weather")
             except OSError as error:
-                raise ValueError("no picture") from error
+                raise ValueError("no image") from error
         return torch.rand(2)
 
     clean = list(stream(Made(400, lambda i: torch.rand(2)), 50).epoch(0))
@@ -134,7 +134,7 @@ def test_a_read_that_fails_for_the_moment_is_tried_again() -> None:
         assert bad or equal(batches, clean)
 
 
-def test_kept_pictures_are_told_and_do_not_count(tmp_path: Path) -> None:
+def test_damaged_images_that_are_used_are_reported_and_do_not_count(tmp_path: Path) -> None:
     """`truncated="fill"` reaches `read_image` in a worker too; what is kept is listed apart, and is no bad sample."""
     data = encoded(photo(3, (320, 240)), "JPEG")
     for i in range(4):
@@ -193,7 +193,7 @@ def test_bad_samples_are_written_down_once(tmp_path: Path) -> None:
     again = path.read_text().splitlines()
     assert [json.loads(again[0]), json.loads(again[2])] == rows
     log = BadSampleLog(path)
-    assert log("other", Bad(1, "text\x1b", "new\nline\x1b[31m", "\udcff"), False)
+    assert log("other", BadSample(1, "text\x1b", "new\nline\x1b[31m", "\udcff"), False)
     assert path.read_bytes().count(b"\n") == 4
     assert b"\x1b" not in path.read_bytes()
 
@@ -202,14 +202,14 @@ def test_a_log_that_cannot_be_written_costs_no_run(tmp_path: Path) -> None:
     """Where the file cannot be made, bad samples are news each time, and nothing is raised."""
     (tmp_path / "file").touch()
     log = BadSampleLog(tmp_path / "file" / "x.jsonl")
-    assert log("a", Bad(1, "k", "m"), False)
+    assert log("a", BadSample(1, "k", "m"), False)
     assert not BadSampleLog(tmp_path / "y.jsonl")._known
 
 
 def test_lines_have_an_end(tmp_path: Path) -> None:
-    """At most 1,000 lines of one kind are written, and 10 told one by one; the counts go on."""
+    """At most 1,000 lines of one kind are written, and 10 reported one by one; the counts go on."""
     log = BadSampleLog(tmp_path / "x.jsonl")
-    assert all(log("a", Bad(i, "truncated", ""), False) for i in range(1100))
+    assert all(log("a", BadSample(i, "truncated", ""), False) for i in range(1100))
     assert (tmp_path / "x.jsonl").read_bytes().count(b"\n") == 1000
     lines: list[str] = []
     ours = stream(Made(200, lambda i: {"x": i} if i >= 15 else [][i]), 100, report=lines.append, max_bad_frac=0.5)
@@ -242,7 +242,7 @@ class Mortal(Noisy):
     [("killed", 1, "SIGKILL"), ("crashes", 3, "SIGSEGV"), ("exits", 1, "exit code 3"), ("hangs", 1, "no data worker")],
 )
 def test_a_lost_worker_is_replaced_at_the_same_place(how: str, times: int, says: str, tmp_path: Path) -> None:
-    """A worker that is killed, crashes, exits or hangs is replaced, told each time, and the batches are bitwise the same."""
+    """A worker that is killed, crashes, exits or hangs is replaced and reported, and the batches are bitwise the same."""
     for i in range(times):
         (tmp_path / str(i)).touch()
     lines: list[str] = []
@@ -251,7 +251,7 @@ def test_a_lost_worker_is_replaced_at_the_same_place(how: str, times: int, says:
     assert equal(list(ours.epoch(0)), list(stream(Noisy(40)).epoch(0)))
     assert not list(tmp_path.iterdir())
     assert len(lines) == times
-    assert [line for line in lines if says not in line or "the workers are replaced" not in line] == []
+    assert [line for line in lines if says not in line or "The workers are replaced" not in line] == []
     assert equal(list(ours.epoch(1)), list(stream(Noisy(40)).epoch(1)))
     assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
 
@@ -272,18 +272,18 @@ def test_new_workers_know_nothing_of_the_lost_ones(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No process complains, while it works or as it ends, of others that it inherited."""
-    tokens, pack = [tmp_path / str(i) for i in range(3)], Outbox.pack
+    tokens, pack = [tmp_path / str(i) for i in range(3)], BatchSender.pack
     _ = [token.touch() for token in tokens]
 
-    def failing(outbox: Outbox, batch: Any) -> Any:
+    def failing(sender: BatchSender, batch: Any) -> Any:
         sys.unraisablehook = sys.__unraisablehook__  # pytest's keeps to itself what a process could not raise
         if left := [token for token in tokens if token.exists()]:
             left[0].unlink(missing_ok=True)
             raise RuntimeError("no room")
         gc.collect()
-        return pack(outbox, batch)
+        return pack(sender, batch)
 
-    monkeypatch.setattr(Outbox, "pack", failing)
+    monkeypatch.setattr(BatchSender, "pack", failing)
     ours = stream(Noisy(40), num_workers=2, persistent_workers=True, report=lambda _: None, multiprocessing_context="fork")
     gc.disable()  # the exception of a lost worker holds its iterator in a cycle
     try:
@@ -294,7 +294,7 @@ def test_new_workers_know_nothing_of_the_lost_ones(
 
 
 def test_a_worker_that_dies_beside_a_step_does_not_disturb_it(tmp_path: Path) -> None:
-    """The host is not interrupted where it is: a death is found when the next batch is asked for."""
+    """The main process is not interrupted: a death is found when the next batch is asked for."""
     others = {child.pid for child in multiprocessing.active_children()}
     ours = stream(Noisy(40), num_workers=2, prefetch_factor=1, report=lambda _: None)
     batches = ours.epoch(0)

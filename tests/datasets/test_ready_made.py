@@ -1,4 +1,4 @@
-"""Data sets that need no code, against independent readers of the same files."""
+"""Datasets that need no code, against independent readers of the same files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ailab.datasets import (
     WindowedTimeSeries,
     WrappedDataset,
 )
-from ailab.datasets.files.rle import run_mask, uncompressed
+from ailab.datasets.files.rle import decompress_counts, mask_from_counts
 from ailab.errors import AilabError, ConfigError, DataError
 from ailab.registry import DATASETS
 
@@ -53,7 +53,7 @@ def images(folder: Path, n: int = 3) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "json", "csv", "xlsx", "txt"])
 def test_images_are_classified_from_anything(tmp_path: Path, kind: str) -> None:
-    """A folder per class and every kind of file give the same pictures, classes and labels."""
+    """A folder per class and every kind of file give the same images, classes and labels."""
     names, labels = images(tmp_path / "all"), ["dog", "cat", "dog"]
     if kind == "folder":
         for i, label in enumerate(labels):
@@ -76,7 +76,7 @@ def test_images_are_classified_from_anything(tmp_path: Path, kind: str) -> None:
 
 
 def test_labels_may_be_numbers_or_many(tmp_path: Path) -> None:
-    """Indices as they are, also as text; several labels of a picture give 0 and 1 for each class; val gets train's classes."""
+    """Indices as they are, also as text; several labels of an image give 0 and 1 for each class; val gets train's classes."""
     images(tmp_path)
     path = tmp_path / "a.csv"
     path.write_text("file,y\n0.png,2\n1.png,0\n")
@@ -98,17 +98,17 @@ def test_labels_may_be_numbers_or_many(tmp_path: Path) -> None:
         ("file,label\n0.png,a\n", {"x_key": "image"}, r"a\.csv, line 2: there is no 'image'"),
         ("image,label\n0.png,a\n1.png,b\n", {"classes": ["a", "c"]}, r"a\.csv, line 3, 'label': unknown class 'b'"),
         ("image,label\n0.png,5\n", {"classes": ["a", "c"]}, r"a\.csv, line 2, 'label': there is no class 5; there are 2"),
-        ("image,label\n../0.png,a\n", {}, r"a\.csv, line 2: '../0.png' leads out of the data set's root"),
+        ("image,label\n../0.png,a\n", {}, r"a\.csv, line 2: '../0.png' leads out of the dataset's root"),
         ("image,label\n", {}, "the split is empty"),
         (
             "image,label\n0.png,999999999\n",
             {},
-            r"a\.csv: a label is 999999999; expected the indices of at most 1048576 classes",
+            r"a\.csv: a label is 999999999\. Expected class indices from 0 to at most 1048575",
         ),
         ("image,label\n0.png,0.5\n", {"classes": ["0.5x"]}, r"line 2, 'label': unknown class '0.5'.* Did you mean '0.5x'"),
     ],
 )
-def test_bad_records_are_told_before_training(tmp_path: Path, text: str, settings: Any, message: str) -> None:
+def test_bad_records_are_reported_before_training(tmp_path: Path, text: str, settings: Any, message: str) -> None:
     """A missing column, an unknown class, a path outside and an empty split: with the file and the line."""
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(DataError, match=message):
@@ -122,7 +122,7 @@ COLOURS = {10: 30, 11: 200}
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Six pictures of 60x80 with polygons, run lengths of both kinds, crowds, keypoints, and one without objects."""
+    """Six images of 60x80 with polygons, run lengths of both kinds, crowds, keypoints, and one without objects."""
     folder = tmp_path_factory.mktemp("coco")
     mask = pytest.importorskip("pycocotools.mask")
     g = torch.Generator().manual_seed(0)
@@ -199,8 +199,8 @@ def test_compressed_run_lengths_are_read_back(counts: list[int]) -> None:
     mask = pytest.importorskip("pycocotools.mask")
     size = [sum(counts), 1]
     packed = mask.frPyObjects({"size": size, "counts": counts}, *size)
-    assert uncompressed(packed["counts"]) == counts
-    assert np.array_equal(run_mask(counts, (size[0], 1)).numpy(), mask.decode(packed).astype(bool))
+    assert decompress_counts(packed["counts"]) == counts
+    assert np.array_equal(mask_from_counts(counts, (size[0], 1)).numpy(), mask.decode(packed).astype(bool))
 
 
 def test_objects_are_those_of_pycocotools(scene: tuple[Path, Path]) -> None:
@@ -232,7 +232,7 @@ def test_objects_are_those_of_pycocotools(scene: tuple[Path, Path]) -> None:
 
 
 def test_average_precision_is_that_of_pycocotools(scene: tuple[Path, Path]) -> None:
-    """Targets of the data set in torchmetrics, against COCOeval on the file, with the same detections: boxes and masks."""
+    """Targets of the dataset in torchmetrics, against COCOeval on the file, with the same detections: boxes and masks."""
     detection = pytest.importorskip("torchmetrics.detection")
     from pycocotools import mask as coder
     from pycocotools.cocoeval import COCOeval
@@ -312,32 +312,32 @@ def test_class_maps_and_their_iou(scene: tuple[Path, Path]) -> None:
         (dict(segmentation=None), {"tasks": ["mask"]}, "annotation id 1: expected a segmentation of polygons"),
         (dict(segmentation=[[1, 2, 3, 4]]), {"tasks": ["mask"]}, "annotation id 1: expected a segmentation of polygons"),
         (dict(segmentation={"size": [12, 16], "counts": [3, 4]}), {"tasks": ["mask"]}, "got size .12, 16. and 7 pixels"),
-        (dict(segmentation={"size": [12, 16], "counts": [-1, 193]}), {"tasks": ["mask"]}, "expected run lengths"),
-        (dict(segmentation={"size": [12, 16], "counts": "~~~"}), {"tasks": ["mask"]}, "these are no run lengths"),
+        (dict(segmentation={"size": [12, 16], "counts": [-1, 193]}), {"tasks": ["mask"]}, "expected RLE counts"),
+        (dict(segmentation={"size": [12, 16], "counts": "~~~"}), {"tasks": ["mask"]}, "these are no RLE counts"),
         (
             dict(segmentation={"size": [9, 9], "counts": [81]}),
             {"tasks": ["mask"]},
-            r"expected run lengths of the image, size \[12, 16\]",
+            r"expected RLE counts of the image, size \[12, 16\]",
         ),
         (
             dict(keypoints=[1, 2, 2]),
             {"tasks": ["keypoints"]},
-            "expected 3 x 3 numbers of keypoints, as the categories say, got .1, 2, 2.",
+            "expected 3 x 3 numbers of keypoints, by the categories of the file, got .1, 2, 2.",
         ),
         ({}, {"tasks": ["keypoints"]}, "annotation id 1: there is no 'keypoints', which the task 'keypoints' needs"),
         ({}, {"tasks": ["boxes"]}, "tasks has 'boxes'; there are bbox, mask, keypoints"),
-        ({}, {"min_area": 1e6, "keep_empty": False}, "the split is empty: no picture has an object"),
+        ({}, {"min_area": 1e6, "keep_empty": False}, "the split is empty: no image has an object"),
     ],
 )
-def test_annotations_that_a_task_cannot_use_are_told(tmp_path: Path, change: Any, settings: Any, message: str) -> None:
-    """When the data set is made, with the id of the annotation; no malformed mask reaches a C decoder."""
+def test_annotations_that_a_task_cannot_use_are_reported(tmp_path: Path, change: Any, settings: Any, message: str) -> None:
+    """When the dataset is made, with the id of the annotation; no malformed mask reaches a C decoder."""
     path = coco(tmp_path, [thing(1, [1, 2, 3, 4], **change)])
     with pytest.raises(DataError, match=message):
         COCODataset(path, tmp_path / "images", **settings)
 
 
-def test_polygons_without_pycocotools_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run lengths need no package; polygons say which, when the data set is made."""
+def test_polygons_without_pycocotools_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run lengths need no package; polygons say which, when the dataset is made."""
     polygon, runs = [[1.0, 1, 5, 1, 5, 5]], {"size": [12, 16], "counts": [10, 5, 177]}
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     path = coco(tmp_path, [thing(1, [1, 2, 3, 4], segmentation=runs)])
@@ -347,8 +347,8 @@ def test_polygons_without_pycocotools_are_told(tmp_path: Path, monkeypatch: pyte
         COCODataset(path, tmp_path / "images", tasks=["mask"])
 
 
-def test_a_picture_of_another_size_is_a_bad_sample(tmp_path: Path) -> None:
-    """Boxes of another picture must not be trained on."""
+def test_an_image_of_another_size_is_a_bad_sample(tmp_path: Path) -> None:
+    """Boxes of another image must not be trained on."""
     path = coco(tmp_path, [thing(1, [1, 2, 3, 4], segmentation={"size": [12, 16], "counts": [192]})])
     picture(tmp_path / "images" / "0.png", pixels(0, 6, 8))
     for mode in ("instance", "semantic"):
@@ -357,7 +357,7 @@ def test_a_picture_of_another_size_is_a_bad_sample(tmp_path: Path) -> None:
 
 
 def test_detection_trains_from_padded_batches(scene: tuple[Path, Path]) -> None:
-    """With a letterbox and PadCollate, batches have one shape, pictures without objects included."""
+    """With a letterbox and PadCollate, batches have one shape, images without objects included."""
     data = COCODataset(*scene, transform=[{"type": "LetterBox", "size": 32}], box_format="cxcywh", normalize=True)
     collate = PadCollate(max_size={"boxes": 8, "labels": 8}, pad_value={"labels": -1})
     batches = list(Stream(data, batch_size=4, shuffle=True, seed=0, pad=True, collate_fn=collate).epoch(0))
@@ -409,11 +409,11 @@ def test_voc_maps_of_classes(tmp_path: Path) -> None:
     assert torch.equal(sample["mask"], torch.from_numpy(np.array(theirs[1])).long())
     assert torch.equal(sample["image"], torch.from_numpy(np.array(theirs[0])).permute(2, 0, 1))
     (root / "ImageSets" / "Segmentation" / "train.txt").write_text("../../a\n")
-    with pytest.raises(DataError, match="leads out of the data set's root"):
+    with pytest.raises(DataError, match="leads out of the dataset's root"):
         VOCSegmentationDataset(root)
 
 
-# Masked pictures
+# Masked images
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.floats(0, 1))
@@ -434,7 +434,7 @@ def test_every_patch_is_hidden_as_often() -> None:
 
 
 def test_masked_pictures_and_their_psnr(tmp_path: Path) -> None:
-    """Paths come from a file; the picture is that of the file, so PSNR of a copy with noise is that of the formula."""
+    """Paths come from a file; the image is that of the file, so PSNR of a copy with noise is that of the formula."""
     metrics = pytest.importorskip("torchmetrics.image")
     for i in range(3):
         picture(tmp_path / f"{i}.png", pixels(i, 32, 32))
@@ -453,7 +453,7 @@ def test_masked_pictures_and_their_psnr(tmp_path: Path) -> None:
     assert cropped[0]["image"].shape == (3, 24, 24)
     with pytest.raises(ValueError, match="img_size is 24"):
         MAEAnnFileDataset(tmp_path / "a.txt", img_size=24, patch_size=8, transform=[])[0]
-    with pytest.raises(ConfigError, match="patches of 7 do not fill a picture of 24"):
+    with pytest.raises(ConfigError, match="patches of 7 do not fill an image of 24"):
         MAEAnnFileDataset(tmp_path / "a.txt", img_size=24, patch_size=7)
     with pytest.raises(ConfigError, match="expected a ratio in"):
         MaskingGenerator(4, 1.5)
@@ -478,7 +478,7 @@ def test_windows_of_a_time_series(tmp_path: Path) -> None:
     torch.testing.assert_close(val[0]["series"][:, 0], (rows[10:13] - mean) / std)
     (batch, *_) = Stream(val, batch_size=4, shuffle=True, seed=0, pad=True).epoch(0)
     assert batch["series"].shape == (4, 3, 2)
-    with pytest.raises(DataError, match=r"the split is empty: part=\(0.9, 1\) has 2 rows, and a window takes 4"):
+    with pytest.raises(DataError, match=r"the split is empty: part=\(0.9, 1\) has 2 rows; one window needs 4"):
         WindowedTimeSeries(tmp_path / "t.csv", 3, 1, part=(0.9, 1))
     with pytest.raises(DataError, match="expected part="):
         WindowedTimeSeries(tmp_path / "t.csv", 3, 1, part=(0.9, 0.1))
@@ -505,17 +505,17 @@ def test_windows_of_a_text(tmp_path: Path, level: Any) -> None:
     assert len(half) == (size - round(size * 0.5) - 9) // 3 + 1
 
 
-def test_texts_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+def test_texts_that_cannot_be_read_are_reported(tmp_path: Path) -> None:
     """Missing, empty, short, no UTF-8, and a character outside the alphabet."""
     path = tmp_path / "t.txt"
     with pytest.raises(DataError, match=r"t\.txt: cannot be read"):
         TextWindows(path, 4)
     for content, settings, message in (
         (b"", {}, "the split is empty"),
-        (b"abcd", {}, "has 4 rows, and a window takes 5"),
+        (b"abcd", {}, "has 4 rows; one window needs 5"),
         (b"ab\xffcdefg", {"level": "char"}, "line 1: no UTF-8"),
         (b"abcdefg", {"level": "char", "alphabet": "abcde"}, "the character 'f' .at 5. is not in the alphabet of 5"),
-        (b"abcdefg", {"stride": 0}, "window and stride are 1 at least"),
+        (b"abcdefg", {"stride": 0}, "window and stride must be at least 1"),
     ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):
@@ -546,8 +546,8 @@ def test_sounds_are_cut_and_filled_to_one_length(tmp_path: Path) -> None:
         listed[0]
 
 
-def test_flac_files_without_soundfile_are_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the data set is made, and not sample by sample."""
+def test_flac_files_without_soundfile_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the dataset is made, and not sample by sample."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.flac").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "soundfile", None)
@@ -555,11 +555,11 @@ def test_flac_files_without_soundfile_are_told_at_once(tmp_path: Path, monkeypat
         AudioClassificationDataset(tmp_path, 10)
 
 
-# Data sets of others
+# Datasets of others
 
 
 class Rows:
-    """As a data set of Hugging Face: a length, an index, rows that are dicts of Python values."""
+    """As a dataset of Hugging Face: a length, an index, rows that are dicts of Python values."""
 
     def __len__(self) -> int:
         return 4
@@ -570,7 +570,7 @@ class Rows:
 
 
 def test_rows_of_dicts_become_tensors() -> None:
-    """Pictures of PIL as uint8, numbers and lists of them as tensors, text stays; fields are chosen and renamed."""
+    """Images of PIL as uint8, numbers and lists of them as tensors, text stays; fields are chosen and renamed."""
     data = WrappedDataset(Rows(), transform={"type": "Resize", "size": (6, 8)})
     sample = data[2]
     assert (sample["img"].shape, sample["img"].dtype) == ((3, 6, 8), torch.uint8)
@@ -610,7 +610,7 @@ def test_torchvision_data_sets_go_by_name(tmp_path: Path) -> None:
 
 
 class Pairs(torch.utils.data.Dataset[Any]):
-    """A torch data set whose samples are nested tuples and dicts of any names."""
+    """A torch dataset whose samples are nested tuples and dicts of any names."""
 
     def __len__(self) -> int:
         return 4
@@ -627,11 +627,11 @@ def test_nested_samples_of_any_names_make_batches() -> None:
     assert batch["two"][1]["inner"][1].tolist() == [0, 2, 4, 6]
 
 
-def test_a_data_set_is_split_in_two(tmp_path: Path) -> None:
+def test_a_dataset_is_split_in_two(tmp_path: Path) -> None:
     """The parts are disjoint and are all together, each class gives its share, and in-memory data stays in memory."""
     for i in range(20):
         picture(tmp_path / ("a" if i < 15 else "b") / f"{i}.png", pixels(i, 4, 4))
-    entry = dict(type="ClassificationImageDataset", annotation_file=str(tmp_path))
+    entry = dict(type="ClassificationImageDataset", source=str(tmp_path))
     parts = [SplitDataset(entry, part, val_fraction=0.2, seed=3) for part in ("train", "val")]
     assert [len(p) for p in parts] == [16, 4]
     assert [p.targets.bincount().tolist() for p in parts] == [[12, 4], [3, 1]]
@@ -646,7 +646,7 @@ def test_a_data_set_is_split_in_two(tmp_path: Path) -> None:
     table = SplitDataset(dict(type="TableDataset", table_path=str(tmp_path / "t.csv")), "val", val_fraction=0.3)
     assert table.tensors()["target"].tolist() == [table[i]["target"].item() for i in range(3)]  # type: ignore[index]
     assert SplitDataset([1, 2, 3], "val", val_fraction=0.5).tensors() is None
-    with pytest.raises(DataError, match="leaves 'val' none"):
+    with pytest.raises(DataError, match="leaves none for 'val'"):
         SplitDataset([1, 2, 3], "val", val_fraction=0.0)
 
 
@@ -670,7 +670,7 @@ def test_a_word_that_is_not_known_is_never_taken_for_another(make: Any, message:
 
 
 def test_damaged_pictures_are_listed_by_kind(scene: tuple[Path, Path], tmp_path: Path) -> None:
-    """In any of the data sets: the file and the kind of damage, and the good samples as ever."""
+    """In any of the datasets: the file and the kind of damage, and the good samples as ever."""
     shutil.copytree(scene[1], tmp_path / "images")
     (tmp_path / "images" / "0.png").write_bytes(b"")
     (tmp_path / "images" / "3.png").unlink()
@@ -730,6 +730,7 @@ def test_a_file_that_is_not_there_is_one_clear_error(name: str, tmp_path: Path) 
     more = {"COCODataset": dict(images_root="i"), "COCOSegmentationDataset": dict(images_root="i")}
     sizes = {"AudioClassificationDataset": dict(frames=4), "TextWindows": dict(window=4), "WindowedTimeSeries": dict(window=4)}
     first = {"TextWindows": "path", "VOCDataset": "root", "VOCSegmentationDataset": "root", "WindowedTimeSeries": "table_path"}
+    first |= dict.fromkeys(["AudioClassificationDataset", "ClassificationImageDataset"], "source")
     entry = {first.get(name, "annotation_file"): str(tmp_path / "none.csv"), **more.get(name, {}), **sizes.get(name, {})}
     with pytest.raises(AilabError, match=r"none\.csv") as error:
         DATASETS.build({"type": name, **entry}, "data")

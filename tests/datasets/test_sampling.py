@@ -92,12 +92,12 @@ def test_labels_come_from_the_dataset() -> None:
     assert torch.equal(draws(ClassBalancedSampler("labels_of"), 2, dataset=named), wanted)
     with pytest.raises(DataError, match="has no 'labels' or 'targets' or 'target'"):
         draws(ClassBalancedSampler())
-    with pytest.raises(DataError, match="expected 97 numbers, one for each sample, got"):
+    with pytest.raises(DataError, match="expected 97 numbers, one per sample, got"):
         draws(WeightedSampler([1.0]))
     for weights in ([-1.0] * 97, [0.0] * 97, [float("nan")] * 97):
         with pytest.raises(DataError, match="not all 0"):
             draws(WeightedSampler(weights))
-    with pytest.raises(DataError, match="without replacement"):
+    with pytest.raises(DataError, match="expected at least 2 samples of weight above 0 without replacement, got 1"):
         draws(WeightedSampler([1.0, *[0.0] * 96], num_samples=2, replacement=False))
 
 
@@ -123,7 +123,7 @@ def test_a_curriculum_grows_to_all() -> None:
         assert set(drawn.tolist()) == set(by_difficulty[:most].tolist())
         times = drawn.bincount(minlength=97)[by_difficulty[:most]]
         assert int(times.max() - times.min()) <= 1
-    with pytest.raises(DataError, match="a share above 0"):
+    with pytest.raises(DataError, match="expected 0 < start <= 1"):
         draws(CurriculumSampler([1.0] * 97, start=0))
 
 

@@ -1,4 +1,4 @@
-"""Storages: what a raw record is, in which order, and what a bad annotation is told."""
+"""Storages: what a raw record is, in which order, and what is reported of a bad annotation."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from ailab.datasets import (
     VocAnnotationDataset,
 )
 from ailab.datasets.base import LabBaseDataset
-from ailab.datasets.files.boxes import checked_box, converted
-from ailab.datasets.files.paths import inside
+from ailab.datasets.files.boxes import checked_box, convert_boxes
+from ailab.datasets.files.paths import path_inside
 from ailab.datasets.storages.shared_list import SharedList, shared_list
 from ailab.errors import DataError
 
@@ -71,7 +71,7 @@ def test_an_annotation_file_is_read_by_its_ending(tmp_path: Path, name: str, con
 
 
 def test_several_files_are_one_data_set(tmp_path: Path) -> None:
-    """They are read in the order given; a place is told by its own file; load_fun replaces the reader."""
+    """They are read in the order given; a message names the file of the record; load_fun replaces the reader."""
     files = [written(tmp_path / "b.txt", "1\n2\n"), written(tmp_path / "a.txt", "\n3\n")]
     data = FileAnnotationDataset(files)
     assert raws(data) == ["1", "2", "3"]
@@ -88,28 +88,28 @@ def test_several_files_are_one_data_set(tmp_path: Path) -> None:
             {"columns": ["image"]},
             r"a\.jsonl, line 2: there is no 'image'.* 'imagee'",
         ),
-        ("a.csv", "image,label\nx,1\ny\n", {}, r"a\.csv, line 3: 1 cells; the header has 2 columns"),
-        ("a.csv", "image,image\nx,1\n", {}, r"a\.csv, line 1: the column 'image' is there twice"),
+        ("a.csv", "image,label\nx,1\ny\n", {}, r"a\.csv, line 3: 1 cells, but the header has 2 columns"),
+        ("a.csv", "image,image\nx,1\n", {}, r"a\.csv, line 1: the column 'image' occurs twice"),
         ("a.csv", 'image,label\n"x,1\n', {}, r"a\.csv, line 2: no CSV"),
         ("a.jsonl", '{"a": 1}\n{"a": \n', {}, r"a\.jsonl, line 2: no JSON"),
         ("a.json", "[1,\n 2", {}, r"a\.json, line 2: no JSON"),
         ("a.json", '{"a": 1}', {}, r"a\.json: expected a list of records, got dict"),
-        ("a.json", "[NaN]", {}, r"a\.json: no JSON: it holds NaN"),
-        ("a.json", "[" * 200_000, {}, r"a\.json: nested too deeply"),
+        ("a.json", "[NaN]", {}, r"a\.json: no JSON: it has NaN"),
+        ("a.json", "[" * 200_000, {}, r"a\.json: the JSON is nested too deeply"),
         (
             "a.jsonl",
             '{"id": 1}\n{"id": 2}\n\n{"id": 1}\n',
             {"unique": "id"},
-            r"line 4: id '1' is there already, at line 1",
+            r"line 4: id '1' is also in line 1",
         ),
         ("a.jsonl", "3\n", {"columns": ["image"]}, r"line 1: expected a record with 'image', got int 3"),
         ("a.txt", "\n \n", {}, r"a\.txt: the split is empty"),
         ("a.csv", "image,label\n", {}, r"a\.csv: the split is empty"),
         ("a.txt", b"abc\n\xff\xfe\n", {}, r"a\.txt, line 2: no UTF-8 text \(byte 0xff\)"),
-        ("a.yaml", "x", {}, r"a\.yaml: annotations of this ending are not known; expected \.txt"),
+        ("a.yaml", "x", {}, r"a\.yaml: unknown extension of an annotation file\. Expected \.txt"),
     ],
 )
-def test_a_bad_annotation_file_is_told_by_its_line(
+def test_a_bad_annotation_file_is_reported_by_its_line(
     tmp_path: Path, name: str, content: str | bytes, settings: Any, message: str
 ) -> None:
     """Each mistake is one DataError with the file, the line where there is one, and what is expected; exit code 3."""
@@ -129,7 +129,7 @@ def test_a_missing_annotation_file_is_named(tmp_path: Path) -> None:
 def test_an_id_in_two_files_is_found(tmp_path: Path) -> None:
     """Files that are read as one have to have different ids over all."""
     files = [written(tmp_path / f"{i}.jsonl", '{"id": 5}\n') for i in range(2)]
-    with pytest.raises(DataError, match="id '5' is there already"):
+    with pytest.raises(DataError, match="id '5' is also in record 0"):
         FileAnnotationDataset(files, unique="id")
 
 
@@ -147,7 +147,7 @@ def test_a_path_that_leaves_the_root_is_refused(tmp_path: Path, name: Any) -> No
 def test_what_inside_accepts_is_inside(name: str) -> None:
     """A path of any dots and folders is refused, or begins with the root."""
     try:
-        path = inside("/data/pictures", name, "here")
+        path = path_inside("/data/pictures", name, "here")
     except DataError:
         return
     assert path == "/data/pictures" or path.startswith("/data/pictures/")
@@ -184,18 +184,18 @@ def test_a_folder_per_class_is_sorted(tmp_path: Path) -> None:
     ("files", "classes", "message"),
     [
         ([], None, "the split is empty"),
-        (["a/x.png", "A/y.png"], None, "the classes 'A' and 'a' differ in case alone"),
+        (["a/x.png", "A/y.png"], None, "the classes 'A' and 'a' differ only in case"),
         (["a/x.png", "b/y.txt"], None, "/b: the class has no file ending in .jpg"),
-        (["cat/x.png"], ["cats", "dog"], "/cat: no known class. Did you mean 'cats'"),
+        (["cat/x.png"], ["cats", "dog"], "/cat: unknown class. Did you mean 'cats'"),
     ],
 )
-def test_bad_class_folders_are_told(tmp_path: Path, files: list[str], classes: Any, message: str) -> None:
+def test_bad_class_folders_are_reported(tmp_path: Path, files: list[str], classes: Any, message: str) -> None:
     """No folder, an empty one, an unknown class and two that differ in case are DataErrors that name the folder."""
     with pytest.raises(DataError, match=message):
         FolderPerClassDataset(tree(tmp_path, *files), classes)
 
 
-def test_a_missing_folder_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
     """With what was expected there."""
     with pytest.raises(DataError, match=r"none: expected a folder with one folder per class: No such file"):
         FolderPerClassDataset(tmp_path / "none")
@@ -208,17 +208,17 @@ def test_a_missing_folder_is_told(tmp_path: Path) -> None:
     ("text", "settings", "message"),
     [
         ("image,label\nx,1\n", {"columns": ["labels"]}, r"t\.csv: there is no column 'labels'. Did you mean 'label'"),
-        ("id,label\n1,a\n2,b\n1,c\n", {"unique": "id"}, r"t\.csv: record 2, column 'id': .*1.* is there already"),
+        ("id,label\n1,a\n2,b\n1,c\n", {"unique": "id"}, r"t\.csv: record 2, column 'id': .*1.* occurs twice"),
         ("image,label\n", {}, r"t\.csv: the split is empty"),
     ],
 )
-def test_a_bad_table_is_told(tmp_path: Path, text: str, settings: Any, message: str) -> None:
-    """A missing column, an id twice and a table without a row, when the data set is made."""
+def test_a_bad_table_is_reported(tmp_path: Path, text: str, settings: Any, message: str) -> None:
+    """A missing column, an id twice and a table without a row, when the dataset is made."""
     with pytest.raises(DataError, match=message):
         TableAnnotationDataset(written(tmp_path / "t.csv", text), **settings)
 
 
-def test_excel_without_openpyxl_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_excel_without_openpyxl_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message names the file and the package that is missing."""
     pd = pytest.importorskip("pandas")
     pd.DataFrame({"a": [1]}).to_excel(tmp_path / "t.xlsx", index=False)
@@ -253,9 +253,9 @@ def test_a_coco_record_is_an_image_with_its_annotations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("categories"), r"coco\.json: no COCO file: expected 'categories'"),
-        (lambda c: c["images"].append(dict(c["images"][0])), "the image id 10 is there twice"),
-        (lambda c: c["annotations"].append(dict(c["annotations"][0])), "the annotation id 1 is there twice"),
+        (lambda c: c.pop("categories"), r"coco\.json: no COCO file: .* There is no list 'categories'"),
+        (lambda c: c["images"].append(dict(c["images"][0])), "the image id 10 occurs twice"),
+        (lambda c: c["annotations"].append(dict(c["annotations"][0])), "the annotation id 1 occurs twice"),
         (
             lambda c: c["annotations"][0].update(category_id=4),
             "annotation id 1: unknown category id 4. Categories: 3 cat, 7 dog",
@@ -269,15 +269,15 @@ def test_a_coco_record_is_an_image_with_its_annotations(tmp_path: Path) -> None:
         (lambda c: c["annotations"][0].update(bbox=[8, 8, 0, 2]), "annotation id 1: the box .* has no area"),
         (lambda c: c["annotations"][0].update(bbox=[8, 8, 2]), "annotation id 1: expected a box of four finite numbers"),
         (lambda c: c["annotations"][0].update(bbox=[8, 8, 2, True]), "annotation id 1: expected a box of four finite numbers"),
-        (lambda c: c["images"][0].update(width=0), "image id 10: expected a whole number of pixels as 'width', got 0"),
-        (lambda c: c["images"][0].update(file_name="../x.png"), "image id 10: '../x.png' leads out of the data set's root"),
+        (lambda c: c["images"][0].update(width=0), "image id 10: expected a positive integer as 'width', in pixels, got 0"),
+        (lambda c: c["images"][0].update(file_name="../x.png"), "image id 10: '../x.png' leads out of the dataset's root"),
         (lambda c: c["images"][0].pop("file_name"), "image id 10: there is no 'file_name'"),
-        (lambda c: c["images"][0].update(id="x"), "image number 0: expected a whole number as id, got 'x'"),
+        (lambda c: c["images"][0].update(id="x"), "image number 0: expected an integer as id, got 'x'"),
         (lambda c: c.update(images=[], annotations=[]), "the split is empty"),
     ],
 )
-def test_a_bad_coco_file_is_told(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
-    """Each mistake is found when the data set is made, and named by its id."""
+def test_a_bad_coco_file_is_reported(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
+    """Each mistake is found when the dataset is made, and named by its id."""
     path = coco(tmp_path, [thing(1, [1, 2, 3, 4])])
     content = json.loads(path.read_text())
     change(content)
@@ -319,8 +319,8 @@ def replaced(value: Any, place: list[int], new: Any) -> Any:
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=PLACES, new=ODD)
-def test_any_coco_file_is_read_or_told(tmp_path: Path, place: list[int], new: Any) -> None:
-    """Whatever value stands at whatever place, the data set is made or a DataError says why; and then samples can be read."""
+def test_any_coco_file_is_read_or_reported(tmp_path: Path, place: list[int], new: Any) -> None:
+    """Whatever value stands at whatever place, the dataset is made or a DataError says why; and then samples can be read."""
     runs = {"size": [12, 16], "counts": [0, 5, 187]}
     more = {"segmentation": runs, "keypoints": [1, 2, 2] * 3, "iscrowd": 0}
     if not (tmp_path / "coco.json").exists():
@@ -336,13 +336,13 @@ def test_any_coco_file_is_read_or_told(tmp_path: Path, place: list[int], new: An
     for i in range(len(data)):
         try:
             data[i]
-        except (DataError, ValueError) as error:  # a picture that is not there, or not of the size that is written
+        except (DataError, ValueError) as error:  # an image that is not there, or not of the size that is written
             assert "images" in str(error)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=PLACES, new=ODD, many=st.booleans())
-def test_any_list_of_pictures_is_read_or_told(tmp_path: Path, place: list[int], new: Any, many: bool) -> None:
+def test_any_list_of_images_is_read_or_reported(tmp_path: Path, place: list[int], new: Any, many: bool) -> None:
     """The same of records in a JSON file, with one label or several."""
     rows = [{"image": "0.png", "label": ["a", "b"] if many else "a"}, {"image": "1.png", "label": ["a"] if many else "b"}]
     (tmp_path / "a.json").write_text(json.dumps(replaced(rows, place, new)))
@@ -360,7 +360,7 @@ def test_any_list_of_pictures_is_read_or_told(tmp_path: Path, place: list[int], 
     cut=st.integers(0, 30),
     new=st.sampled_from(["", "<", "&x;", "<a/>", "\0", "1e999", "</object>", "x"]),
 )
-def test_any_voc_file_is_read_or_told(tmp_path: Path, at: int, cut: int, new: str) -> None:
+def test_any_voc_file_is_read_or_reported(tmp_path: Path, at: int, cut: int, new: str) -> None:
     """The same of an XML file in which some text stands for another."""
     path = voc(tmp_path, "a", [("cat", (1, 1, 16, 12)), ("dog", (3, 4, 3, 4))])
     text = path.read_text()
@@ -373,7 +373,7 @@ def test_any_voc_file_is_read_or_told(tmp_path: Path, at: int, cut: int, new: st
     assert all(len(o["box"]) == 4 for o in data._get_raw(0)[1]["object"])
 
 
-def test_all_boxes_that_do_not_fit_are_told_together(tmp_path: Path) -> None:
+def test_all_boxes_that_do_not_fit_are_reported_together(tmp_path: Path) -> None:
     """The first one with its numbers, and where the next ones are; in COCO and in VOC."""
     path = coco(tmp_path, [thing(i, [8, 8, 20, 2] if i % 2 else [1, 1, 2, 2]) for i in range(1, 20)])
     with pytest.raises(DataError) as error:
@@ -420,27 +420,27 @@ BOMB = '<!DOCTYPE x [<!ENTITY a "ha"><!ENTITY b "&a;&a;">]>'
         ([], {}, {"more": BOMB}, r"a\.xml, line 1: declares a document type or entity"),
         ([], {}, {"more": '<!DOCTYPE x SYSTEM "file:///etc/passwd">'}, "declares a document type"),
         ([], {}, {"more": "<open>"}, r"a\.xml, line 1: no XML"),
-        ([], {"names": ["a", "a"]}, {}, "the name 'a' is there twice"),
+        ([], {"names": ["a", "a"]}, {}, "the name 'a' occurs twice"),
         ([], {"names": []}, {}, "the split is empty"),
-        ([], {"names": ["../a"]}, {}, "leads out of the data set's root"),
+        ([], {"names": ["../a"]}, {}, "leads out of the dataset's root"),
         ([], {"names": ["zz"]}, {}, r"zz\.xml: cannot be read"),
     ],
 )
-def test_a_bad_voc_file_is_told(tmp_path: Path, objects: Any, settings: Any, xml: Any, message: str) -> None:
-    """Each mistake is found when the data set is made, and named by its file and object; entities are never expanded."""
+def test_a_bad_voc_file_is_reported(tmp_path: Path, objects: Any, settings: Any, xml: Any, message: str) -> None:
+    """Each mistake is found when the dataset is made, and named by its file and object; entities are never expanded."""
     voc(tmp_path, "a", objects, **xml)
     with pytest.raises(DataError, match=message):
         VocAnnotationDataset(tmp_path / "JPEGImages", tmp_path / "Annotations", **settings)
 
 
 def test_deep_and_foreign_xml_is_refused(tmp_path: Path) -> None:
-    """Nesting has a limit; a file without <annotation> and one without its picture are told."""
+    """Nesting has a limit; a file without <annotation> and one without its image are reported."""
     encoded = '<?xml version="1.0" encoding="{}"?><annotation/>'
     cases = {
         "<a>" * 100: "nested deeper than 64",
         "<a/>": "no VOC file",
-        encoded.format("martian"): "line 1: unknown encoding: martian; save the file as UTF-8",
-        encoded.format("utf-7"): "save the file as UTF-8",
+        encoded.format("martian"): "line 1: unknown encoding: martian. Save the file as UTF-8",
+        encoded.format("utf-7"): "Save the file as UTF-8",
     }
     for content, message in cases.items():
         written(tmp_path / "Annotations" / "a.xml", content)
@@ -449,7 +449,7 @@ def test_deep_and_foreign_xml_is_refused(tmp_path: Path) -> None:
             VocAnnotationDataset(tmp_path / "JPEGImages", tmp_path / "Annotations")
     voc(tmp_path, "a", []).with_name("a.xml")
     (tmp_path / "JPEGImages" / "a.png").unlink()
-    with pytest.raises(DataError, match=r"there is no picture a\.jpg"):
+    with pytest.raises(DataError, match=r"there is no image a\.jpg"):
         VocAnnotationDataset(tmp_path / "JPEGImages", tmp_path / "Annotations")
 
 
@@ -527,17 +527,17 @@ def test_formats_agree_with_torchvision(form: Any) -> None:
     from torchvision.ops import box_convert
 
     boxes = torch.tensor([[1.0, 2.0, 5.0, 9.0], [0.0, 0.0, 16.0, 12.0]])
-    torch.testing.assert_close(converted(boxes, form), box_convert(boxes, "xyxy", form))
+    torch.testing.assert_close(convert_boxes(boxes, form), box_convert(boxes, "xyxy", form))
     scale = torch.tensor([16.0, 12.0, 16.0, 12.0])
-    torch.testing.assert_close(converted(boxes, form, (12, 16)), box_convert(boxes, "xyxy", form) / scale)
-    assert checked_box(converted(boxes, form)[0].tolist(), (12, 16), "error", "here", form=form) == (1, 2, 5, 9)
+    torch.testing.assert_close(convert_boxes(boxes, form, (12, 16)), box_convert(boxes, "xyxy", form) / scale)
+    assert checked_box(convert_boxes(boxes, form)[0].tolist(), (12, 16), "error", "here", form=form) == (1, 2, 5, 9)
 
 
 # Lists and streams
 
 
 def test_a_list_is_a_storage() -> None:
-    """Anything with a length and an index; an empty one or an iterable is told."""
+    """Anything with a length and an index; an empty one or an iterable is reported."""
     assert raws(ListDataset(["a", "b"])) == ["a", "b"]
     with pytest.raises(DataError, match="the split is empty"):
         ListDataset([])
@@ -577,7 +577,7 @@ def test_a_stream_is_read_forward_once_an_epoch() -> None:
 
 
 def test_a_stream_of_an_iterable_dataset_counts_itself() -> None:
-    """torch's IterableDataset is a source; its size is counted when it is not said."""
+    """torch's IterableDataset is a source; its size is counted when it is not given."""
 
     class Squares(torch.utils.data.IterableDataset[int]):
         def __iter__(self) -> Iterator[int]:
@@ -602,15 +602,15 @@ def test_a_source_that_divides_itself_is_read_whole_by_each_worker() -> None:
         assert [n for batch in data.epoch(0) for n in batch["input"].tolist()] == list(range(40))
 
 
-def test_what_is_no_stream_is_told() -> None:
+def test_what_is_no_stream_is_reported() -> None:
     """An iterator, an empty source, one that ends early, and random order."""
-    with pytest.raises(DataError, match="an iterator can be read once"):
+    with pytest.raises(DataError, match="an iterator can be read only once"):
         Numbers(iter(range(3)))
     with pytest.raises(DataError, match="the split is empty"):
         Numbers([])
     with pytest.raises(DataError, match="the source ended before its item 5"):
         raws(Numbers(range(3), size=5))
-    data = Numbers(range(1000), behind=4)
-    with pytest.raises(DataError, match="set shuffle=False"):
+    data = Numbers(range(1000), buffer_size=4)
+    with pytest.raises(DataError, match="Set shuffle=False"):
         for i in torch.randperm(1000, generator=torch.Generator().manual_seed(0)).tolist():
             data._get_raw(i)

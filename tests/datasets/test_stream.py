@@ -34,7 +34,7 @@ class Noisy(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         if index in self.bad:
-            raise OSError("truncated\x1b[31m picture")
+            raise OSError("truncated\x1b[31m image")
         noise = [torch.rand(()), torch.tensor(random.random()), torch.tensor(np.random.rand())]
         return {"id": index, "noise": torch.stack(noise), "name": f"n{index}", "nested": {"y": (index / 2, np.float64(1))}}
 
@@ -237,7 +237,7 @@ def test_bad_samples_are_replaced_and_listed_once(workers: int) -> None:
     assert (bad.sample, bad.kind) == (7, "OSError")
     assert lines[1:] == ["data: 1 of 100 samples were bad so far (1 OSError)."]
     assert "sample 7 is bad" in lines[0]
-    assert "truncated\\x1b[31m picture (test_stream.py:" in lines[0]
+    assert "truncated\\x1b[31m image (test_stream.py:" in lines[0]
     short = [b["id"] for b in stream(Noisy(100, bad=(7,)), 8, pad=False, report=lines.append).epoch(0)]
     assert sum(map(len, short)) == 100
     assert 7 not in torch.cat(short)
@@ -255,7 +255,7 @@ def test_a_batch_of_bad_samples_has_weight_zero() -> None:
         (Noisy(400, bad=tuple(range(0, 400, 50))), "more than 4 of 400 samples are bad"),
         (Noisy(9999, bad=tuple(range(16, 60))), "no sample of this batch can be read"),
         (Noisy(2000, bad=tuple(range(16))), "every sample so far failed in the same way"),
-        ([torch.zeros(i) for i in range(1, 9)], "need a collate_fn that pads them"),
+        ([torch.zeros(i) for i in range(1, 9)], "set a collate_fn that pads them"),
         (["text"] * 8, "8 wrong_type"),
     ],
     ids=["too many", "all", "programming error", "ragged", "no sample"],
@@ -297,8 +297,8 @@ print(*(worker.pid for worker in multiprocessing.active_children()))
 """
 
 
-def test_workers_outlive_a_signal_and_not_the_host() -> None:
-    """A signal to the process group leaves the workers to the host; at its exit they are gone, and nothing waits for them."""
+def test_workers_outlive_a_signal_and_not_the_main_process() -> None:
+    """A signal to the process group leaves the workers to the main process. They end at its exit, and nothing waits for them."""
     script = SURVIVES.format(tests=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -46,7 +46,7 @@ from ailab.datasets import (
     read_image,
     read_label_map,
 )
-from ailab.datasets.files.rle import decoded
+from ailab.datasets.files.rle import decode_mask
 from ailab.errors import DataError
 
 CLASSES = ["cat", "dog"]
@@ -214,7 +214,7 @@ class Linked(GraphTask):
 
 
 def expected() -> dict[type, dict[str, Tensor]]:
-    """What each task makes of the record, said once more by hand."""
+    """What each task makes of the record, written once more by hand."""
     semantic, instance = (m.long() for m in maps())
     image, dog = pixels(), torch.tensor(1)
     wave, text = (torch.arange(-8, 8)[None] / 16), torch.tensor([110, 195, 169])
@@ -252,7 +252,7 @@ FLAT = [Classified, MultiLabelled, Segmented, Panoptic, Filmed, Sounded, Spoken,
 
 
 def composed(storage: str, task: type, folder: Path) -> Any:
-    """A data set of two equal records."""
+    """A dataset of two equal records."""
     rows = [record(folder)] * 2
     if storage in ("json", "jsonl"):
         text = json.dumps(rows) if storage == "json" else "\n".join(map(json.dumps, rows))
@@ -290,7 +290,7 @@ def test_a_record_becomes_a_sample(storage: str, task: Any, tmp_path: Path) -> N
 
 
 def test_a_folder_per_class_holds_anything(tmp_path: Path) -> None:
-    """Pictures, clips, sounds, texts and series, by the task and the endings."""
+    """Images, clips, sounds, texts and series, by the task and the endings."""
     for kind, label in (("cat", 0), ("dog", 1)):
         picture(tmp_path / "p" / kind / "x.png", pixels(label))
         for i in range(2):
@@ -358,7 +358,7 @@ class Shown(CocoAnnotationDataset):
         return [[a["keypoints"][i : i + 3] for i in range(0, 9, 3)] for a in raw[2]]
 
     def load_masks(self, raw: Any) -> Any:
-        return torch.stack([decoded(a["segmentation"], (H, W), "here") for a in raw[2]])
+        return torch.stack([decode_mask(a["segmentation"], (H, W), "here") for a in raw[2]])
 
     def load_mask(self, raw: Any) -> Any:
         return self.load_masks(raw).long().amax(0)
@@ -370,7 +370,7 @@ class Shown(CocoAnnotationDataset):
 
 
 def test_every_vision_task_reads_coco(tmp_path: Path) -> None:
-    """Detection, instances, keypoints, semantic and panoptic maps, and several labels of one picture, out of one file."""
+    """Detection, instances, keypoints, semantic and panoptic maps, and several labels of one image, out of one file."""
     square = {"size": [H, W], "counts": [0, 5, H * W - 5]}  # the first five pixels down the first column
     more = {"keypoints": [1, 2, 2, 3, 4, 1, 0, 0, 0], "segmentation": square}
     path = coco(tmp_path, [thing(1, [1, 2, 3, 4], **more), thing(2, [0, 0, 2, 2], category=7, **more)], images=1)
@@ -391,7 +391,7 @@ def test_every_vision_task_reads_coco(tmp_path: Path) -> None:
 
 
 def test_vision_tasks_read_voc(tmp_path: Path) -> None:
-    """Detection, several labels of one picture, and a map beside the picture."""
+    """Detection, several labels of one image, and a map beside the image."""
     voc(tmp_path, "a", [("dog", (2, 3, 4, 6))])
     picture(tmp_path / "SegmentationClass" / "a.png", maps()[0])
 
@@ -448,7 +448,7 @@ def test_a_data_set_is_a_few_lines_and_its_fields_have_any_name(tmp_path: Path) 
         (Classified, {"label": "dgo"}, "unknown class 'dgo'. Did you mean 'dog'"),
         (Classified, {"label": 2}, "there is no class 2; there are 2"),
         (Classified, {"label": -1}, "there is no class -1"),
-        (Classified, {"label": 0.5}, "expected the index of a class, got float 0.5"),
+        (Classified, {"label": 0.5}, "expected a class index, got float 0.5"),
         (MultiLabelled, {"labels": "cat cow"}, "unknown class 'cow'"),
         (Valued, {"value": float("nan")}, "the target is not finite"),
         (Valued, {"value": "high"}, "load_target: expected a tensor, .* got str"),
@@ -459,7 +459,7 @@ def test_a_data_set_is_a_few_lines_and_its_fields_have_any_name(tmp_path: Path) 
         (Timed, {"series": []}, r"load_series: expected \(T, C\)"),
         (Spoken, {"text": "naz"}, r"the character 'z' \(at 2\) is not in the alphabet of 4"),
         (Read, {"text": 3}, "expected text, got int 3"),
-        (Linked, {"edges": [[0, 3]]}, "an edge goes to node 3 or 0 of 3"),
+        (Linked, {"edges": [[0, 3]]}, "expected node indices from 0 to 2 in the edges, got 0 to 3"),
         (Linked, {"nodes": [1, 2]}, r"expected nodes \(N, F\)"),
     ],
 )
@@ -470,22 +470,22 @@ def test_what_a_loader_gives_is_checked(task: Any, change: Any, message: str, tm
         data[0]
 
 
-def test_a_mask_has_the_classes_and_the_size_of_its_picture(tmp_path: Path) -> None:
-    """255 is no class; another number beyond the classes, and a map of another size, are told."""
+def test_a_mask_has_the_classes_and_the_size_of_its_image(tmp_path: Path) -> None:
+    """255 is no class; another number beyond the classes, and a map of another size, are reported."""
     raw = record(tmp_path)
     data = type("Data", (ListDataset, Segmented), {})([raw])
     picture(tmp_path / "semantic.png", torch.full((H, W), 255, dtype=torch.uint8))
     assert data[0]["mask"].unique().tolist() == [255]
     picture(tmp_path / "semantic.png", torch.full((H, W), 7, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="the mask has the class 7; there are 2"):
+    with pytest.raises(ValueError, match="the mask has the class 7; expected 0 to 1"):
         data[0]
     picture(tmp_path / "semantic.png", torch.zeros(H, W + 1, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"expected a map of the picture's \(12, 16\) pixels, got \(12, 17\)"):
+    with pytest.raises(ValueError, match=r"expected a map of the image's \(12, 16\) pixels, got \(12, 17\)"):
         data[0]
 
 
 def test_label_maps_of_every_mode(tmp_path: Path) -> None:
-    """A palette gives indices, 16 bits their values, colours COCO's panoptic numbers; a mode without classes is told."""
+    """A palette gives indices, 16 bits their values, colours COCO's panoptic numbers; a mode without classes is reported."""
     import numpy as np
     from PIL import Image
 
@@ -504,7 +504,7 @@ def test_label_maps_of_every_mode(tmp_path: Path) -> None:
     Image.new("CMYK", (4, 4)).save(tmp_path / "c.tif")
     whole = (tmp_path / "p.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[:-40])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     cases = {"c.tif": "unsupported_mode", "none.png": "missing", "cut.png": "truncated", "text.png": "corrupt", "p.png": "bomb"}
     for name, kind in cases.items():
         with pytest.raises(BadFile, match=name) as error:
@@ -526,7 +526,7 @@ def test_wav_samples_of_every_width(tmp_path: Path, width: int) -> None:
     assert read_audio(path, start=9)[0].shape == (2, 0)
 
 
-def test_flac_is_read_by_soundfile_and_told_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flac_is_read_by_soundfile_and_reported_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same samples as WAV; WAV with floats too; without the package, a message that says what to install."""
     import sys
 
@@ -547,7 +547,7 @@ def test_flac_is_read_by_soundfile_and_told_without_it(tmp_path: Path, monkeypat
             read_audio(tmp_path / name)
 
 
-def test_a_damaged_wav_is_told(tmp_path: Path) -> None:
+def test_a_damaged_wav_is_reported(tmp_path: Path) -> None:
     """Empty, foreign, cut in the header or in the sound, and missing: by kind."""
     whole = sound(tmp_path / "x.wav", torch.arange(100)[None]).read_bytes()
     cases = {b"": "truncated", b"text" * 20: "corrupt", whole[:30]: "truncated", whole[:100]: "truncated"}
@@ -561,7 +561,7 @@ def test_a_damaged_wav_is_told(tmp_path: Path) -> None:
 
 
 def test_frames_are_spread_over_a_clip(tmp_path: Path) -> None:
-    """Evenly, by name; an empty folder and frames of two sizes are told."""
+    """Evenly, by name; an empty folder and frames of two sizes are reported."""
     for i in range(10):
         picture(tmp_path / f"{i}.png", torch.full((3, 4, 4), i, dtype=torch.uint8))
     assert read_frames(tmp_path, 5)[:, 0, 0, 0].tolist() == [1, 3, 5, 7, 9]
@@ -579,8 +579,8 @@ def test_vocabularies_read_back_what_they_write() -> None:
     for vocabulary, text in ((ByteVocabulary(), "näive\n語"), (ByteVocabulary(), ""), (CharVocabulary(["ab", "c"]), "cab")):
         tokens = vocabulary.encode(text)
         assert tokens.dtype == torch.int64
-        assert vocabulary.decode(tokens) == vocabulary.decode(vocabulary.marked(tokens)) == text
-        assert int(vocabulary.marked(tokens).max()) < len(vocabulary)
+        assert vocabulary.decode(tokens) == vocabulary.decode(vocabulary.with_special_tokens(tokens)) == text
+        assert int(vocabulary.with_special_tokens(tokens).max()) < len(vocabulary)
 
 
 @settings(max_examples=40)

@@ -23,13 +23,13 @@ from ailab.datasets import (
     build_transform,
 )
 from ailab.datasets.tasks.objects import ObjectsTask
-from ailab.datasets.transforms.pipeline import transformed
+from ailab.datasets.transforms.pipeline import apply_transform
 from ailab.errors import ConfigError
 from ailab.registry import COLLATES, DATASETS
 
 
 def marked(h: int, w: int, box: tuple[int, int, int, int], value: int = 200) -> dict[str, Any]:
-    """A black picture with one bright rectangle, which is its box, its mask and whose corner is its point."""
+    """A black image with one bright rectangle, which is its box, its mask and whose corner is its point."""
     x0, y0, x1, y1 = box
     image = torch.zeros(3, h, w, dtype=torch.uint8)
     image[:, y0:y1, x0:x1] = value
@@ -53,7 +53,7 @@ class Marked(ListDataset, ObjectsTask):
 
 
 def bright_box(image: Tensor) -> list[int]:
-    """Of what is bright in a picture: x0, y0, x1, y1."""
+    """Of what is bright in an image: x0, y0, x1, y1."""
     ys, xs = (image[0] > 100).nonzero(as_tuple=True)
     return [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
 
@@ -71,7 +71,7 @@ SPECS = {
 
 @pytest.mark.parametrize("name", SPECS)
 def test_boxes_masks_and_points_stay_on_the_object(name: str) -> None:
-    """After any transform of torchvision by its own name, the box and the mask are those of what is seen in the picture."""
+    """After any transform of torchvision by its own name, the box and the mask are those of what is seen in the image."""
     torch.manual_seed(1)
     sample = Marked([marked(24, 36, (12, 8, 22, 18))], SPECS[name])[0]
     assert type(sample["image"]) is type(sample["boxes"]) is Tensor
@@ -101,7 +101,7 @@ def test_an_object_that_is_cut_away_is_gone() -> None:
     assert torch.equal(Marked([both])[0]["boxes"], both["boxes"])
 
 
-def test_a_transform_that_leaves_fields_of_different_length_is_told() -> None:
+def test_a_transform_that_leaves_fields_of_different_length_is_reported() -> None:
     """Rows that no longer belong together are a bad sample, not a silent one."""
 
     def broken(sample: Any) -> Any:
@@ -114,7 +114,7 @@ def test_a_transform_that_leaves_fields_of_different_length_is_told() -> None:
 @pytest.mark.parametrize("form", ["xyxy", "xywh", "cxcywh"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_boxes_come_in_the_format_asked_for(form: Any, normalize: bool) -> None:
-    """Of the picture that is delivered, after the transform."""
+    """Of the image that is delivered, after the transform."""
     from torchvision.ops import box_convert
 
     class Data(Marked, DetectionTask):
@@ -132,7 +132,7 @@ def test_boxes_come_in_the_format_asked_for(form: Any, normalize: bool) -> None:
 @settings(max_examples=30)
 @given(st.integers(4, 60), st.integers(4, 60), st.integers(8, 64), st.integers(8, 64), st.booleans())
 def test_letterbox_keeps_the_aspect(h: int, w: int, to_h: int, to_w: int, up: bool) -> None:
-    """The result has the size asked for, the whole picture is on it, evenly padded, its aspect right to a pixel."""
+    """The result has the size asked for, the whole image is on it, evenly padded, its aspect right to a pixel."""
     box = LetterBox((to_h, to_w), fill=7, scale_up=up)
     kinds = {"image": "image", "boxes": "boxes", "map": "mask"}
     sample = {
@@ -140,7 +140,7 @@ def test_letterbox_keeps_the_aspect(h: int, w: int, to_h: int, to_w: int, up: bo
         "boxes": torch.tensor([[0.0, 0, w, h]]),
         "map": torch.ones(h, w, dtype=torch.int64),
     }
-    out = transformed(build_transform(box), sample, kinds)  # type: ignore[arg-type]
+    out = apply_transform(build_transform(box), sample, kinds)  # type: ignore[arg-type]
     assert out["image"].shape == (3, to_h, to_w)
     x0, y0, x1, y1 = bright_box(out["image"])
     torch.testing.assert_close(out["boxes"][0], torch.tensor([x0, y0, x1, y1], dtype=torch.float32), atol=1e-3, rtol=0)
@@ -155,7 +155,7 @@ def test_letterbox_keeps_the_aspect(h: int, w: int, to_h: int, to_w: int, up: bo
 
 
 def test_a_mosaic_is_four_pictures_with_their_objects() -> None:
-    """Each box that is left is around the bright rectangle of its own picture; masks and points are where the boxes are."""
+    """Each box that is left is around the bright rectangle of its own image; masks and points are where the boxes are."""
     data = Marked(
         [marked(30, 30, (6, 6, 18, 18), value=110 + 10 * i) for i in range(8)], [{"type": "Mosaic", "size": 64, "fill": 0}]
     )
@@ -210,11 +210,11 @@ def test_left_and_right_change_places_in_a_flip() -> None:
     kinds = {"image": "image", "keypoints": "keypoints"}
     flip = build_transform(KeypointFlip([(1, 2)], p=1.0))
     assert flip is not None
-    out = transformed(flip, sample, kinds)
+    out = apply_transform(flip, sample, kinds)
     assert torch.equal(out["image"], sample["image"].flip(-1))
     assert out["keypoints"].tolist() == [[[8, 1], [3, 3], [7, 3]]]
     assert out["visible"].tolist() == [[2, 0, 1]]
-    back = transformed(flip, out, kinds)
+    back = apply_transform(flip, out, kinds)
     assert all(torch.equal(back[n], sample[n]) for n in sample)
 
 
@@ -242,20 +242,20 @@ def test_randaugment_and_friends_are_torchvisions() -> None:
         [{"type": "RandomApply", "transforms": [{"type": "GaussianBlur", "kernel_size": 3}]}],
     ],
 )
-def test_a_picture_alone_is_transformed_as_one_in_a_dict(spec: list[Any]) -> None:
-    """The short way for samples with one picture and nothing to move with it gives the same bits, and leaves the label."""
+def test_the_fast_path_for_one_image_equals_the_path_for_a_dict(spec: list[Any]) -> None:
+    """The short way for samples with one image and nothing to move with it gives the same bits, and leaves the label."""
     short, long = build_transform(spec), build_transform([*spec, lambda sample: sample])
     assert short is not None
     assert long is not None
-    assert short.alone is not None
-    assert long.alone is None
+    assert short.image_steps is not None
+    assert long.image_steps is None
     as_decoded = pixels(0, 75, 100).permute(1, 2, 0).contiguous().permute(2, 0, 1)  # pixel by pixel in memory
     for seed, picture in product(range(5), (pixels(0, 20, 20), as_decoded)):
         sample = {"input": picture, "target": torch.tensor([0.0, 1.0])}
         made = []
         for pipeline in (short, long):
             torch.manual_seed(seed)
-            made.append(transformed(pipeline, sample, {"input": "image"}))
+            made.append(apply_transform(pipeline, sample, {"input": "image"}))
         assert type(made[0]["input"]) is Tensor
         assert torch.equal(made[0]["input"], made[1]["input"])
         assert torch.equal(made[0]["target"], sample["target"])
@@ -263,10 +263,10 @@ def test_a_picture_alone_is_transformed_as_one_in_a_dict(spec: list[Any]) -> Non
 
 @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.2, 0.25), (4.0, 5.0)])
 @pytest.mark.parametrize("size", [(375, 500), (30, 400), (400, 30), (64, 80)])
-def test_the_crop_of_a_picture_alone_is_torchvisions(ratio: tuple[float, float], size: tuple[int, int]) -> None:
+def test_the_crop_of_the_fast_path_is_torchvisions(ratio: tuple[float, float], size: tuple[int, int]) -> None:
     """Every draw and every bit, where no crop fits, too, and after a transform was changed; what is drawn next is the same.
 
-    The picture is not written to.
+    The image is not written to.
     """
     from torchvision.transforms import v2
 
@@ -282,7 +282,7 @@ def test_the_crop_of_a_picture_alone_is_torchvisions(ratio: tuple[float, float],
         theirs = steps[1](steps[0](picture))
         after = torch.rand(1)
         torch.manual_seed(seed)
-        ours = transformed(pipeline, {"input": picture}, {"input": "image"})["input"]
+        ours = apply_transform(pipeline, {"input": picture}, {"input": "image"})["input"]
         assert torch.equal(ours, theirs)
         assert torch.equal(torch.rand(1), after)
         ours.zero_()
@@ -294,7 +294,7 @@ def test_a_video_is_transformed_alike_in_every_frame() -> None:
     frames = torch.arange(20 * 20, dtype=torch.int32).view(1, 1, 20, 20).expand(4, 3, 20, 20).clone().to(torch.uint8)
     crop = build_transform({"type": "RandomCrop", "size": 5})
     assert crop is not None
-    out = transformed(crop, {"frames": frames}, {"frames": "video"})["frames"]
+    out = apply_transform(crop, {"frames": frames}, {"frames": "video"})["frames"]
     assert out.shape == (4, 3, 5, 5)
     assert all(torch.equal(out[0], frame) for frame in out)
 
@@ -315,7 +315,7 @@ def test_a_video_is_transformed_alike_in_every_frame() -> None:
         ([3], "transform.0: expected dict"),
     ],
 )
-def test_a_transform_that_does_not_exist_is_told(spec: Any, message: str) -> None:
+def test_a_transform_that_does_not_exist_is_reported(spec: Any, message: str) -> None:
     """With its place in the list, the nearest name and what it takes."""
     with pytest.raises(ConfigError, match=message):
         build_transform(spec)
@@ -337,8 +337,8 @@ def test_transforms_are_checked_with_the_cfg() -> None:
 
 
 def test_a_transform_has_to_give_a_dict() -> None:
-    """A callable is given all fields, and what is no dict is told; a mix of samples needs others."""
-    with pytest.raises(TypeError, match="gave Image for a dict of fields"):
+    """A callable is given all fields, and what is no dict is reported; a mix of samples needs others."""
+    with pytest.raises(TypeError, match="returned Image; expected a dict of fields"):
         Marked([marked(8, 8, (1, 1, 4, 4))], lambda s: s["image"])[0]
     with pytest.raises(TypeError, match="Mosaic mixes samples"):
         build_transform(Mosaic(8))({})  # type: ignore[misc]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ailab import tree
-from ailab.datasets.stream.transport import Inbox, Outbox, Parcel
+from ailab.datasets.stream.transport import BatchMessage, BatchReceiver, BatchSender
 
 NEST: dict[str, Any] = {
     "plain": torch.arange(24.0).view(2, 3, 4),
@@ -42,63 +42,66 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def sent(outbox: Outbox, batch: dict[str, Any], lap: int) -> Parcel:
-    outbox.begin(lap)
-    return outbox.pack(batch)
+def sent(sender: BatchSender, batch: dict[str, Any], iteration: int) -> BatchMessage:
+    sender.start(iteration)
+    return sender.pack(batch)
 
 
 def test_a_batch_arrives_as_it_was() -> None:
     """Values, dtypes, shapes and strides of every leaf, whether it lies in the memory or not."""
-    parcel = sent(Outbox(), NEST, 1)
-    moved = [list(tree.items(NEST))[i][0] for i in parcel.layouts]
+    message = sent(BatchSender(), NEST, 1)
+    moved = [list(tree.items(NEST))[i][0] for i in message.layouts]
     assert moved == ["plain", "odd", "nested.flag", "nested.list.0", "nested.half", "pixels", "complex", "tracked"]
-    arrived = Inbox(pin=False).open(parcel)
+    arrived = BatchReceiver(pin=False).unpack(message)
     for (path, left), (name, got) in zip(tree.items(NEST), tree.items(arrived), strict=True):
         assert path == name and same(left, got), path
 
 
-def test_what_was_written_to_lent_memory_is_not_moved() -> None:
-    """A batch as large as the last one is made where it is sent from; a larger one, and what was not lent, arrives as well."""
-    outbox, inbox = Outbox(), Inbox(pin=False)
-    for rows, lent in ((5000, False), (5000, True), (50, True), (5000, True), (40_000, False), (40_000, True)):
-        outbox.begin(1)
-        first, second = (outbox.room((rows, 3), d) for d in (torch.uint8, torch.float64))
+def test_what_was_allocated_in_the_buffer_is_not_copied() -> None:
+    """A batch as large as the last one is made in its buffer; a larger one, and what was not allocated there, arrives as well."""
+    sender, receiver = BatchSender(), BatchReceiver(pin=False)
+    for rows, inside in ((5000, False), (5000, True), (50, True), (5000, True), (40_000, False), (40_000, True)):
+        sender.start(1)
+        first, second = (sender.allocate((rows, 3), d) for d in (torch.uint8, torch.float64))
         batch = {"a": first.fill_(rows % 255), "own": torch.full((rows,), 2.0), "b": second.fill_(rows)}
         wanted = tree.clone(batch)
-        parcel = outbox.pack(batch)
-        memory = outbox._memories[parcel.number]
-        assert [parcel.layouts[i].of(memory).data_ptr() == t.data_ptr() for i, t in ((0, first), (2, second))] == [lent, lent]
-        arrived = inbox.open(parcel)
+        message = sender.pack(batch)
+        buffer = sender._buffers[message.number]
+        assert [message.layouts[i].of(buffer).data_ptr() == t.data_ptr() for i, t in ((0, first), (2, second))] == [
+            inside,
+            inside,
+        ]
+        arrived = receiver.unpack(message)
         assert all(same(arrived[n], wanted[n]) for n in wanted)
 
 
 def test_memory_is_used_again_once_it_is_copied_out() -> None:
     """Not before: what is under way keeps its values."""
-    outbox, inbox = Outbox(), Inbox(pin=False)
-    first, second = (sent(outbox, {"x": torch.full((4,), n)}, 1) for n in (1.0, 2.0))
+    sender, receiver = BatchSender(), BatchReceiver(pin=False)
+    first, second = (sent(sender, {"x": torch.full((4,), n)}, 1) for n in (1.0, 2.0))
     assert first.number != second.number
-    one = inbox.open(first)
-    third = sent(outbox, {"x": torch.full((4,), 3.0)}, 1)
-    assert third.number == first.number and third.memory is None, "the host has it, so it is not sent again"
-    assert [v["x"][0].item() for v in (one, inbox.open(second), inbox.open(third))] == [1, 2, 3]
+    one = receiver.unpack(first)
+    third = sent(sender, {"x": torch.full((4,), 3.0)}, 1)
+    assert third.number == first.number and third.buffer is None, "the main process has mapped it, so it is not sent again"
+    assert [v["x"][0].item() for v in (one, receiver.unpack(second), receiver.unpack(third))] == [1, 2, 3]
 
 
 def test_larger_batches_take_the_place_of_smaller_ones() -> None:
     """Ragged batches do not pile up memories."""
-    outbox, inbox = Outbox(), Inbox(pin=False)
+    sender, receiver = BatchSender(), BatchReceiver(pin=False)
     for rows in (10, 100_000, 20, 200_000, 3):
-        parcel = sent(outbox, {"x": torch.full((rows,), float(rows))}, 1)
-        assert parcel.number == 0 and (inbox.open(parcel)["x"] == rows).all()
+        message = sent(sender, {"x": torch.full((rows,), float(rows))}, 1)
+        assert message.number == 0 and (receiver.unpack(message)["x"] == rows).all()
 
 
-def test_what_was_given_up_is_free_in_the_next_lap() -> None:
-    """Parcels that the host never opened cost no memory, and their memory is sent again."""
-    outbox, inbox = Outbox(), Inbox(pin=False)
+def test_buffers_of_dropped_batches_are_free_in_the_next_iteration() -> None:
+    """Messages that were never unpacked cost no memory, and their buffers are sent again."""
+    sender, receiver = BatchSender(), BatchReceiver(pin=False)
     for _ in range(3):
-        sent(outbox, {"x": torch.zeros(4)}, 1)
-    numbers = [sent(outbox, {"x": torch.full((4,), float(n))}, 2) for n in range(3)]
+        sent(sender, {"x": torch.zeros(4)}, 1)
+    numbers = [sent(sender, {"x": torch.full((4,), float(n))}, 2) for n in range(3)]
     assert sorted(p.number for p in numbers) == [0, 1, 2]
-    assert [inbox.open(p)["x"][0].item() for p in numbers] == [0, 1, 2]
+    assert [receiver.unpack(p)["x"][0].item() for p in numbers] == [0, 1, 2]
 
 
 def _shared_bytes() -> int:
@@ -160,23 +163,23 @@ def full_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_shared_memory_batches_go_through_the_pipe() -> None:
     """They arrive as they were, and nothing is kept of them."""
     plain = {n: v for n, v in NEST.items() if n not in ("turned", "conjugate", "empty", "sparse")}
-    outbox, inbox = Outbox(), Inbox(pin=False)
+    sender, receiver = BatchSender(), BatchReceiver(pin=False)
     for _ in range(2):
-        parcel = pickle.loads(pickle.dumps(sent(outbox, plain, 1)))
-        assert parcel.number == -1
-        arrived = inbox.open(parcel)
+        message = pickle.loads(pickle.dumps(sent(sender, plain, 1)))
+        assert message.number == -1
+        arrived = receiver.unpack(message)
         assert all(same(a, b) for a, b in zip(tree.leaves(plain), tree.leaves(arrived), strict=True))
-    assert not outbox._memories and not inbox._memories
+    assert not sender._buffers and not receiver._buffers
     whole = list(stream(Noisy(11)).epoch(0))
     assert equal(list(stream(Noisy(11), num_workers=2, multiprocessing_context="fork").epoch(0)), whole)
 
 
 def test_a_parcel_says_where_it_comes_from() -> None:
     """Two processes number their memories alike."""
-    inbox = Inbox(pin=False)
-    mine = sent(Outbox(), {"x": torch.ones(3)}, 1)
-    other = Parcel(mine.process + 1, mine.number, torch.zeros_like(mine.memory), mine.batch, mine.layouts)  # pyright: ignore
-    assert inbox.open(other)["x"].sum() == 0 and inbox.open(mine)["x"].sum() == 3
+    receiver = BatchReceiver(pin=False)
+    mine = sent(BatchSender(), {"x": torch.ones(3)}, 1)
+    other = BatchMessage(mine.process + 1, mine.number, torch.zeros_like(mine.buffer), mine.batch, mine.layouts)  # pyright: ignore
+    assert receiver.unpack(other)["x"].sum() == 0 and receiver.unpack(mine)["x"].sum() == 3
 
 
 @counts_mapped_memory

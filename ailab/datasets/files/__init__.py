@@ -1,1 +1,1 @@
-"""One file at a time: pictures, sound, video, run-length masks, boxes, vocabularies; and the cache of what was decoded."""
+"""File formats: images, audio, video, run-length encoded masks, bounding boxes, vocabularies, and the cache of decoded images."""

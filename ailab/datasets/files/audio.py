@@ -1,4 +1,4 @@
-"""Sound from files, as float tensors."""
+"""Audio files as float tensors."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ from torch import Tensor
 from ailab.datasets.files.bad_file import BadFile
 from ailab.errors import DataError
 
-SOUNDS = (".wav", ".flac", ".ogg", ".aiff", ".aif")
+AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".aiff", ".aif")
 
 
-class Sound(NamedTuple):
-    """What the header of a file says."""
+class AudioInfo(NamedTuple):
+    """The header of an audio file."""
 
-    frames: int
+    frames: int  # length; a frame has one value per channel
     rate: int  # frames per second
     channels: int
 
 
-def sound_info(path: str | Path) -> Sound:
-    """The length, rate and channels of a file, from its header.
+def audio_info(path: str | Path) -> AudioInfo:
+    """The length, sample rate and channels of an audio file. Only its header is read.
 
     Raises:
-        BadFile: as `read_audio`.
+        BadFile: As `read_audio`.
     """
-    return _opened(path, 0, 0)[1]
+    return _read(path, 0, 0)[1]
 
 
 def read_audio(path: str | Path, *, start: int = 0, frames: int = -1) -> tuple[Tensor, int]:
-    """A sound as (C, T) float32 in [-1, 1], and its rate in frames per second. Only the part asked for is read.
+    """Read an audio file: the samples as (C, T) float32 in [-1, 1], and the sample rate in frames per second.
 
-    WAV files with 8, 16, 24 or 32-bit integers are read by Python itself; FLAC, Ogg, AIFF and WAV with floats by the package
-    soundfile.
+    WAV files of 8, 16, 24 or 32-bit integers need no package. FLAC, Ogg, AIFF and WAV files of floats need the package
+    soundfile. Only the requested part of the file is read.
 
     Args:
-        path: of the file.
-        start: first frame.
-        frames: number of them; all that follow when -1. Fewer come at the end of the file.
+        path: Path of the file.
+        start: First frame to read.
+        frames: Number of frames to read. -1 reads to the end. Near the end of the file the result is shorter.
 
     Raises:
-        BadFile: the file is missing, is no sound, is damaged or shorter than its header says.
-        DataError: it needs soundfile, which is not installed.
+        BadFile: The file is missing, is no audio file, is damaged, or is shorter than its header says.
+        DataError: The file needs soundfile, and it is not installed.
     """
-    samples, sound = _opened(path, start, frames)
-    return samples, sound.rate
+    samples, info = _read(path, start, frames)
+    return samples, info.rate
 
 
-def check_reader(paths: Iterable[str | Path]) -> None:
-    """Check that what the endings of the files ask for is installed.
+def check_audio_decoder(paths: Iterable[str | Path]) -> None:
+    """Check that the decoder for these files is installed. Only the file extensions are looked at.
 
     Raises:
-        DataError: a file needs soundfile, which is not.
+        DataError: A file needs soundfile, and it is not installed.
     """
     other = next((Path(p) for p in paths if Path(p).suffix.lower() != ".wav"), None)
     if other is not None:
@@ -72,7 +72,7 @@ def _soundfile(path: Path, what: str) -> Any:
     return soundfile
 
 
-def _opened(path: str | Path, start: int, frames: int) -> tuple[Tensor, Sound]:
+def _read(path: str | Path, start: int, frames: int) -> tuple[Tensor, AudioInfo]:
     path = Path(path)
     if not path.is_file():
         raise BadFile("missing", "there is no such file", str(path))
@@ -86,25 +86,25 @@ def _opened(path: str | Path, start: int, frames: int) -> tuple[Tensor, Sound]:
             return _by_soundfile(path, start, frames, f"a WAV file of this kind ({error})")
         raise BadFile("corrupt", f"no WAV file: {error}", str(path)) from error
     except EOFError as error:
-        raise BadFile("truncated", "the file ends within its header", str(path)) from error
+        raise BadFile("truncated", "the file ends inside its header", str(path)) from error
 
 
-def _by_wave(path: Path, file: wave.Wave_read, start: int, frames: int) -> tuple[Tensor, Sound]:
-    sound = Sound(file.getnframes(), file.getframerate(), file.getnchannels())
-    wanted = max(min(sound.frames - start, frames if frames >= 0 else sound.frames), 0)
+def _by_wave(path: Path, file: wave.Wave_read, start: int, frames: int) -> tuple[Tensor, AudioInfo]:
+    info = AudioInfo(file.getnframes(), file.getframerate(), file.getnchannels())
+    wanted = max(min(info.frames - start, frames if frames >= 0 else info.frames), 0)
     if not wanted:
-        return torch.zeros(sound.channels, 0), sound
+        return torch.zeros(info.channels, 0), info
     file.setpos(start)
     content = file.readframes(wanted)
     width = file.getsampwidth()
-    if len(content) != wanted * width * sound.channels:
-        said = wanted * width * sound.channels
-        raise BadFile("truncated", f"{len(content)} bytes of sound; the header says {said}", str(path))
-    return _samples(content, width).view(-1, sound.channels).T.contiguous(), sound
+    if len(content) != wanted * width * info.channels:
+        expected = wanted * width * info.channels
+        raise BadFile("truncated", f"{len(content)} bytes of audio; the header says {expected}", str(path))
+    return _samples(content, width).view(-1, info.channels).T.contiguous(), info
 
 
 def _samples(content: bytes, width: int) -> Tensor:
-    """Little-endian integers of `width` bytes as float32 in [-1, 1); those of one byte have no sign."""
+    """Little-endian integers of `width` bytes as float32 in [-1, 1). One-byte integers are unsigned."""
     raw = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     if width == 1:
         return (raw.float() - 128) / 128
@@ -116,13 +116,13 @@ def _samples(content: bytes, width: int) -> Tensor:
     return raw.view(torch.int16 if width == 2 else torch.int32).float() / 2 ** (8 * width - 1)
 
 
-def _by_soundfile(path: Path, start: int, frames: int, what: str) -> tuple[Tensor, Sound]:
+def _by_soundfile(path: Path, start: int, frames: int, what: str) -> tuple[Tensor, AudioInfo]:
     library = _soundfile(path, what)
     try:
         with library.SoundFile(str(path)) as file:
-            sound = Sound(int(file.frames), int(file.samplerate), int(file.channels))
-            file.seek(min(start, sound.frames))
+            info = AudioInfo(int(file.frames), int(file.samplerate), int(file.channels))
+            file.seek(min(start, info.frames))
             samples = file.read(frames=frames, dtype="float32", always_2d=True)
     except (library.LibsndfileError, RuntimeError) as error:
         raise BadFile("corrupt", f"it cannot be decoded: {error}", str(path)) from error
-    return torch.from_numpy(samples).T.contiguous(), sound
+    return torch.from_numpy(samples).T.contiguous(), info

@@ -1,4 +1,4 @@
-"""A sample that could not be read, and why."""
+"""A file or a sample that could not be read, and the reason."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ KINDS = ("missing", "unreadable", "empty", "not_an_image", "truncated", "corrupt
 
 
 class BadFile(DataError):
-    """A file that gives no picture.
+    """A file that cannot be decoded.
 
     Args:
-        kind: one of `KINDS`.
-        message: what is wrong with it, without the path.
-        path: of the file.
+        kind: The kind of damage, one of `KINDS`.
+        message: What is wrong with the file, without its path.
+        path: Path of the file.
     """
 
     def __init__(self, kind: str, message: str, path: str = ""):
@@ -27,10 +27,10 @@ class BadFile(DataError):
         return f"{self.path}: {self.message}" if self.path else self.message
 
 
-class Bad(NamedTuple):
+class BadSample(NamedTuple):
     """A sample that could not be read."""
 
-    sample: int  # its index
-    kind: str  # of a `BadFile`, "wrong_type", "wrong_shape" or "not_a_number"; else the class of the exception
+    sample: int  # index in the dataset
+    kind: str  # kind of a `BadFile`, "wrong_type", "wrong_shape", "not_a_number", or the class of the exception
     message: str
-    path: str = ""  # of the file, where the exception says which
+    path: str = ""  # of the file; empty if the exception does not say it

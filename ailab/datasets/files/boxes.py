@@ -1,4 +1,4 @@
-"""Boxes: checked against their image when they are read, and converted to the format that is asked for."""
+"""Bounding boxes: check a box against its image, and convert between formats."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ BoxFormat = Literal["xyxy", "xywh", "cxcywh"]
 BoxPolicy = Literal["error", "clip", "drop"]
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels, from the upper left corner of the first pixel
 
-_SHOWN = 5  # of the boxes that do not fit
-_ROUNDING = 1.0  # pixels that a box may reach outside, and is cut: annotation tools round
+_SHOWN = 5  # further boxes that a message lists
+_TOLERANCE = 1.0  # pixels that a box may reach outside its image, since annotation tools round; it is clipped
 
 
 class BoxError(DataError):
-    """A box that does not fit into its image.
+    """A bounding box that does not fit into its image.
 
     Args:
-        message: the box and what would do.
-        where: the file and row.
+        message: The box, the problem and the fix.
+        where: The file and the record, for the list of further boxes.
     """
 
     def __init__(self, message: str, where: str):
@@ -32,21 +32,21 @@ class BoxError(DataError):
         self.where = where
 
 
-class Misfits:
-    """The boxes of a data set that do not fit, to be told together: one by one they would take a run each."""
+class BoxErrors:
+    """Collects the invalid boxes of a dataset, so that one error reports them all."""
 
     def __init__(self) -> None:
         self.errors: list[BoxError] = []
 
     def add(self, error: BoxError) -> None:
-        """Take note of one."""
+        """Collect one error."""
         self.errors.append(error)
 
-    def tell(self) -> None:
-        """Nothing, if all boxes fit.
+    def raise_if_any(self) -> None:
+        """Raise one error for all collected ones.
 
         Raises:
-            DataError: the first one, and where the next ones are.
+            DataError: At least one error was collected. The message is that of the first, and the places of the others.
         """
         if not self.errors:
             return
@@ -57,46 +57,49 @@ class Misfits:
 
 
 def checked_box(numbers: Any, size: tuple[int, int], policy: BoxPolicy, where: str, *, form: BoxFormat = "xyxy") -> Box | None:
-    """A box of an annotation, inside its image.
+    """Check the bounding box of an annotation against its image.
+
+    A box is invalid if it has no area or reaches outside the image by more than one pixel.
 
     Args:
-        numbers: four of them, in the format `form`, in pixels.
-        size: (H, W) of the image.
-        policy: what happens to one that has no area or reaches outside by more than a pixel. "clip" cuts it at the border.
-        where: the file and row, for messages.
-        form: what the four numbers are.
+        numbers: The four numbers of the box, in pixels.
+        size: (H, W) of the image in pixels.
+        policy: For an invalid box: "error" raises, "clip" clips it at the image border, "drop" leaves it out.
+        where: The file and the record, for messages.
+        form: The format of `numbers`.
 
     Returns:
-        The box as xyxy, or None for one to leave out: by "drop", or by "clip" where nothing of it is inside.
+        The box as xyxy, clipped to the image. None if it is left out: an invalid box with "drop", or with "clip" a box without
+        area inside the image.
 
     Raises:
-        DataError: these are not four finite numbers.
-        BoxError: under "error", the box does not fit.
+        DataError: `numbers` are not four finite numbers.
+        BoxError: The box is invalid and the policy is "error".
     """
-    box = _corners(numbers, where, form)
+    box = _to_xyxy(numbers, where, form)
     (h, w), (x0, y0, x1, y1) = size, box
     cut: Box = (max(x0, 0.0), max(y0, 0.0), min(x1, float(w)), min(y1, float(h)))
     empty = cut[2] <= cut[0] or cut[3] <= cut[1]
-    outside = max(abs(a - b) for a, b in zip(box, cut, strict=True)) > _ROUNDING
+    outside = max(abs(a - b) for a, b in zip(box, cut, strict=True)) > _TOLERANCE
     if not empty and (not outside or policy == "clip"):
         return cut
     if policy != "error":
         return None
     flat = x1 <= x0 or y1 <= y0
     what = "has no area" if flat else f"reaches outside the image of {w}x{h} pixels"
-    fix = "Correct it, or box_policy='clip' (cut) or 'drop' (leave out)."
+    fix = "Correct it, or set box_policy='clip' (clip at the border) or 'drop' (leave out)."
     raise BoxError(f"{where}: the box {list(numbers)} ({form}) {what}.\n  {fix}", where)
 
 
 def are_numbers(values: Sequence[Any]) -> bool:
-    """Whether all are finite ints or floats, and no bools."""
+    """Whether all values are finite ints or floats. A bool is not a number here."""
     try:
         return {*map(type, values)} <= {int, float} and all(map(math.isfinite, values))
-    except OverflowError:  # an int that no float holds
+    except OverflowError:  # an int too large for a float
         return False
 
 
-def _corners(numbers: Any, where: str, form: BoxFormat) -> Box:
+def _to_xyxy(numbers: Any, where: str, form: BoxFormat) -> Box:
     values = cast("Sequence[Any]", numbers) if isinstance(numbers, (list, tuple)) else ()
     if len(values) != 4 or not are_numbers(values):
         raise DataError(f"{where}: expected a box of four finite numbers ({form}), got {numbers!r:.80}.")
@@ -106,13 +109,13 @@ def _corners(numbers: Any, where: str, form: BoxFormat) -> Box:
     return (a - c / 2, b - d / 2, a + c / 2, b + d / 2) if form == "cxcywh" else (a, b, c, d)
 
 
-def converted(boxes: Tensor, to: BoxFormat, size: tuple[int, int] | None = None) -> Tensor:
-    """Boxes in another format, and as fractions of the image's sides where its size is given.
+def convert_boxes(boxes: Tensor, to: BoxFormat, size: tuple[int, int] | None = None) -> Tensor:
+    """Convert boxes from xyxy to another format, and to fractions of the image size if `size` is given.
 
     Args:
         boxes: (N, 4) xyxy in pixels.
-        to: the format.
-        size: (H, W) to divide by.
+        to: The format of the result.
+        size: (H, W) of the image. With it x and w are divided by W, and y and h by H.
 
     Returns:
         (N, 4) of the same dtype.
@@ -129,5 +132,5 @@ def converted(boxes: Tensor, to: BoxFormat, size: tuple[int, int] | None = None)
 
 
 def box_tensor(boxes: Sequence[Box]) -> Tensor:
-    """(N, 4) float32, for no box too."""
+    """Boxes as (N, 4) float32; (0, 4) for an empty list."""
     return torch.tensor(boxes, dtype=torch.float32).view(-1, 4)

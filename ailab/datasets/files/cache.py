@@ -1,7 +1,8 @@
-"""Decoded pictures kept in shared memory or on a disk: one file each, so that any number of workers and ranks share them.
+"""A cache of decoded images in shared memory or on disk. All workers and ranks of a machine share it.
 
-A file appears whole (written beside, then renamed), and is used only while its source has the size and the time of change that it
-had, and its own checksum fits. There is no index, and so nothing to lock, to lose or to get out of step.
+Each image is one file. It is written under a temporary name and then renamed, so readers never see half a file. An entry is valid
+if the size and the modification time of its source file are unchanged and its checksum is right. There is no index, so entries need
+no lock.
 """
 
 from __future__ import annotations
@@ -24,86 +25,91 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Magic, size and time of change of the source, channels, height, width, order of the memory, checksum; 64 bytes.
+# Magic, size and mtime of the source, channels, height, width, memory order, checksum; 64 bytes.
 _HEAD = struct.Struct("<8sQQIIIIQ16x")
 _MAGIC = b"ailab 2\n"
-_SPARE, _LEAST = 0.1, 256 << 20  # of the file system, and bytes, that are left free: batches of workers lie in memory too
-_LOCK = "lock"  # in the folder of a run
-_SMALL = 1 << 30  # bytes of memory for files that are hardly worth a cache
-_MAPPED = 1 << 15  # entries that a process keeps mapped; Linux allows it 65,530 maps in all
-SHARED = Path("/dev/shm")  # memory that looks like files
+_FREE_SHARE = 0.1  # of the file system, left free: batches of workers are in shared memory too
+_FREE_BYTES = 256 << 20  # left free at least
+_LOCK = "lock"  # name of the lock file in the cache folder of a run
+_LITTLE_MEMORY = 1 << 30  # bytes of shared memory; with less, little_memory warns
+_MAPPED = 1 << 15  # entries that a process keeps mapped; Linux allows 65,530 maps per process
+SHARED = Path("/dev/shm")  # shared memory as a file system
 
 
-class _Maps(dict[tuple[str, str], tuple[int, int, Tensor]]):
-    """By path and form: size and time of change of the source, and its picture, mapped as long as this process lives.
+class _MappedImages(dict[tuple[str, str], tuple[int, int, Tensor]]):
+    """(path, variant) -> (size and mtime of the source, memory-mapped image). Pickling gives an empty one."""
 
-    Another process begins with none.
-    """
-
-    def __reduce__(self) -> tuple[type[_Maps], tuple[()]]:
-        return _Maps, ()
+    def __reduce__(self) -> tuple[type[_MappedImages], tuple[()]]:
+        return _MappedImages, ()
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of decoded pictures; called by `read_image` in place of decoding.
+    """A folder of decoded images. `read_image` calls it instead of the decoder.
 
     Args:
-        folder: made if need be, for this user alone.
-        verify: compare the checksum each time; a quarter of the time of a read. Memory needs none.
+        folder: The folder. It is created when needed, readable by this user only.
+        verify: Whether to check the checksum at each read, which takes a quarter of the time of a read. Shared memory does not
+            need it.
     """
 
     folder: Path
     verify: bool = True
-    _maps: _Maps = field(default_factory=_Maps, init=False, repr=False, compare=False)
+    _maps: _MappedImages = field(default_factory=_MappedImages, init=False, repr=False, compare=False)
 
-    def __call__(self, path: str, form: str, make: Callable[[], tuple[Tensor, bool]], borrow: bool = False) -> Tensor:
-        """The picture of a file in one form, (C, H, W) uint8: kept, or made and kept now.
+    def __call__(self, path: str, variant: str, decode: Callable[[], tuple[Tensor, bool]], borrow: bool = False) -> Tensor:
+        """The decoded image of a file: (C, H, W) uint8. It comes from the cache, or is decoded and stored.
 
         Args:
-            path: of the file.
-            form: what else the picture depends on.
-            make: decodes it; the picture, and whether it may be kept.
-            borrow: the picture may be memory of the cache, which must not be written to.
+            path: Path of the image file.
+            variant: All settings that the decoded image depends on, as a text. It is part of the key.
+            decode: Decodes the file. It returns the image and whether the cache may store it.
+            borrow: Whether the result may be memory of the cache. The caller must not write to it.
         """
         try:
             about = os.stat(path)
         except (OSError, ValueError):
-            return make()[0]  # which says what is wrong with it
-        if borrow and (mapped := self._maps.get((path, form))) is not None and mapped[:2] == (about.st_size, about.st_mtime_ns):
+            return decode()[0]  # it raises the right error
+        if (
+            borrow
+            and (mapped := self._maps.get((path, variant))) is not None
+            and mapped[:2] == (about.st_size, about.st_mtime_ns)
+        ):
             return mapped[2]
-        name = hashlib.blake2b(f"{os.path.abspath(path)}\n{form}".encode(errors="surrogateescape"), digest_size=16).hexdigest()
+        name = hashlib.blake2b(
+            f"{os.path.abspath(path)}\n{variant}".encode(errors="surrogateescape"), digest_size=16
+        ).hexdigest()
         place = os.path.join(self.folder, name[:2], name)
-        # Not from a disk: one that fails would end the process, where a read only costs the time to decode again.
+        # Only shared memory is mapped: a disk error under a map kills the process, after a failed read the image is decoded.
         if borrow and not self.verify and len(self._maps) < _MAPPED and (found := _mapped(place, about)) is not None:
-            self._maps[path, form] = (about.st_size, about.st_mtime_ns, found)
+            self._maps[path, variant] = (about.st_size, about.st_mtime_ns, found)
             return found
         found = _read(place, about, self.verify)
         if found is None:
-            found, keep = make()
-            if keep:  # what was damaged is told each time
+            found, keep = decode()
+            if keep:  # a damaged image is not stored, so that it is reported each time
                 self._write(Path(place), about, found)
         return found
 
     def clear(self) -> None:
-        """Delete it all."""
+        """Delete the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _write(self, place: Path, about: os.stat_result, picture: Tensor) -> None:
-        """Keep a picture, where there is room; a failure costs nothing but the time to decode it again."""
-        if picture.dtype != torch.uint8 or picture.dim() != 3:
+    def _write(self, place: Path, about: os.stat_result, image: Tensor) -> None:
+        """Store an image if there is space. A failure is ignored: the image is decoded again the next time."""
+        if image.dtype != torch.uint8 or image.dim() != 3:
             return
-        planes = picture.is_contiguous()  # else pixels, the order in which decoders give them
-        rows = (picture if planes else picture.permute(1, 2, 0).contiguous()).numpy().tobytes()
-        about_it = (_MAGIC, about.st_size, about.st_mtime_ns, *picture.shape, planes)
+        planes = image.is_contiguous()  # CHW order; otherwise HWC, the order of decoders
+        rows = (image if planes else image.permute(1, 2, 0).contiguous()).numpy().tobytes()
+        about_it = (_MAGIC, about.st_size, about.st_mtime_ns, *image.shape, planes)
         head = _HEAD.pack(*about_it, _checksum(about_it, np.frombuffer(rows, np.uint8)))
         partial = place.with_name(f"{place.name}.{os.getpid()}-{threading.get_ident()}")
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if os.stat(self.folder, follow_symlinks=False).st_uid != os.getuid():
                 return
-            room = os.statvfs(self.folder)
-            if room.f_bavail * room.f_frsize - len(rows) < max(_SPARE * room.f_blocks * room.f_frsize, _LEAST):
+            disk = os.statvfs(self.folder)
+            if disk.f_bavail * disk.f_frsize - len(rows) < max(_FREE_SHARE * disk.f_blocks * disk.f_frsize, _FREE_BYTES):
                 return
             place.parent.mkdir(mode=0o700, exist_ok=True)
             partial.write_bytes(head + rows)
@@ -114,9 +120,9 @@ class Cache:
 
 
 def _read(place: str, source: os.stat_result, verify: bool) -> Tensor | None:
-    """The picture kept at `place`, if it is whole and of this source, in memory of its own."""
+    """A copy of the image stored at `place`; None if the entry is damaged or stale."""
     try:
-        file = os.open(place, os.O_RDONLY | os.O_CLOEXEC)  # a file object would take a tenth of the time of a read
+        file = os.open(place, os.O_RDONLY | os.O_CLOEXEC)  # a file object takes a tenth of the time of a read
         try:
             about = os.fstat(file)
             content = torch.empty(about.st_size, dtype=torch.uint8)  # not zeroed first, as a bytearray is
@@ -127,22 +133,22 @@ def _read(place: str, source: os.stat_result, verify: bool) -> Tensor | None:
             os.close(file)
     except OSError:
         return None
-    return _picture(content, source, verify)
+    return _image(content, source, verify)
 
 
 def _mapped(place: str, source: os.stat_result) -> Tensor | None:
-    """The picture kept at `place`, if it is of this source, in the memory that the file is."""
+    """The image stored at `place`, memory-mapped; None if the entry is stale."""
     try:
         about = os.stat(place)
         if about.st_uid != os.getuid():
             return None
-        return _picture(torch.from_file(place, shared=False, size=about.st_size, dtype=torch.uint8), source, verify=False)
-    except (OSError, RuntimeError):  # it is not there, or was replaced meanwhile
+        return _image(torch.from_file(place, shared=False, size=about.st_size, dtype=torch.uint8), source, verify=False)
+    except (OSError, RuntimeError):  # it does not exist, or was replaced meanwhile
         return None
 
 
-def _picture(content: Tensor, source: os.stat_result, verify: bool) -> Tensor | None:
-    """The picture in the bytes of an entry, a view, if they are whole and of this source."""
+def _image(content: Tensor, source: os.stat_result, verify: bool) -> Tensor | None:
+    """The image in the bytes of an entry, as a view; None if the entry is damaged or stale."""
     size = content.numel()
     if size < _HEAD.size:
         return None
@@ -158,7 +164,10 @@ def _picture(content: Tensor, source: os.stat_result, verify: bool) -> Tensor | 
 
 
 def _checksum(about_it: Iterable[Any], content: Any) -> int:
-    """Of a header and bytes, (N,) uint8: changes with any one word and where blocks of 4 KiB lie; five times as fast as a CRC."""
+    """The checksum of a header and of bytes, (N,) uint8. Five times as fast as a CRC.
+
+    It changes with any single word and with the order of the 4 KiB blocks.
+    """
     whole = len(content) // 4096 * 4096
     blocks = content[:whole].view(np.uint64).reshape(-1, 512).sum(1)
     places = 2 * np.arange(len(blocks), dtype=np.uint64) + np.uint64(1)  # odd: no change of a block is lost
@@ -166,35 +175,46 @@ def _checksum(about_it: Iterable[Any], content: Any) -> int:
 
 
 def little_memory(kind: str | None) -> str | None:
-    """What to tell about a "ram" cache that has hardly a place, as in a container that nobody gave one; None if all is well."""
+    """The warning if there is little shared memory for a "ram" cache, as is usual in a container; None if there is enough.
+
+    Args:
+        kind: `cfg.data.cache`: "ram", "disk" or None. Only "ram" can give a warning.
+    """
     try:
         about = os.statvfs(SHARED) if kind == "ram" else None
     except OSError:
-        return f"data.cache='ram' keeps pictures in {SHARED}, and there is none here: nothing is kept. data.cache='disk' would."
-    if about is None or about.f_blocks * about.f_frsize >= _SMALL:
+        return (
+            f"data.cache='ram' keeps images in {SHARED}, which does not exist here. No image is cached.\n"
+            "  Use data.cache='disk'."
+        )
+    if about is None or about.f_blocks * about.f_frsize >= _LITTLE_MEMORY:
         return None
-    held = about.f_blocks * about.f_frsize >> 20
+    mib = about.f_blocks * about.f_frsize >> 20
     return (
-        f"data.cache='ram' keeps pictures in {SHARED}, which holds {held} MiB: few or none will be kept.\n"
-        "  A container is given more by --shm-size=16g, say; or use data.cache='disk'."
+        f"data.cache='ram' keeps images in {SHARED}, which has only {mib} MiB. Few images will be cached.\n"
+        "  Start a container with --shm-size=16g, or use data.cache='disk'."
     )
 
 
 @contextmanager
 def memory_held(kind: str | None, work_dir: Path) -> Generator[None]:
-    """For as long as a run is: its "ram" cache is its own, and is gone after it, as are those of runs that were killed.
+    """Own the "ram" cache of a run inside the block, and delete it at the end. Caches of killed runs are deleted at the start.
 
-    A process that is not done yet decodes again what it misses.
+    A process that still reads decodes an image again if its entry is gone.
+
+    Args:
+        kind: `cfg.data.cache`: "ram", "disk" or None. Only "ram" does anything.
+        work_dir: The work_dir of the run.
     """
     cache = run_cache(kind, work_dir) if kind == "ram" else None
     if cache is None or not SHARED.is_dir():
         yield
         return
     for other in SHARED.glob(f"ailab-{os.getuid()}-*"):
-        if other != cache.folder and (lock := _locked(other, fcntl.LOCK_EX, make=False)) is not None:
+        if other != cache.folder and (lock := _lock_folder(other, fcntl.LOCK_EX, make=False)) is not None:
             shutil.rmtree(other, ignore_errors=True)
             os.close(lock)
-    lock = _locked(cache.folder, fcntl.LOCK_SH, make=True)
+    lock = _lock_folder(cache.folder, fcntl.LOCK_SH, make=True)
     try:
         yield
     finally:
@@ -203,10 +223,10 @@ def memory_held(kind: str | None, work_dir: Path) -> Generator[None]:
             os.close(lock)
 
 
-def _locked(folder: Path, how: int, make: bool) -> int | None:
-    """The descriptor of a folder's lock, which a process and the workers that it forks hold until they are gone; None: no lock.
+def _lock_folder(folder: Path, how: int, make: bool) -> int | None:
+    """Lock a cache folder, and return the file descriptor of the lock; None if that fails.
 
-    `flock` takes it from a killed process.
+    The process and its forked workers hold the lock. The kernel releases it when they have ended, also when they are killed.
     """
     try:
         if make:
@@ -225,7 +245,12 @@ def _locked(folder: Path, how: int, make: bool) -> int | None:
 
 
 def run_cache(kind: str | None, work_dir: Path) -> Cache | None:
-    """The cache of a run, one for all its processes on this machine: "ram", "disk" (in the work_dir) or None."""
+    """The image cache of a run, shared by all its processes on this machine.
+
+    Args:
+        kind: "ram" for shared memory, "disk" for a folder in the work_dir, None for no cache.
+        work_dir: The work_dir of the run.
+    """
     if kind != "ram":
         return Cache(work_dir / "cache") if kind else None
     key = hashlib.blake2b(os.path.abspath(work_dir).encode(errors="surrogateescape"), digest_size=8).hexdigest()

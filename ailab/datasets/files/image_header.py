@@ -1,4 +1,4 @@
-"""What a JPEG or a PNG says about itself, found and checked before anything is decoded."""
+"""The headers of JPEG and PNG files, read and checked before anything is decoded."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import Any, NamedTuple
 
 from ailab.datasets.files.bad_file import BadFile
 
-PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
+PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of the file
 JPEG = b"\xff\xd8\xff"
 JPEG_END = b"\xff\xd9"
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
-    """Refuse what has too many pixels, or none."""
+    """Check the number of pixels that a header announces.
+
+    Raises:
+        BadFile: "bomb" for more than `max_pixels`, "corrupt" for 0.
+    """
     if height * width > max_pixels:
         raise BadFile("bomb", f"the header says {width}x{height} pixels, more than {max_pixels}")
     if not height * width:
@@ -22,7 +26,7 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
 
 
 class Header(NamedTuple):
-    """What the frame header of a JPEG says."""
+    """The frame header of a JPEG."""
 
     height: int
     width: int
@@ -31,7 +35,11 @@ class Header(NamedTuple):
 
 
 def jpeg_header(data: bytes) -> Header:
-    """Size and kind, from the frame header."""
+    """Read the frame header of a JPEG.
+
+    Raises:
+        BadFile: "corrupt" or "truncated", if there is no frame header.
+    """
     at = 2
     while at + 10 <= len(data):
         if data[at] != 0xFF:
@@ -53,14 +61,17 @@ def jpeg_header(data: bytes) -> Header:
 
 
 def jpeg_ends(data: bytes) -> bool:
-    """Whether a JPEG has its end marker; some writers put more behind it."""
+    """Whether a JPEG has its end marker. Some writers put more data behind it."""
     return data.rfind(JPEG_END) > data.rfind(b"\xff\xda")
 
 
 def check_png(data: bytes, max_pixels: int) -> None:
-    """Walk a PNG: its size, its checksums, its end, and whether all rows are in it.
+    """Check a PNG: its size, the checksums of its chunks, its end, and that no row is missing.
 
-    Pillow looks neither at the checksums of pixels nor, in small files, at whether the last rows came: they would be black.
+    Pillow does not check the checksums of the pixel data. In small files it fills missing rows with black without an error.
+
+    Raises:
+        BadFile: "bomb", "truncated" or "corrupt".
     """
     at, last = len(PNG), b""
     stream, rest = zlib.decompressobj(), 0  # bytes that the rows still lack
@@ -70,18 +81,18 @@ def check_png(data: bytes, max_pixels: int) -> None:
         if end > len(data):
             raise BadFile("truncated", f"the PNG ends early, at byte {len(data)}")
         if last[0] & 0x20 == 0 and zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
-            raise BadFile("corrupt", f"the checksum of the PNG chunk {last!r} at byte {at} does not fit")
+            raise BadFile("corrupt", f"the PNG chunk {last!r} at byte {at} has a wrong checksum")
         if at == len(PNG):
             rest = _png_header(last, data[at + 8 : end - 4], max_pixels)
         elif last == b"IDAT":
             rest -= _inflated(stream, data[at + 8 : end - 4])
         at = end
     if rest > 0:
-        raise BadFile("corrupt", f"the rows of the PNG lack {rest} bytes")
+        raise BadFile("corrupt", f"{rest} bytes of the rows of the PNG are missing")
 
 
 def _png_header(name: bytes, content: bytes, max_pixels: int) -> int:
-    """The number of bytes of all rows, each with one for its filter."""
+    """The number of bytes of all rows, each with one byte for its filter."""
     parts = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
     if name != b"IHDR" or len(content) != 13 or content[9] not in parts:
         raise BadFile("corrupt", "the PNG does not begin with its header")
@@ -96,12 +107,12 @@ def _png_header(name: bytes, content: bytes, max_pixels: int) -> int:
 
 
 def _inflated(stream: Any, content: bytes) -> int:
-    """How many bytes a part of a zlib stream gives; they are not kept."""
+    """The number of bytes that a part of a zlib stream decompresses to. The bytes are not kept."""
     total = 0
     try:
         while content:
             total += len(stream.decompress(content, 1 << 20))
             content = stream.unconsumed_tail
     except zlib.error as error:
-        raise BadFile("corrupt", f"the rows of the PNG cannot be inflated: {error}") from error
+        raise BadFile("corrupt", f"the rows of the PNG cannot be decompressed: {error}") from error
     return total

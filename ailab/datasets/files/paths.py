@@ -1,4 +1,4 @@
-"""The files that annotations name, kept inside the root of their data set."""
+"""File paths from annotations, checked to be inside the root folder of their dataset."""
 
 from __future__ import annotations
 
@@ -7,42 +7,46 @@ from pathlib import Path
 
 from ailab.errors import DataError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def inside(root: str | Path, name: object, where: str, *, allow_outside_root: bool = False) -> str:
-    """The path of the file `name` of a data set, absolute names as they are.
+def path_inside(root: str | Path, name: object, where: str, *, allow_outside_root: bool = False) -> str:
+    """The path of the file `name` in the folder `root`, checked to be inside it.
 
-    `..` and absolute names are judged by the text alone: a symbolic link in the root is its owner's, and is followed.
+    The check uses the text of the path only. Symbolic links are followed.
 
     Args:
-        root: the folder that names are relative to.
-        name: out of an annotation file.
-        where: the file and row of the name, for messages.
-        allow_outside_root: accept a path that leads elsewhere.
+        root: Folder that relative names start from.
+        name: Relative or absolute path, from an annotation file.
+        where: The file and the line of the name, for messages.
+        allow_outside_root: Whether to accept a path outside `root`.
 
     Raises:
-        DataError: the name is no text, is empty, or leads out of the root.
+        DataError: `name` is not a text, is empty, or leads out of `root`.
     """
     if not isinstance(name, (str, os.PathLike)) or not str(name).strip() or "\0" in str(name):  # pyright: ignore[reportUnknownArgumentType]
         raise DataError(f"{where}: expected the path of a file, got {name!r:.80}.")
     base, text = os.path.abspath(root), str(name)  # pyright: ignore[reportUnknownArgumentType]
-    if ".." not in text and not os.path.isabs(text):  # most are; a million of them take seconds less
+    if ".." not in text and not os.path.isabs(text):  # the common case; saves seconds for a million names
         return os.path.join(base, text)
     path = os.path.normpath(os.path.join(base, text))
     if not allow_outside_root and path != base and not path.startswith(base.rstrip(os.sep) + os.sep):
         raise DataError(
-            f"{where}: {text!r:.200} leads out of the data set's root {base}.\n"
-            "  Name another root=..., or accept such paths with allow_outside_root=True."
+            f"{where}: {text!r:.200} leads out of the dataset's root {base}.\n"
+            "  Set another root=..., or accept such paths with allow_outside_root=True."
         )
     return path
 
 
-def listing(folder: str | Path, what: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, sorted by name and without hidden entries: the order of a directory differs between machines.
+def sorted_entries(folder: str | Path, what: str) -> list[os.DirEntry[str]]:
+    """The entries of a folder without hidden ones, sorted by name. The order of a directory differs between machines.
+
+    Args:
+        folder: The folder to list.
+        what: What the folder should be, for messages.
 
     Raises:
-        DataError: there is no such folder, or it cannot be read.
+        DataError: The folder does not exist or cannot be read.
     """
     try:
         with os.scandir(folder) as found:

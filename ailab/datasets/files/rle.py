@@ -1,4 +1,4 @@
-"""Masks of COCO annotations: run lengths, plain or compressed, and polygons."""
+"""Masks of COCO annotations: run-length encoding (RLE), plain or compressed, and polygons."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ _NEEDED = "masks of polygons need the package pycocotools: pip install 'ailab[co
 
 
 def check_segmentation(value: Any, size: tuple[int, int], where: str) -> None:
-    """Check the form of a segmentation, without making the mask.
+    """Check the segmentation of an annotation without decoding the mask.
+
+    Args:
+        value: A list of polygons of at least three points each, or RLE `{"size": [H, W], "counts": ...}`.
+        size: (H, W) of the image in pixels.
+        where: The file and the annotation, for messages.
 
     Raises:
-        DataError: it is neither a list of polygons (each at least three points) nor run lengths of the image's size; or it needs
-            pycocotools, which is missing.
+        DataError: `value` is neither of the two, the RLE has another size, or polygons need pycocotools and it is not installed.
     """
     if isinstance(value, dict):
-        _run_lengths(cast("dict[str, Any]", value), size, where)
+        _checked_counts(cast("dict[str, Any]", value), size, where)
         return
     polygons = cast("list[Any]", value) if isinstance(value, list) else []
     if not polygons or not all(_is_polygon(p) for p in polygons):
@@ -33,31 +37,34 @@ def check_segmentation(value: Any, size: tuple[int, int], where: str) -> None:
     _coco_masks(where)
 
 
-def decoded(value: Any, size: tuple[int, int], where: str) -> Tensor:
-    """The mask of a segmentation: (H, W) bool, as pycocotools' `annToMask` gives.
+def decode_mask(value: Any, size: tuple[int, int], where: str) -> Tensor:
+    """Decode the segmentation of an annotation to a mask: (H, W) bool, the same as pycocotools' `annToMask`.
 
     Raises:
-        DataError: as `check_segmentation`.
+        DataError: As `check_segmentation`.
     """
     if isinstance(value, dict):
-        return run_mask(_run_lengths(cast("dict[str, Any]", value), size, where), size)
+        return mask_from_counts(_checked_counts(cast("dict[str, Any]", value), size, where), size)
     masks = _coco_masks(where)
     runs = masks.merge(masks.frPyObjects([[float(x) for x in p] for p in value], *size))
-    return run_mask(uncompressed(runs["counts"]), size)
+    return mask_from_counts(decompress_counts(runs["counts"]), size)
 
 
-def run_mask(counts: Sequence[int], size: tuple[int, int]) -> Tensor:
-    """(H, W) bool out of the lengths of runs of 0 and 1 in turn, down the columns."""
+def mask_from_counts(counts: Sequence[int], size: tuple[int, int]) -> Tensor:
+    """Decode uncompressed RLE counts to a mask: (H, W) bool. Runs of 0 and 1 alternate, in column-major order."""
     lengths = torch.tensor(counts, dtype=torch.int64)
     values = torch.arange(len(counts)) % 2 == 1
     return values.repeat_interleave(lengths).view(size[1], size[0]).T.contiguous()
 
 
-def uncompressed(text: str | bytes) -> list[int]:
-    """The run lengths in COCO's compressed text: base 32 with a sign, each beyond the third the difference to the one two before.
+def decompress_counts(text: str | bytes) -> list[int]:
+    """Decompress the counts of COCO's compressed RLE.
+
+    The text holds signed numbers in base 32. From the fourth number on, it holds the difference to the count two before.
+    Source: `rleFrString` in cocoapi, common/maskApi.c.
 
     Raises:
-        ValueError: a character is not of the format, or the text ends within a number.
+        ValueError: A character is not part of the format, or the text ends inside a number.
     """
     counts: list[int] = []
     value = shift = 0
@@ -74,23 +81,23 @@ def uncompressed(text: str | bytes) -> list[int]:
         counts.append(value + (counts[-2] if len(counts) > 2 else 0))
         value = shift = 0
     if shift:
-        raise ValueError("it ends within a number")
+        raise ValueError("the text ends inside a number")
     return counts
 
 
-def _run_lengths(value: dict[str, Any], size: tuple[int, int], where: str) -> list[int]:
-    counts, said = value.get("counts"), value.get("size")
+def _checked_counts(value: dict[str, Any], size: tuple[int, int], where: str) -> list[int]:
+    counts, given = value.get("counts"), value.get("size")
     try:
-        runs: list[int] = uncompressed(counts) if isinstance(counts, (str, bytes)) else list(counts or ())
+        runs: list[int] = decompress_counts(counts) if isinstance(counts, (str, bytes)) else list(counts or ())
     except (ValueError, TypeError) as error:
-        raise DataError(f"{where}: these are no run lengths: {error}.") from error
+        raise DataError(f"{where}: these are no RLE counts: {error}.") from error
     if not {*map(type, runs)} <= {int}:
-        raise DataError(f"{where}: these are no run lengths: {counts!r:.80}.")
-    same = isinstance(said, (list, tuple)) and list(cast("Sequence[Any]", said)) == list(size)
+        raise DataError(f"{where}: these are no RLE counts: {counts!r:.80}.")
+    same = isinstance(given, (list, tuple)) and list(cast("Sequence[Any]", given)) == list(size)
     if not same or min(runs, default=-1) < 0 or sum(runs) != size[0] * size[1]:
-        came = f"size {said!r:.40} and {sum(runs)} pixels"[:99]
+        came = f"size {given!r:.40} and {sum(runs)} pixels"[:99]
         wanted = f"size {list(size)} and {size[0] * size[1]} pixels"
-        raise DataError(f"{where}: expected run lengths of the image, {wanted}, got {came}.")
+        raise DataError(f"{where}: expected RLE counts of the image, {wanted}, got {came}.")
     return runs
 
 

@@ -1,4 +1,4 @@
-"""The frames of a video that is stored as pictures."""
+"""Video clips that are stored as one image file per frame."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 
 from ailab.datasets.files.bad_file import BadFile
 from ailab.datasets.files.image import read_image
-from ailab.datasets.files.paths import PICTURES
+from ailab.datasets.files.paths import IMAGE_EXTENSIONS
 
 
 def read_frames(source: str | Path | Sequence[str | Path], count: int, *, size_hint: tuple[int, int] | None = None) -> Tensor:
-    """`count` frames spread evenly over a video: (count, 3, H, W) uint8. A shorter one repeats frames.
+    """Read `count` frames at equal distances from a video: (count, 3, H, W) uint8. A shorter video repeats frames.
 
     Args:
-        source: a folder of pictures, in the order of their names; or their paths.
-        count: number of frames.
-        size_hint: as `read_image`.
+        source: A folder of image files, read in the order of their names, or a list of image paths.
+        count: Number of frames.
+        size_hint: (H, W) in pixels that is enough, see `read_image`.
 
     Raises:
-        BadFile: the folder has no picture, or one cannot be read.
-        ValueError: the frames differ in size.
+        BadFile: The folder has no image, or an image cannot be read.
+        ValueError: The frames differ in size.
     """
     if isinstance(source, (str, Path)):
         try:
-            names = sorted(n for n in os.listdir(source) if n.lower().endswith(PICTURES) and not n.startswith("."))
+            names = sorted(n for n in os.listdir(source) if n.lower().endswith(IMAGE_EXTENSIONS) and not n.startswith("."))
         except OSError as error:
             raise BadFile("missing", str(error.strerror or error), str(source)) from error
         paths: Sequence[str | Path] = [os.path.join(source, n) for n in names]

@@ -1,4 +1,4 @@
-"""Text as numbers: a token for each byte, or for each character of a given alphabet."""
+"""Vocabularies: text to tokens, one token per byte or per character."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from ailab.errors import DataError
 
 
 class Vocabulary(Protocol):
-    """Tokens of text; any tokenizer with these methods will do."""
+    """The interface of a vocabulary. Any tokenizer with these methods can be used."""
 
     def __len__(self) -> int:
-        """Number of tokens, the special ones included."""
+        """Number of tokens, including the special tokens."""
         ...
 
     def encode(self, text: str) -> Tensor:
-        """(L,) int64."""
+        """The tokens of a text: (L,) int64, without special tokens."""
         ...
 
     def decode(self, tokens: Tensor) -> str:
-        """The text, without special tokens."""
+        """The text of tokens. Special tokens are left out."""
         ...
 
-    def marked(self, tokens: Tensor) -> Tensor:
-        """The tokens between `begin` and `end`."""
+    def with_special_tokens(self, tokens: Tensor) -> Tensor:
+        """The tokens with `begin` in front and `end` behind: (L + 2,) int64."""
         ...
 
 
 class ByteVocabulary:
-    """The 256 bytes of UTF-8, then three special tokens: 256 pad, 257 begin, 258 end. It can write any text."""
+    """One token per UTF-8 byte (0 to 255), then three special tokens: 256 pad, 257 begin, 258 end. It can encode any text."""
 
     pad, begin, end = 256, 257, 258
 
@@ -40,10 +40,10 @@ class ByteVocabulary:
         return 259
 
     def encode(self, text: str) -> Tensor:
-        """(bytes,) int64.
+        """The tokens of a text: (bytes,) int64.
 
         Raises:
-            TypeError: this is no text.
+            TypeError: `text` is not a str.
         """
         if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"expected text, got {type(text).__name__} {text!r:.60}")
@@ -51,19 +51,19 @@ class ByteVocabulary:
         return torch.frombuffer(content, dtype=torch.uint8).long() if content else torch.zeros(0, dtype=torch.int64)
 
     def decode(self, tokens: Tensor) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD, special tokens are left out."""
+        """The text of tokens. Invalid UTF-8 becomes U+FFFD. Special tokens are left out."""
         return bytes(int(t) for t in tokens if int(t) < 256).decode(errors="replace")
 
-    def marked(self, tokens: Tensor) -> Tensor:
-        """The tokens between `begin` and `end`."""
+    def with_special_tokens(self, tokens: Tensor) -> Tensor:
+        """The tokens with `begin` in front and `end` behind."""
         return torch.cat([torch.tensor([self.begin]), tokens, torch.tensor([self.end])])
 
 
 class CharVocabulary:
-    """Three special tokens, 0 pad, 1 begin, 2 end, then the characters, sorted.
+    """One token per character. Three special tokens come first: 0 pad, 1 begin, 2 end. Then the characters, sorted.
 
     Args:
-        characters: the alphabet: a text, or texts, whose distinct characters are taken.
+        characters: A text or several texts. Their distinct characters are the alphabet.
     """
 
     pad, begin, end = 0, 1, 2
@@ -76,10 +76,11 @@ class CharVocabulary:
         return len(self.characters) + 3
 
     def encode(self, text: str) -> Tensor:
-        """(characters,) int64.
+        """The tokens of a text: (characters,) int64.
 
         Raises:
-            DataError: a character is not in the alphabet.
+            DataError: A character is not in the alphabet.
+            TypeError: `text` is not a str.
         """
         if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"expected text, got {type(text).__name__} {text!r:.60}")
@@ -93,13 +94,15 @@ class CharVocabulary:
             known = same = torch.zeros_like(codes)
         if not same.all():
             at = int(same.int().argmin())
-            raise DataError(f"the character {text[at]!r} (at {at}) is not in the alphabet of {len(self.characters)}.")
+            raise DataError(
+                f"the character {text[at]!r} (at {at}) is not in the alphabet of {len(self.characters)} characters."
+            )
         return known + 3
 
     def decode(self, tokens: Tensor) -> str:
-        """The text, without special tokens."""
+        """The text of tokens. Special tokens are left out."""
         return "".join(self.characters[int(t) - 3] for t in tokens if int(t) > 2)
 
-    def marked(self, tokens: Tensor) -> Tensor:
-        """The tokens between `begin` and `end`."""
+    def with_special_tokens(self, tokens: Tensor) -> Tensor:
+        """The tokens with `begin` in front and `end` behind."""
         return torch.cat([torch.tensor([self.begin]), tokens, torch.tensor([self.end])])

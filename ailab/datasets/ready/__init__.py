@@ -1,4 +1,4 @@
-"""Data sets that need no code: each is a storage and a task, registered by name."""
+"""Ready-made datasets. Each is a storage and a task, registered by name."""
 
 from ailab.datasets.ready.audio import AudioClassificationDataset
 from ailab.datasets.ready.coco import COCODataset, COCOSegmentationDataset

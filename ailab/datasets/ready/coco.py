@@ -1,4 +1,4 @@
-"""COCO: detection, instance masks and keypoints, and maps of classes painted out of them."""
+"""COCO datasets: object detection, instance masks and keypoints, and semantic segmentation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ailab.datasets.files.boxes import BoxFormat, BoxPolicy, are_numbers, box_tensor
 from ailab.datasets.files.image import read_image
-from ailab.datasets.files.rle import check_segmentation, decoded
+from ailab.datasets.files.rle import check_segmentation, decode_mask
 from ailab.datasets.storages.coco import CocoAnnotationDataset
 from ailab.datasets.tasks.objects import ObjectsTask
 from ailab.datasets.transforms.pipeline import Sample, TransformSpec, build_transform
@@ -20,7 +20,7 @@ from ailab.errors import DataError
 from ailab.registry import DATASETS
 from ailab.signature import check_choice, name_list
 
-_FORMATS: dict[str, tuple[BoxFormat, bool]] = {  # name -> format, and whether as fractions of the picture's sides
+_FORMATS: dict[str, tuple[BoxFormat, bool]] = {  # name -> format, normalize
     "xyxy": ("xyxy", False),
     "xywh": ("xywh", False),
     "cxcywh": ("cxcywh", False),
@@ -35,27 +35,32 @@ _TASKS = ("bbox", "mask", "keypoints")
 
 @DATASETS.register_module()
 class COCODataset(CocoAnnotationDataset, ObjectsTask):
-    """Objects in pictures: `{"image": (3, H, W) uint8, "image_id": (), "size": (2,) H and W of the file, "boxes": (N, 4), ...}`.
+    """COCO objects: `{"image": (3, H, W) uint8, "image_id": () int64, "size": (2,) int64, "labels": (N,) int64, ...}`.
 
-    With "bbox": "boxes" float32 and "labels" (N,) int64. With "mask": "masks" (N, H, W) bool. With "keypoints": "keypoints"
-    (N, K, 2) and "visible" (N, K). With `ignore_crowd=False` also "iscrowd" and "area" (N,), in pixels of the file.
+    "size" is (H, W) of the image file in pixels. The other fields depend on `tasks`:
+
+    - "bbox": "boxes" (N, 4) float32.
+    - "mask": "masks" (N, H, W) bool.
+    - "keypoints": "keypoints" (N, K, 2) float32, x and y in pixels, and "visible" (N, K) int64.
+
+    With `ignore_crowd=False` there are also "iscrowd" (N,) int64 and "area" (N,) float32, in pixels of the image file.
 
     Args:
-        annotation_file: the COCO JSON.
-        images_root: the folder of the pictures.
-        tasks: which of "bbox", "mask" ("segmentation"), "keypoints"; the labels come along.
-        box_format: "xyxy", "xywh", "cxcywh"; "pascal" and "coco" are the first two, "yolo" is the last with `normalize`.
-        normalize: boxes as fractions of the width and height of the delivered picture.
-        min_area: of a box, in pixels of the file; smaller objects are left out.
-        ignore_crowd: leave out annotations of crowds.
-        keep_empty: keep pictures in which there is no object.
-        transform: see `build_transform`.
-        box_policy: for boxes outside their picture: "error", "clip" or "drop".
-        allow_outside_root: accept pictures outside `images_root`.
+        annotation_file: The COCO JSON file.
+        images_root: Folder of the images.
+        tasks: Annotations to load: "bbox", "mask" (or "segmentation"), "keypoints".
+        box_format: "xyxy", "xywh" or "cxcywh". "pascal" is "xyxy", "coco" is "xywh", "yolo" is "cxcywh" with `normalize`.
+        normalize: Whether boxes are fractions of the width and height of the image after the transform.
+        min_area: Smallest area of a box, in pixels of the image file. Smaller objects are left out.
+        ignore_crowd: Whether to leave out crowd annotations (`iscrowd` 1).
+        keep_empty: Whether to keep images without objects.
+        transform: Transforms of a sample, see `build_transform`. They get all fields.
+        box_policy: For a box without area or outside its image: "error" raises, "clip" clips it, "drop" leaves it out.
+        allow_outside_root: Whether to accept images outside `images_root`.
 
     Raises:
-        DataError: as `CocoAnnotationDataset`; an object lacks what a task needs; no picture is left. While reading, a picture
-            whose size is not the annotated one is a bad sample.
+        DataError: At build time, as `CocoAnnotationDataset`; also if an object lacks the annotation of a task, or no image is
+            left. While reading, an image whose size is not the annotated one is a bad sample.
     """
 
     rows: ClassVar[tuple[str, ...]] = (*ObjectsTask.rows, "iscrowd", "area")
@@ -85,8 +90,8 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
         self.ignore_crowd, self.keep_empty = ignore_crowd, keep_empty
         super().__init__(annotation_file, images_root, box_policy=box_policy, allow_outside_root=allow_outside_root)
 
-    def kept(self, annotation: dict[str, Any], image: dict[str, Any], where: str) -> bool:
-        """Neither a crowd, where they are ignored, nor too small; it has what the tasks need."""
+    def keep_annotation(self, annotation: dict[str, Any], image: dict[str, Any], where: str) -> bool:
+        """Whether the object is kept: not an ignored crowd and not too small. The annotations of the tasks are checked."""
         if not are_numbers([annotation.get("area", 0)]) or annotation.get("iscrowd", 0) not in (0, 1):
             came = f"{annotation.get('area', 0)!r:.40} and {annotation.get('iscrowd', 0)!r:.40}"
             raise DataError(f"{where}: expected a number as 'area', and 0 or 1 as 'iscrowd', got {came}.")
@@ -102,12 +107,12 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
         if "keypoints" in self.tasks:
             points = annotation["keypoints"]
             if not isinstance(points, list) or len(points) != 3 * self.keypoint_count or not are_numbers(points):  # pyright: ignore[reportUnknownArgumentType]
-                count = f"3 x {self.keypoint_count} numbers of keypoints, as the categories say"
+                count = f"3 x {self.keypoint_count} numbers of keypoints, by the categories of the file"
                 raise DataError(f"{where}: expected {count}, got {points!r:.80}.")
         return True
 
     def load(self, raw: Any) -> Sample:
-        """The picture and the fields of its objects."""
+        """The image and the fields of its objects."""
         image_id, info, objects = raw
         image = read_image(self.image_file(info))
         size = (info["height"], info["width"])
@@ -131,7 +136,7 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
 
     @cached_property
     def keypoint_count(self) -> int:
-        """Points of one object."""
+        """Number of keypoints of one object."""
         named = [c.get("keypoints", []) for c in self.categories]
         if any(not isinstance(names, list) for names in named):
             raise DataError(f"{self.coco_json}, categories: expected lists of names of keypoints.")
@@ -139,23 +144,30 @@ class COCODataset(CocoAnnotationDataset, ObjectsTask):
 
     def masks(self, objects: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> Tensor:
         """(N, H, W) bool."""
-        found = [decoded(a["segmentation"], size, f"{self.coco_json}, annotation id {a['id']}") for a in objects]
+        found = [decode_mask(a["segmentation"], size, f"{self.coco_json}, annotation id {a['id']}") for a in objects]
         return torch.stack(found) if found else torch.zeros(0, *size, dtype=torch.bool)
 
 
 @DATASETS.register_module()
 class COCOSegmentationDataset(COCODataset):
-    """Classes of pixels: `{"image", "mask": (H, W) int64, "image_id", "size"}`; objects with masks in the mode "instance".
+    """COCO segmentation: `{"image": (3, H, W) uint8, "mask": (H, W) int64, "image_id": () int64, "size": (2,) int64}`.
 
-    The class of an object is its number in `classes`, after 0 for the background. Smaller objects lie over larger ones, and
-    crowds are `ignore_index`.
+    "mask" is the class of each pixel: 0 is the background, then the categories in the order of their ids. A smaller object covers
+    a larger one. Pixels of crowds are `ignore_index`. With `mode="instance"` the sample has one mask per object instead, as
+    `COCODataset(tasks=("bbox", "mask"))`.
 
     Args:
-        annotation_file: the COCO JSON.
-        images_root: the folder of the pictures.
-        mode: "semantic", or "instance", which is `COCODataset(tasks=("bbox", "mask"))`.
-        ignore_index: of pixels that do not count.
-        keep_empty: as in `COCODataset`, with `transform`, `box_policy` and `allow_outside_root`.
+        annotation_file: The COCO JSON file.
+        images_root: Folder of the images.
+        mode: "semantic" for one class map per image, "instance" for one mask per object.
+        ignore_index: Class of the pixels that the loss ignores.
+        keep_empty: Whether to keep images without objects.
+        transform: Transforms of a sample, see `build_transform`. They get all fields.
+        box_policy: For a box without area or outside its image: "error" raises, "clip" clips it, "drop" leaves it out.
+        allow_outside_root: Whether to accept images outside `images_root`.
+
+    Raises:
+        DataError: At build time, as `COCODataset`.
     """
 
     kinds: Mapping[str, str] = {**ObjectsTask.kinds, "mask": "mask"}
@@ -188,7 +200,7 @@ class COCOSegmentationDataset(COCODataset):
             self.classes = ["background", *(self.classes or ())]
 
     def load(self, raw: Any) -> Sample:
-        """The picture and the map, or its objects."""
+        """The image and its class map; with the mode "instance" the image and its objects."""
         if self.mode == "instance":
             return super().load(raw)
         image_id, info, _ = raw
@@ -211,17 +223,17 @@ class COCOSegmentationDataset(COCODataset):
         return mask
 
     def class_weights(self) -> Tensor:
-        """Weights against the imbalance, (classes,) float32: one over a class's share of the pixels, of mean 1; 0 for none.
+        """Class weights against imbalance: (classes,) float32. A weight is 1 / (share of the pixels), scaled to a mean of 1.
 
-        It paints every map of the data set once.
+        A class without pixels has the weight 0. All masks of the dataset are decoded once.
         """
         assert self.classes is not None
         counts = torch.zeros(256 if self.ignore_index < 256 else self.ignore_index + 1, dtype=torch.float64)
         for i in range(len(self)):
             counts += self.class_map(self._get_raw(i)).flatten().bincount(minlength=len(counts))[: len(counts)]
-        seen = counts[: len(self.classes)]
-        weights = torch.where(seen > 0, seen.sum() / seen.clamp_min(1), 0.0)
-        return (weights / weights[seen > 0].mean()).float()
+        pixels = counts[: len(self.classes)]
+        weights = torch.where(pixels > 0, pixels.sum() / pixels.clamp_min(1), 0.0)
+        return (weights / weights[pixels > 0].mean()).float()
 
 
 def _area(annotation: Mapping[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""The handwritten digits that come with ailab."""
+"""The handwritten digits dataset that is part of ailab."""
 
 from __future__ import annotations
 
@@ -16,40 +16,41 @@ from ailab.rng import mix
 
 @DATASETS.register_module()
 class Digits(TableDataset):
-    """1,797 real handwritten digits of 8x8 pixels: `{"input": (1, 8, 8) uint8 in 0..16, "target": () int64 in 0..9}`.
+    """1,797 handwritten digits of 8x8 pixels: `{"input": (1, 8, 8) uint8 in 0..16, "target": () int64 in 0..9}`.
 
     Source: Optical Recognition of Handwritten Digits, E. Alpaydin, C. Kaynak, 1998, UCI ML Repository, CC BY 4.0.
 
     Args:
-        split: which part, "train" or "val".
-        val_fraction: share of "val", rounded up; each class gives its share. 0.2 makes 1,437 and 360 samples.
-        seed: of the split; the parts of one seed have no sample in common.
+        split: "train" or "val".
+        val_fraction: Fraction of the samples in "val", rounded up. The split is stratified by class. 0.2 gives 1,437 training
+            and 360 validation samples.
+        seed: Seed of the random split. Use the same seed for both splits; then they have no sample in common.
 
     Raises:
-        DataError: there is no such split.
+        DataError: `split` is neither "train" nor "val".
     """
 
     def __init__(self, split: Literal["train", "val"] = "train", val_fraction: float = 0.2, seed: int = 0):
         if split not in ("train", "val"):
             raise DataError(f"Digits: split={split!r}; there are 'train' and 'val'.")
         super().__init__(Path(__file__).with_name("digits.csv.gz"), header=False)
-        held = held_out(self._fields["target"], val_fraction, seed)
+        held = stratified_choice(self._fields["target"], val_fraction, seed)
         part = held if split == "val" else ~held
         self.table = self.table[part.numpy()]
         pixels = self._fields["input"][part].to(torch.uint8).view(-1, 1, 8, 8)
         self._fields = {"input": pixels, "target": self._fields["target"][part]}
 
 
-def held_out(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """A random, stratified choice of ceil(N * fraction) samples.
+def stratified_choice(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Choose ceil(N * fraction) samples at random, the same fraction of each class to within one sample.
 
     Args:
         labels: (N,) class of each sample.
-        fraction: share of the samples to choose, in [0, 1].
-        seed: of the choice.
+        fraction: Fraction of the samples to choose, in [0, 1].
+        seed: Seed of the choice.
 
     Returns:
-        (N,) bool: whether a sample is chosen. Each class gives its share of them, to within one sample.
+        (N,) bool, True for a chosen sample.
     """
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(mix(seed)))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]

@@ -1,4 +1,4 @@
-"""Fashion-MNIST from its four IDX files."""
+"""The Fashion-MNIST dataset, from its four IDX files."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from ailab.datasets.base import LabBaseDataset
 from ailab.errors import DataError
 from ailab.registry import DATASETS
 
-ENVIRONMENT = "AILAB_FASHION_MNIST"  # names a folder to look in
+ENVIRONMENT = "AILAB_FASHION_MNIST"  # environment variable with the folder of the files
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts the files
 _PREFIX = {"train": "train", "test": "t10k"}
 
 
 @DATASETS.register_module()
 class FashionMNIST(LabBaseDataset):
-    """Real pictures of clothes, 28x28: `{"input": (1, 28, 28) uint8 in 0..255, "target": () int64 in 0..9}`.
+    """Images of clothes, 28x28 pixels: `{"input": (1, 28, 28) uint8 in 0..255, "target": () int64 in 0..9}`.
 
     Source: Xiao, Rasul and Vollgraf, arXiv:1708.07747; MIT licence.
 
     Args:
-        root: the folder of the four `*-ubyte.gz` files. When left out: the environment variable AILAB_FASHION_MNIST, then
-            Debian's package dataset-fashion-mnist, then a download by torchvision into the user's cache.
-        split: "train" (60,000) or "test" (10,000).
+        root: Folder of the four `*-ubyte.gz` files. Default, in this order: the folder in the environment variable
+            AILAB_FASHION_MNIST, Debian's package dataset-fashion-mnist, a download by torchvision into the user's cache.
+        split: "train" (60,000 samples) or "test" (10,000 samples).
 
     Raises:
-        DataError: there is no such split, no such file, a file is damaged, or the download fails.
+        DataError: `split` is neither of the two, a file is missing or damaged, or the download fails.
     """
 
     classes = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -44,7 +44,7 @@ class FashionMNIST(LabBaseDataset):
         images = read_idx(folder / f"{_PREFIX[split]}-images-idx3-ubyte.gz")
         labels = read_idx(folder / f"{_PREFIX[split]}-labels-idx1-ubyte.gz")
         if images.dim() != 3 or labels.shape != images.shape[:1]:
-            raise DataError(f"{folder}: {tuple(images.shape)} images and {tuple(labels.shape)} labels are no data set.")
+            raise DataError(f"{folder}: the images {tuple(images.shape)} and labels {tuple(labels.shape)} do not match.")
         self._fields = {"input": images.unsqueeze(1), "target": labels.long()}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -62,12 +62,12 @@ class FashionMNIST(LabBaseDataset):
 
 
 def read_idx(path: Path) -> Tensor:
-    """The uint8 array of a gzipped IDX file, of the shape in its header.
+    """Read a gzipped IDX file of bytes: uint8, with the shape in its header.
 
     Source: the format at the end of yann.lecun.com/exdb/mnist: two zero bytes, type, rank, then big-endian sizes.
 
     Raises:
-        DataError: the file is missing, no such file, or its length is not what its header says.
+        DataError: The file is missing, is no IDX file of bytes, or its length does not match its header.
     """
     try:
         with gzip.open(path, "rb") as file:
@@ -79,12 +79,12 @@ def read_idx(path: Path) -> Tensor:
     start = 4 + 4 * content[3]
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
     if math.prod(shape) != len(content) - start:
-        raise DataError(f"{path}: damaged: the header says {shape}, and {len(content) - start} bytes follow it.")
+        raise DataError(f"{path}: damaged: the header says {shape}, but {len(content) - start} bytes follow it.")
     return torch.frombuffer(content, dtype=torch.uint8, offset=start).view(shape)
 
 
 def _found() -> Path:
-    """The folder that holds the files, downloaded if need be."""
+    """The folder with the files. They are downloaded if needed."""
     if ENVIRONMENT in os.environ:
         return Path(os.environ[ENVIRONMENT])
     return DEBIAN if DEBIAN.is_dir() else _downloaded()
@@ -99,7 +99,7 @@ def _downloaded() -> Path:
     except Exception as error:  # no torchvision, no network, no space: torchvision raises many classes
         raise DataError(
             f"FashionMNIST: not on this machine, and the download failed: {type(error).__name__}: {error}\n"
-            f"  `apt-get install dataset-fashion-mnist`, or put the four .gz files in a folder and name it: root=... or\n"
+            f"  Run `apt-get install dataset-fashion-mnist`. Or put the four .gz files in a folder and set root=... or\n"
             f"  the environment variable {ENVIRONMENT}."
         ) from error
     return cache / "FashionMNIST" / "raw"

@@ -1,4 +1,4 @@
-"""Image classification from a folder per class, a table, or an annotation file."""
+"""Image classification from one folder per class, or from an annotation file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ailab.datasets.files.image import read_image
-from ailab.datasets.files.paths import inside
+from ailab.datasets.files.paths import path_inside
 from ailab.datasets.storages.folder import FolderPerClassDataset
 from ailab.datasets.storages.records import Records, lookup, read_records
 from ailab.datasets.storages.sequence import ListDataset
@@ -22,35 +22,42 @@ from ailab.datasets.transforms.pipeline import TransformSpec, build_transform
 from ailab.errors import DataError
 from ailab.registry import DATASETS
 
-_MOST = 1 << 20  # classes that are counted by their highest index
+_MAX_CLASSES = 1 << 20  # of a file whose labels are class indices
 
 
 @DATASETS.register_module()
 class ClassificationImageDataset(ListDataset, ClassificationTask):
-    """Pictures with a class: `{"input": (3, H, W) uint8, "target": () int64}`; every label is checked at once.
+    """Images with a class label: `{"input": (3, H, W) uint8, "target": () int64}`.
+
+        ClassificationImageDataset("photos/")  # photos/cat/1.jpg, photos/dog/2.jpg, ...
+        ClassificationImageDataset("train.csv")  # a CSV file with the columns image and label
+
+    All labels are checked when the dataset is built.
 
     Args:
-        annotation_file: a folder with one folder per class; or a .jsonl, .json, .csv, .tsv or .xlsx file of records; or a .txt file
-            of lines `path label`.
-        x_key: the name of the picture's path in a record.
-        y_key: the name of its label in a record: the index of a class, or its name.
-        classes: the names of the classes in order; of names in the file the sorted distinct ones when left out. Give val those of
-            train: `classes=[...]`.
-        root: the folder that paths are relative to; that of the file when left out.
-        transform: see `build_transform`; samples have to come out of one size.
-        multi_label: a record has a list of labels (in a table, `separator` between them); the target is (classes,) float32.
-        separator: of several labels in one cell.
-        size_hint: (H, W) that the transform will ask for: much larger JPEGs are decoded at a fraction of their size.
-        resize: (H, W), or the shorter side, that pictures are resized to as they are read, before a cache keeps them.
-        allow_outside_root: accept pictures outside `root`.
+        source: A folder with one folder of images per class, or an annotation file. The annotation file is a .jsonl, .json,
+            .csv, .tsv or .xlsx file of records, or a .txt file of lines `path label`.
+        x_key: Name of the image path in a record.
+        y_key: Name of the label in a record. A label is a class index or a class name.
+        classes: Class names in the order of their indices. Default: the distinct names of the data, sorted. Give the val split
+            the classes of the train split.
+        root: Folder that relative paths start from. Default: the folder of the annotation file.
+        transform: Transforms of a sample, see `build_transform`. All samples must come out with the same size.
+        multi_label: Whether a record has a list of labels. The target is then (classes,) float32 of 0 and 1.
+        separator: Text between the labels in one cell of a table, for `multi_label`.
+        size_hint: (H, W) in pixels that the transform needs. Much larger JPEGs are decoded at a fraction of their size.
+        resize: (H, W) in pixels, or the length of the shorter side. Images are resized when they are read, so the cache holds
+            the resized image.
+        allow_outside_root: Whether to accept images outside `root`.
 
     Raises:
-        DataError: the file or a name in it is missing, the split is empty, a class is unknown, or a path leads out of `root`.
+        DataError: At build time: `source` does not exist, the split is empty, a record lacks a field, a class is unknown, or a
+            path leads out of `root`. The message has the file and the line.
     """
 
     def __init__(
         self,
-        annotation_file: str | Path,
+        source: str | Path,
         x_key: str = "image",
         y_key: str = "label",
         *,
@@ -66,13 +73,13 @@ class ClassificationImageDataset(ListDataset, ClassificationTask):
         self.transform, self.multi_label = build_transform(transform), multi_label
         self.size_hint = (size_hint[0], size_hint[1]) if size_hint is not None else None
         self.resize = (resize[0], resize[1]) if isinstance(resize, Sequence) else resize
-        if os.path.isdir(annotation_file):
-            folders = FolderPerClassDataset(annotation_file, classes)
+        if os.path.isdir(source):
+            folders = FolderPerClassDataset(source, classes)
             self.classes = folders.classes
             items: list[Any] = [[p, [c] if multi_label else c] for p, c in folders.samples]
         else:
-            self.classes, items = labelled(
-                annotation_file,
+            self.classes, items = read_labels(
+                source,
                 x_key,
                 y_key,
                 classes=classes,
@@ -80,21 +87,21 @@ class ClassificationImageDataset(ListDataset, ClassificationTask):
                 separator=separator if multi_label else None,
                 allow_outside_root=allow_outside_root,
             )
-        # A subclass may write to what it is given.
-        self._borrow = type(self) is ClassificationImageDataset and self.transform is not None and self.transform.copies
+        # A subclass may write to the image, so only this class borrows the memory of the cache.
+        self._borrow = type(self) is ClassificationImageDataset and self.transform is not None and self.transform.copies_image
         super().__init__(SharedList(items))
         self.targets = None if multi_label else torch.tensor([label for _, label in items])  # of all samples: (N,) int64
 
     def load_input(self, raw: Any) -> Tensor:
-        """The picture."""
+        """The image: (3, H, W) uint8."""
         return read_image(raw[0], size_hint=self.size_hint, resize=self.resize, borrow=self._borrow)
 
     def load_label(self, raw: Any) -> Any:
-        """The index of the class, or several."""
+        """The class index; a list of them with `multi_label`."""
         return raw[1]
 
 
-def labelled(
+def read_labels(
     file: str | Path,
     x_key: str,
     y_key: str,
@@ -104,10 +111,10 @@ def labelled(
     separator: str | None = None,
     allow_outside_root: bool = False,
 ) -> tuple[list[str] | None, list[tuple[str, Any]]]:
-    """The classes of an annotation file, and `(path, class index)` of every record; with `separator`, lists of indices.
+    """The class names of an annotation file, and `(path, class index)` of every record. With `separator`: lists of indices.
 
     Raises:
-        DataError: a record lacks a part, its class is unknown, or its path leads out of the root; or there is no record.
+        DataError: There is no record, a record lacks a field, a class is unknown, or a path leads out of the root.
     """
     records = _as_dicts(read_records(file), x_key, y_key)
     if not records.rows:
@@ -120,9 +127,11 @@ def labelled(
     items: list[tuple[str, Any]] = []
     for i, (row, value) in enumerate(zip(records.rows, values, strict=True)):
         where = records.where(i)
-        path = inside(place, lookup(row, x_key, lambda w=where: w), where, allow_outside_root=allow_outside_root)
+        path = path_inside(place, lookup(row, x_key, lambda w=where: w), where, allow_outside_root=allow_outside_root)
         try:
-            found = [i if (i := _known(v, index)) is not None else class_index(v, names) for v in (value if many else [value])]
+            found = [
+                i if (i := _index_of(v, index)) is not None else class_index(v, names) for v in (value if many else [value])
+            ]
         except ValueError as error:
             raise DataError(f"{where}, {y_key!r}: {error}.") from error
         items.append((path, found if many else found[0]))
@@ -130,7 +139,7 @@ def labelled(
 
 
 def _as_dicts(records: Records, x_key: str, y_key: str) -> Records:
-    """The records, lines `path label` as dicts."""
+    """The records. Text lines `path label` become dicts."""
     if not records.rows or not all(isinstance(r, str) for r in records.rows):
         return records
     rows: list[Any] = []
@@ -143,7 +152,7 @@ def _as_dicts(records: Records, x_key: str, y_key: str) -> Records:
 
 
 def _label(value: Any, separator: str | None) -> Any:
-    """The label of a record, digits as a number; with `separator`, a list of them."""
+    """The label of a record. Digits become a number. With `separator`: a list of labels."""
     if separator is not None:
         parts: Any = [p for p in value.split(separator) if p.strip()] if isinstance(value, str) else value
         return [_label(v, None) for v in cast("Sequence[Any]", parts if isinstance(parts, (list, tuple)) else [parts])]
@@ -153,17 +162,17 @@ def _label(value: Any, separator: str | None) -> Any:
     return value
 
 
-def _known(value: Any, index: dict[str, int]) -> int | None:
+def _index_of(value: Any, index: dict[str, int]) -> int | None:
     return index.get(value) if isinstance(value, str) else None
 
 
 def _classes(values: Sequence[Any], file: str | Path) -> list[str] | None:
-    """The distinct names of a file, sorted; of numbers, as many as the highest asks for."""
+    """The distinct class names of a file, sorted. For class indices: "0" to the highest index."""
     flat = [one for v in values for one in (cast("list[Any]", v) if isinstance(v, list) else [v])]
     names = {one for one in flat if isinstance(one, str)}
     if names:
         return sorted(names | {str(one) for one in flat if not isinstance(one, str)})
     whole = [one for one in flat if isinstance(one, int)]
-    if max(whole, default=0) >= _MOST:
-        raise DataError(f"{file}: a label is {max(whole)}; expected the indices of at most {_MOST} classes, from 0.")
+    if max(whole, default=0) >= _MAX_CLASSES:
+        raise DataError(f"{file}: a label is {max(whole)}. Expected class indices from 0 to at most {_MAX_CLASSES - 1}.")
     return [str(i) for i in range(max(whole) + 1)] if whole else None

@@ -1,4 +1,4 @@
-"""Masked-image modelling: pictures without labels, and which patches of them to hide."""
+"""Masked image modelling: images without labels, and random masks of their patches."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from ailab.registry import DATASETS
 
 
 class MaskingGenerator:
-    """Random masks of patches: (rows * columns,) bool with exactly round(mask_ratio * rows * columns) that are True, hidden.
+    """Draws random masks of patches: (rows * columns,) bool, True for a masked patch.
 
-    He et al., arXiv:2111.06377. It draws from torch's global generator, which is seeded for each sample.
+    Every mask has exactly round(mask_ratio * rows * columns) masked patches. The draw uses torch's global generator, which
+    `Stream` seeds for each sample. Source: He et al., arXiv:2111.06377.
 
     Args:
         input_size: (rows, columns) of patches, or one number for both.
-        mask_ratio: the share to hide, in [0, 1].
+        mask_ratio: Fraction of the patches to mask, in [0, 1].
 
     Raises:
-        ConfigError: the ratio is not in [0, 1], or there is no patch.
+        ConfigError: `mask_ratio` is not in [0, 1], or there is no patch.
     """
 
     def __init__(self, input_size: int | Sequence[int], mask_ratio: float = 0.75):
@@ -42,7 +43,7 @@ class MaskingGenerator:
         self.num_masked = round(mask_ratio * self.num_patches)
 
     def __call__(self) -> Tensor:
-        """Another mask."""
+        """Draw a new mask."""
         mask = torch.zeros(self.num_patches, dtype=torch.bool)
         mask[torch.randperm(self.num_patches)[: self.num_masked]] = True
         return mask
@@ -50,21 +51,25 @@ class MaskingGenerator:
 
 @DATASETS.register_module()
 class MAEAnnFileDataset(FileAnnotationDataset, Task):
-    """Pictures to restore: `{"image": (3, img_size, img_size) uint8, "mask": (patches,) bool}`; the target is the image itself.
+    """Images for masked autoencoders: `{"image": (3, img_size, img_size) uint8, "mask": (patches,) bool}`.
+
+    The target of the training is the image itself.
 
     Args:
-        annotation_file: a .txt file with a path in each line; or records, of which `x_key` is the path.
-        img_size: side of the picture in pixels.
-        patch_size: side of a patch, a divisor of `img_size`.
-        mask_ratio: share of the patches to hide; the number of them is the same for every sample.
-        transform: see `build_transform`; it has to give pictures of `img_size`. A random crop and a flip when left out.
-        x_key: name of the path in a record.
-        root: the folder that paths are relative to; that of the file when left out.
-        allow_outside_root: accept pictures outside `root`.
+        annotation_file: A .txt file with one image path per line, or a file of records (.jsonl, .json, .csv, .tsv, .xlsx). Also
+            a list of such files.
+        img_size: Side of the image in pixels, after the transform.
+        patch_size: Side of a patch in pixels. It must divide `img_size`.
+        mask_ratio: Fraction of the patches to mask, in [0, 1]. Every sample has the same number of masked patches.
+        transform: Transforms of a sample, see `build_transform`. They must give images of `img_size`. Default: a random resized
+            crop and a random horizontal flip.
+        x_key: Name of the image path in a record.
+        root: Folder that relative paths start from. Default: the folder of the annotation file.
+        allow_outside_root: Whether to accept images outside `root`.
 
     Raises:
-        ConfigError: the patches do not fill the picture, or the ratio is none.
-        DataError: the file is missing or empty, lacks `x_key`, or a path leads out of `root`.
+        ConfigError: `patch_size` does not divide `img_size`, or `mask_ratio` is not in [0, 1].
+        DataError: The file is missing or empty, a record has no `x_key`, or a path leads out of `root`.
     """
 
     kinds: Mapping[str, str] = {"image": "image"}
@@ -83,7 +88,7 @@ class MAEAnnFileDataset(FileAnnotationDataset, Task):
     ):
         super().__init__(annotation_file, root=root, allow_outside_root=allow_outside_root)
         if img_size % patch_size:
-            raise ConfigError(f"MAEAnnFileDataset: patches of {patch_size} do not fill a picture of {img_size} pixels.")
+            raise ConfigError(f"MAEAnnFileDataset: patches of {patch_size} do not fill an image of {img_size} pixels.")
         self.masking, self.img_size = MaskingGenerator(img_size // patch_size, mask_ratio), img_size
         crop = {"type": "RandomResizedCrop", "size": img_size, "scale": (0.2, 1.0), "antialias": True}
         self.transform = build_transform([crop, {"type": "RandomHorizontalFlip"}] if transform is None else transform)
@@ -91,14 +96,14 @@ class MAEAnnFileDataset(FileAnnotationDataset, Task):
         self.samples = SharedList(self.file(name, i) for i, name in enumerate(plain))
 
     def load(self, raw: Any) -> Sample:
-        """The picture and the patches to hide."""
+        """The image and the mask of its patches."""
         return {"image": read_image(raw), "mask": self.masking()}
 
-    def delivered(self, sample: Sample) -> Sample:
-        """The sample, whose picture has to be of the size that the mask is for.
+    def output(self, sample: Sample) -> Sample:
+        """The sample, after a check of its image size.
 
         Raises:
-            ValueError: it is not.
+            ValueError: The image is not of `img_size`.
         """
         if tuple(sample["image"].shape[-2:]) != (self.img_size, self.img_size):
             raise ValueError(f"the transform gave {tuple(sample['image'].shape)}; img_size is {self.img_size}")

@@ -1,4 +1,4 @@
-"""One data set in two parts, for data that comes without a split."""
+"""A train and a val split of one dataset, for data without a split of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ailab.datasets.base import LabBaseDataset
-from ailab.datasets.ready.digits import held_out
+from ailab.datasets.ready.digits import stratified_choice
 from ailab.errors import DataError
 from ailab.registry import DATASETS
 from ailab.signature import CheckedBy, check_choice
@@ -18,27 +18,28 @@ _Part = Literal["train", "val"]
 
 
 def check_dataset(spec: Any, path: str) -> list[str]:
-    """The problems of a data set that is described by a dict."""
+    """The problems of a dataset in a cfg; none for a dataset that is built already."""
     return DATASETS.check(spec, path) if isinstance(spec, Mapping) else []
 
 
-DatasetSpec = Annotated[Any, CheckedBy(check_dataset)]  # a data set, or dict(type=...) of one
+DatasetSpec = Annotated[Any, CheckedBy(check_dataset)]  # a dataset, or dict(type=...) of one
 
 
 @DATASETS.register_module()
 class SplitDataset(LabBaseDataset):
-    """The train or the val part of another data set; each class gives its share where the data set has `targets`.
+    """The train or the val part of another dataset, split at random.
 
-    Both parts name the same data set and seed. Give val its own `dataset` where its transform differs: the split is the same.
+    The split is stratified by class if the dataset has `targets`. Both parts need the same dataset, fraction and seed. The two
+    entries of `dataset` may have different transforms.
 
     Args:
-        dataset: anything with a length and an index, or `dict(type=...)` of one.
+        dataset: A dataset with `__len__` and `__getitem__`, or `dict(type=...)` of one.
         part: "train" or "val".
-        val_fraction: share of "val", rounded up to whole samples.
-        seed: of the split; the parts of one seed have no sample in common and are all samples together.
+        val_fraction: Fraction of the samples in "val", rounded up to whole samples.
+        seed: Seed of the random split. With the same seed the two parts have no sample in common, and together all samples.
 
     Raises:
-        DataError: the part is empty.
+        DataError: The part is empty.
     """
 
     def __init__(self, dataset: DatasetSpec, part: _Part = "train", *, val_fraction: float = 0.2, seed: int = 0):
@@ -47,17 +48,17 @@ class SplitDataset(LabBaseDataset):
         size = len(self.dataset)
         targets: Any = getattr(self.dataset, "targets", None)
         labels = torch.as_tensor(targets) if targets is not None else torch.zeros(size, dtype=torch.int64)
-        held = held_out(labels, val_fraction, seed)
-        self.indices = (held if part == "val" else ~held).nonzero()[:, 0]  # of the other data set: (N,) int64
+        held = stratified_choice(labels, val_fraction, seed)
+        self.indices = (held if part == "val" else ~held).nonzero()[:, 0]  # in `dataset`: (N,) int64
         self.classes = getattr(self.dataset, "classes", None)
         self.targets = labels[self.indices] if targets is not None else None
         if not len(self.indices):
             raise DataError(
-                f"SplitDataset: the split is empty: val_fraction={val_fraction} of {size} samples leaves {part!r} none."
+                f"SplitDataset: the split is empty: val_fraction={val_fraction} of {size} samples leaves none for {part!r}."
             )
 
     def tensors(self) -> dict[str, Tensor] | None:
-        """All samples, stacked, where the other data set has that."""
+        """All samples, stacked; None if `dataset` has no `tensors`."""
         stacked = getattr(self.dataset, "tensors", None)
         found = stacked() if callable(stacked) else None
         return {name: values[self.indices] for name, values in found.items()} if isinstance(found, dict) else None

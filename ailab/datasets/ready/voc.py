@@ -1,4 +1,4 @@
-"""Pascal VOC: detection and maps of classes, in the layout of the development kit."""
+"""Pascal VOC datasets: detection and segmentation, in the folder layout of the development kit."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "
 
 @DATASETS.register_module()
 class VOCDataset(VocAnnotationDataset, DetectionTask):
-    """Objects in pictures: `{"image": (3, H, W) uint8, "boxes": (N, 4) float32, "labels": (N,) int64}`.
+    """Pascal VOC detection: `{"image": (3, H, W) uint8, "boxes": (N, 4) float32, "labels": (N,) int64}`.
 
     Args:
-        root: the folder of `Annotations`, `JPEGImages` and `ImageSets/Main`.
-        split: the name of a file there without ".txt": "train", "val", "trainval", "test"; all XML files when None.
-        classes: the names of the classes in order; the 20 of VOC when left out.
-        difficult: keep objects that are marked as difficult.
-        box_format: of the boxes.
-        normalize: boxes as fractions of the picture's width and height.
-        transform: see `build_transform`.
-        box_policy: for boxes outside their picture: "error", "clip" or "drop".
+        root: Folder with `Annotations`, `JPEGImages` and `ImageSets/Main`.
+        split: Name of a file in `ImageSets/Main` without ".txt": "train", "val", "trainval", "test". None takes all XML files.
+        classes: Class names in the order of their indices. Default: the 20 classes of VOC.
+        difficult: Whether to keep objects that are marked as difficult.
+        box_format: Format of the boxes: "xyxy", "xywh" or "cxcywh".
+        normalize: Whether boxes are fractions of the width and height of the image after the transform.
+        transform: Transforms of a sample, see `build_transform`. They get all fields.
+        box_policy: For a box without area or outside its image: "error" raises, "clip" clips it, "drop" leaves it out.
 
     Raises:
-        DataError: as `VocAnnotationDataset`.
+        DataError: At build time, as `VocAnnotationDataset`.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class VOCDataset(VocAnnotationDataset, DetectionTask):
         self.box_format, self.normalize = box_format, normalize
 
     def load_image(self, raw: Any) -> Tensor:
-        """The picture."""
+        """The image: (3, H, W) uint8."""
         return read_image(raw[0])
 
     def load_boxes(self, raw: Any) -> Tensor:
-        """(N, 4) xyxy, from the corner of the first pixel."""
+        """The boxes: (N, 4) float32, xyxy in pixels, from the corner of the first pixel."""
         return box_tensor([o["box"] for o in self._objects(raw[1])])
 
     def load_labels(self, raw: Any) -> list[str]:
-        """The names of the classes."""
+        """The class names of the objects."""
         return [o["name"] for o in self._objects(raw[1])]
 
     def _objects(self, annotation: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -86,16 +86,18 @@ class VOCDataset(VocAnnotationDataset, DetectionTask):
 
 @DATASETS.register_module()
 class VOCSegmentationDataset(FileAnnotationDataset, SegmentationTask):
-    """Classes of pixels: `{"image": (3, H, W) uint8, "mask": (H, W) int64}`, 0 the background and 255 the borders.
+    """Pascal VOC segmentation: `{"image": (3, H, W) uint8, "mask": (H, W) int64}`.
+
+    "mask" is the class of each pixel: 0 is the background, 255 the borders between objects, which the loss ignores.
 
     Args:
-        root: the folder of `JPEGImages`, `SegmentationClass` and `ImageSets/Segmentation`.
-        split: the name of a file there without ".txt".
-        classes: the names of the classes after the background; the 20 of VOC when left out.
-        transform: see `build_transform`.
+        root: Folder with `JPEGImages`, `SegmentationClass` and `ImageSets/Segmentation`.
+        split: Name of a file in `ImageSets/Segmentation` without ".txt": "train", "val", "trainval".
+        classes: Class names without the background, in the order of their indices from 1. Default: the 20 classes of VOC.
+        transform: Transforms of a sample, see `build_transform`. They get both fields.
 
     Raises:
-        DataError: the split's file is missing or empty, or a name leads out of `root`.
+        DataError: The file of the split is missing or empty, or a name leads out of `root`.
     """
 
     def __init__(
@@ -108,9 +110,9 @@ class VOCSegmentationDataset(FileAnnotationDataset, SegmentationTask):
             self.file(f"JPEGImages/{name}.jpg", i)
 
     def load_image(self, raw: Any) -> Tensor:
-        """The picture."""
+        """The image: (3, H, W) uint8."""
         return read_image(self.file(f"JPEGImages/{raw}.jpg"))
 
     def load_mask(self, raw: Any) -> Tensor:
-        """The map of classes."""
+        """The class map: (H, W) int64."""
         return read_label_map(self.file(f"SegmentationClass/{raw}.png"))

@@ -1,4 +1,4 @@
-"""Windows of a long sequence: a time series to forecast, a text to continue."""
+"""Sliding windows over one long sequence: a time series for forecasting, a text for language modelling."""
 
 from __future__ import annotations
 
@@ -22,38 +22,41 @@ _IN_MEMORY = 1 << 26  # tokens that are kept as int64
 
 
 def _span(rows: int, part: Sequence[float], needed: int, what: str) -> tuple[int, int]:
-    """The rows of a part, given as two fractions of the whole.
+    """The first and the last row (exclusive) of a part, which is given as two fractions of all rows.
 
     Raises:
-        DataError: they are no part, or hold fewer rows than one window.
+        DataError: The fractions are not 0 <= start < end <= 1, or the part has fewer than `needed` rows.
     """
     if len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
         raise DataError(f"{what}: expected part=(start, end) with 0 <= start < end <= 1, got {tuple(part)}.")
     start, end = round(rows * part[0]), round(rows * part[1])
     if end - start < needed:
-        raise DataError(f"{what}: the split is empty: part={tuple(part)} has {end - start} rows, and a window takes {needed}.")
+        raise DataError(f"{what}: the split is empty: part={tuple(part)} has {end - start} rows; one window needs {needed}.")
     return start, end
 
 
 @DATASETS.register_module()
 class WindowedTimeSeries(LabBaseDataset):
-    """Windows of a table in order of time: `{"series": (window, C) float32, "target": (horizon, K) float32}`, the rows that follow.
+    """Sliding windows over a time series: `{"series": (window, C) float32, "target": (horizon, K) float32}`.
 
-    No window reaches outside its part, so that train and val have no row in common.
+    The table has one row per time step. The target is the `horizon` rows after the window. No window reaches outside its part, so
+    the train and val splits have no row in common.
 
     Args:
-        table_path: a .csv, .tsv or Excel file of numbers, one row for each time, as `TableDataset`.
-        window: rows to look at.
-        horizon: rows to predict, right after them.
-        stride: rows from one window to the next.
-        inputs: columns to look at; all when left out.
-        targets: columns to predict; the inputs when left out.
-        part: of the rows, as fractions: train (0, 0.8), val (0.8, 1).
-        normalize: the part whose mean and standard deviation every column is normalised by; that of train, for every split.
-        header: whether the first row holds the names of the columns.
+        table_path: A .csv, .tsv or Excel file of numbers, as `TableDataset` reads it.
+        window: Number of input rows.
+        horizon: Number of target rows.
+        stride: Number of rows from one window to the next.
+        inputs: Input columns, by name or position. Default: all columns.
+        targets: Target columns, by name or position. Default: the input columns.
+        part: The rows to use, as fractions of all rows, e.g. (0, 0.8) for train and (0.8, 1) for val.
+        normalize: The rows, as fractions, whose mean and standard deviation normalise every column. Give every split the part of
+            the train split. None does not normalise.
+        header: Whether the first row has the column names.
 
     Raises:
-        DataError: the table cannot be read, lacks a column, has a cell that is no number, or the part is shorter than a window.
+        DataError: The table cannot be read, lacks a column, has a cell that is not a number, or the part is shorter than one
+            window.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class WindowedTimeSeries(LabBaseDataset):
         y = x if targets is None else TableDataset(table_path, inputs=targets, target=None, header=header).tensors()["input"]
         if min(window, horizon, stride) < 1:
             raise DataError(
-                f"WindowedTimeSeries: window, horizon and stride are 1 at least; got {window}, {horizon}, {stride}."
+                f"WindowedTimeSeries: window, horizon and stride must be at least 1; got {window}, {horizon}, {stride}."
             )
         if normalize is not None:
             first, last = _span(len(x), normalize, 2, f"{table_path}: normalize")
@@ -85,7 +88,7 @@ class WindowedTimeSeries(LabBaseDataset):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """All windows, stacked: views that overlap in memory."""
+        """All windows, stacked. They are views and overlap in memory."""
         return self._fields
 
     def _len(self) -> int:
@@ -99,26 +102,28 @@ class WindowedTimeSeries(LabBaseDataset):
 
 
 def _normalized(values: Tensor, first: int, last: int) -> Tensor:
-    """Each column by the mean and standard deviation of some rows; one that is constant there is only shifted."""
+    """Normalise each column by the mean and standard deviation of some rows. A constant column is only shifted."""
     std, mean = torch.std_mean(values[first:last], 0)
     return (values - mean) / torch.where(std > 0, std, 1.0)
 
 
 @DATASETS.register_module()
 class TextWindows(LabBaseDataset):
-    """Windows of a text file for language modelling: `{"input": (window,) int64, "target": (window,) int64}`, the next token each.
+    """Sliding windows over a text file, for language modelling: `{"input": (window,) int64, "target": (window,) int64}`.
+
+    The target is the next token of each input token.
 
     Args:
-        path: a file; at the level of bytes any file, which is mapped into memory and not read as a whole.
-        window: tokens of a sample.
-        stride: tokens from one window to the next; `window` when left out, so that each token is predicted once.
-        level: "byte", tokens 0 to 255; or "char", the tokens of `CharVocabulary` over `alphabet`.
-        alphabet: the characters that there are; those of the whole file, whatever the part, when left out.
-        part: of the file, as fractions: train (0, 0.9), val (0.9, 1).
+        path: Path of the file. With the level "byte" any file works; it is memory-mapped and not read as a whole.
+        window: Number of tokens of a sample.
+        stride: Number of tokens from one window to the next. Default: `window`, so that each token is predicted once.
+        level: "byte" for the tokens 0 to 255, or "char" for the tokens of `CharVocabulary`.
+        alphabet: All characters, for the level "char". Default: the characters of the whole file, for every part.
+        part: The tokens to use, as fractions of the file, e.g. (0, 0.9) for train and (0.9, 1) for val.
 
     Raises:
-        DataError: the file cannot be read, is no UTF-8 text (char), has a character outside the alphabet, or the part is shorter
-            than a window and one token.
+        DataError: The file cannot be read, is no UTF-8 text (level "char"), has a character outside `alphabet`, or the part is
+            shorter than `window` + 1 tokens.
     """
 
     def __init__(
@@ -135,11 +140,11 @@ class TextWindows(LabBaseDataset):
         self.path, self.level, self.alphabet, self.part = Path(path), level, alphabet, tuple(part)
         self.window, self.stride = window, window if stride is None else stride
         if min(self.window, self.stride) < 1:
-            raise DataError(f"TextWindows: window and stride are 1 at least; got {self.window} and {self.stride}.")
+            raise DataError(f"TextWindows: window and stride must be at least 1; got {self.window} and {self.stride}.")
         self.vocabulary, self._tokens = self._read()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the tokens: another process maps the file itself."""
+        """The state without the tokens. Another process maps the file itself."""
         return {**self.__dict__, "_tokens": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -159,7 +164,7 @@ class TextWindows(LabBaseDataset):
         return vocabulary, tokens[start:end]
 
     def tensors(self) -> dict[str, Tensor] | None:
-        """All windows, stacked: views that overlap in memory; None for a large file, which is read by window."""
+        """All windows, stacked. They are views and overlap in memory. None for a large file, which is read window by window."""
         if len(self._tokens) > _IN_MEMORY:
             return None
         tokens = self._tokens.long()
@@ -181,7 +186,7 @@ class TextWindows(LabBaseDataset):
 
 
 def _mapped(path: Path) -> Tensor:
-    """The bytes of a file, (N,) uint8, mapped and not read."""
+    """The bytes of a file, memory-mapped: (N,) uint8."""
     try:
         size = path.stat().st_size
         return (

@@ -1,4 +1,4 @@
-"""Any indexable data set, with named fields and transforms: of torch, torchvision, Hugging Face, or a plain list."""
+"""A wrapper that gives named fields and transforms to a dataset of torch, torchvision or Hugging Face, or to a list."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from ailab.binding import wrap_sample
 from ailab.datasets.ready.split import DatasetSpec
 from ailab.datasets.storages.sequence import ListDataset
-from ailab.datasets.tasks.task import Task, picture_tensor, tensor_of
+from ailab.datasets.tasks.task import Task, image_tensor, tensor_of
 from ailab.datasets.transforms.pipeline import Sample, TransformSpec, build_transform
 from ailab.errors import DataError, nearest
 from ailab.registry import DATASETS
@@ -17,18 +17,20 @@ from ailab.signature import name_list
 
 @DATASETS.register_module()
 class WrappedDataset(ListDataset, Task):
-    """The samples of another data set as dicts of tensors: pictures of PIL as (C, H, W) uint8, arrays and numbers as tensors.
+    """The samples of another dataset as dicts of tensors.
+
+    A PIL image becomes (C, H, W) uint8. Arrays and numbers become tensors. Text stays text.
 
     Args:
-        dataset: anything with a length and an index, or `dict(type=...)` of one. Its samples are dicts (a Hugging Face row), tuples
-            `(input, target, field2, ...)`, or one tensor.
-        fields: {field of the sample: field of the other data set}; all of them by their own names when left out.
-        transform: see `build_transform`.
-        kinds: {field of the sample: "image" | "video" | "mask" | "boxes" | "keypoints"}, for a transform; pictures of PIL and
-            "input", "image" with three dimensions are images without saying.
+        dataset: A dataset with `__len__` and `__getitem__`, or `dict(type=...)` of one. Its samples are dicts (as rows of Hugging
+            Face), tuples `(input, target, field2, ...)`, or single tensors.
+        fields: {new field name: field name in `dataset`}. Default: all fields with their own names.
+        transform: Transforms of a sample, see `build_transform`. They get all fields.
+        kinds: {new field name: "image" | "video" | "mask" | "boxes" | "keypoints"}, so that the transform treats the field
+            accordingly. PIL images, "input" and "image" are images by default.
 
     Raises:
-        DataError: the data set is empty, or its first sample lacks a field.
+        DataError: The dataset is empty, or its first sample lacks a field.
     """
 
     def __init__(
@@ -47,19 +49,19 @@ class WrappedDataset(ListDataset, Task):
         for name in chosen.values():
             if first and name not in first:
                 hint = f"{nearest(name, first)} They have: {name_list(first)}."
-                raise DataError(f"WrappedDataset: samples have no field {name!r}.{hint}")
-        pictures = {new: "image" for new, old in chosen.items() if hasattr(first.get(old), "getbands")}
-        self.kinds = {"input": "image", "image": "image", **pictures, **(kinds or {})}
+                raise DataError(f"WrappedDataset: the samples have no field {name!r}.{hint}")
+        images = {new: "image" for new, old in chosen.items() if hasattr(first.get(old), "getbands")}
+        self.kinds = {"input": "image", "image": "image", **images, **(kinds or {})}
 
     def load(self, raw: Any) -> Sample:
-        """The chosen fields."""
+        """The selected fields."""
         found = wrap_sample(raw)
         chosen = {new: found[old] for new, old in self.fields.items()} if self.fields is not None else found
         return {name: _value(value, name) for name, value in chosen.items()}
 
 
 def _first(items: Any) -> dict[str, Any]:
-    """The fields of the first sample; none where it cannot be read, which is reported when its turn comes."""
+    """The fields of the first sample; empty if it cannot be read, which `Stream` reports later."""
     try:
         return wrap_sample(items[0])
     except Exception:  # any class: it is the user's code that reads the user's files
@@ -67,24 +69,24 @@ def _first(items: Any) -> dict[str, Any]:
 
 
 def _names(dataset: Any) -> Sequence[str] | None:
-    """The names of the classes, as torchvision's data sets have them."""
+    """The class names, from the attribute `classes` as torchvision's datasets have it."""
     classes = getattr(dataset, "classes", None)
     return [str(c) for c in classes] if isinstance(classes, (list, tuple)) else None
 
 
 def _value(value: Any, name: str) -> Any:
-    """A tensor where that is what the value is; text and nested fields stay."""
+    """The value as a tensor. Text stays text. A dict is converted field by field."""
     if isinstance(value, Mapping):
         return {str(k): _value(v, f"{name}.{k}") for k, v in value.items()}
     if hasattr(value, "getbands"):
-        return picture_tensor(value)
+        return image_tensor(value)
     if isinstance(value, (bool, int, float)) or hasattr(value, "__array__"):
         return tensor_of(value, name)
     return _rows(value, name)
 
 
 def _rows(value: Any, name: str) -> Any:
-    """A list of numbers (of lists of them) as a tensor; any other list as it is."""
+    """A nested list of numbers as a tensor. Any other value unchanged."""
     if not isinstance(value, (list, tuple)):
         return value
     try:

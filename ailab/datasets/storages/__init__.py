@@ -1,1 +1,1 @@
-"""Storages: where raw records come from. Inherit one beside a task."""
+"""Storages: they give the raw record of an index. A dataset class inherits one storage and one task."""

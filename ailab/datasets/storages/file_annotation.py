@@ -1,4 +1,4 @@
-"""A storage of records in one or several annotation files."""
+"""The storage of one or several annotation files."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from pathlib import Path
 from typing import Any, cast
 
 from ailab.datasets.base import LabBaseDataset
-from ailab.datasets.files.paths import inside
-from ailab.datasets.storages.records import Records, read_records, require
+from ailab.datasets.files.paths import path_inside
+from ailab.datasets.storages.records import Records, check_columns, read_records
 from ailab.datasets.storages.shared_list import shared_list
 from ailab.errors import DataError
 
 
 class FileAnnotationDataset(LabBaseDataset):
-    """The storage: its raw record is a line of a .txt, a value of a .json list or .jsonl, a dict of text of a .csv or .tsv row.
+    """Storage of annotation files. A raw record is one line or one value of a file.
+
+    A .txt file gives the lines as text. A .json file gives the items of its list. A .jsonl file gives one value per line. A .csv
+    or .tsv file gives one dict of texts per row.
 
     Args:
-        annotation_file: one file, or several that are read as one in the order given.
-        load_fun: path -> records, instead of what the ending says.
-        root: the folder that file names in the records are relative to; that of the first file when left out.
-        columns: the names that every record has to have.
-        unique: the name whose values have to differ.
-        allow_outside_root: accept records that name files outside `root`.
+        annotation_file: The file, or a list of files. Several files are read one after the other.
+        load_fun: A function path -> records. It replaces the reader for the file extension.
+        root: Folder that relative paths in the records start from. Default: the folder of the first file.
+        columns: Field names that every record must have.
+        unique: Field name whose values must be unique.
+        allow_outside_root: Whether to accept paths outside `root`.
 
     Raises:
-        DataError: a file cannot be read, holds no record, a record has no such column, or two have the same `unique`.
+        DataError: A file cannot be read, there is no record, a record lacks a column, or two records have the same value of
+            `unique`.
     """
 
     def __init__(
@@ -44,16 +48,16 @@ class FileAnnotationDataset(LabBaseDataset):
         several = isinstance(annotation_file, Sequence) and not isinstance(annotation_file, str)
         files = [Path(f) for f in (cast("Sequence[str | Path]", annotation_file) if several else [annotation_file])]  # type: ignore[list-item]
         if not files:
-            raise DataError("annotation_file: expected at least one file, got an empty list.")
+            raise DataError("annotation_file: expected a file or a list of files, got an empty list.")
         self.root = Path(root) if root is not None else files[0].parent
         self.allow_outside_root = allow_outside_root
         parts = [_loaded(load_fun, f) if load_fun else read_records(f) for f in files]
         rows: list[Any] = [row for part in parts for row in part.rows]
         if not rows:
             raise DataError(f"{', '.join(map(str, files))}: the split is empty: there is no record.")
-        whole = Records(Path(f"{files[0]} and others"), rows, range(len(rows)), "record")  # an id may be in two files
+        whole = Records(Path(f"{files[0]} and others"), rows, range(len(rows)), "record")  # finds an id that is in two files
         for part in parts if len(parts) == 1 else [*parts, whole]:
-            require(part, columns, unique)
+            check_columns(part, columns, unique)
         self.samples: Sequence[Any] = rows if load_fun else shared_list(rows)
         self._ends = list(accumulate(len(part.rows) for part in parts))
         self._parts = [replace(part, rows=[]) for part in parts]
@@ -65,18 +69,22 @@ class FileAnnotationDataset(LabBaseDataset):
         return self.samples[index]
 
     def where(self, index: int) -> str:
-        """The file and the line of one record, for messages."""
+        """The file and the line of a record, for messages."""
         part = bisect_right(self._ends, index)
         return self._parts[part].where(index - (self._ends[part - 1] if part else 0))
 
     def file(self, name: Any, index: int | None = None) -> str:
-        """The path of a file that a record names, inside `root`.
+        """The full path of a file name in a record, checked to be inside `root`.
+
+        Args:
+            name: The file name.
+            index: Index of the record, for the message.
 
         Raises:
-            DataError: it leads out of the root, or is no path.
+            DataError: `name` leads out of `root`, or is not a path.
         """
         where = self.where(index) if index is not None else str(self._parts[0].path)
-        return inside(self.root, name, where, allow_outside_root=self.allow_outside_root)
+        return path_inside(self.root, name, where, allow_outside_root=self.allow_outside_root)
 
 
 def _loaded(load_fun: Callable[..., Iterable[Any]], file: Path) -> Records:

@@ -1,4 +1,4 @@
-"""The records of annotation files (txt, JSON, JSONL, CSV, tables), each with the place where it stands."""
+"""Readers of annotation files (txt, JSON, JSONL, CSV, Excel). Each record keeps its line number for messages."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ from typing import Any, cast
 from ailab.errors import DataError, nearest
 from ailab.signature import name_list
 
-MAX_BYTES = 1 << 31  # of an annotation file that is read into memory
-_CELL = 1 << 24  # characters of a CSV cell
+MAX_BYTES = 1 << 31  # size of an annotation file
+_CELL = 1 << 24  # characters of a CSV cell, at most
 
 
 @dataclass(frozen=True)
 class Records:
-    """What one annotation file holds."""
+    """The records of one annotation file."""
 
     path: Path
     rows: list[Any]
-    places: Sequence[int]  # of each row: its line, or its number where the format has no lines
-    unit: str = "line"
+    places: Sequence[int]  # line number of each row; the record number if the format has no lines
+    unit: str = "line"  # what `places` counts: "line" or "record"
 
     def where(self, index: int) -> str:
-        """The file and the line of one record, for messages."""
+        """The file and the line of a record, for messages."""
         return f"{self.path}, {self.unit} {self.places[index]}"
 
 
 def read_records(path: str | Path) -> Records:
-    """The records of a file by its ending.
+    """Read the records of an annotation file. The file extension decides the format.
 
-    .txt gives lines of text, .jsonl (or .ndjson) a value per line, .json the values of one list, .csv and .tsv a dict of text
-    per row by the names in the header, .xlsx and .xls a dict per row.
+    A .txt file gives lines of text. A .jsonl or .ndjson file gives one value per line. A .json file gives the items of its list.
+    A .csv or .tsv file gives one dict of texts per row, with the header as keys. An .xlsx or .xls file gives one dict per row.
 
     Raises:
-        DataError: the file is missing, too large, damaged, or of no known ending; with the line.
+        DataError: The file is missing, too large or damaged, or its extension is unknown. The message has the line.
     """
     path = Path(path)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: annotations of this ending are not known; expected {name_list(_READERS)}, or load_fun=...")
+        raise DataError(f"{path}: unknown extension of an annotation file. Expected {name_list(_READERS)}, or set load_fun=...")
     return reader(path)
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
+    """Read a UTF-8 text file.
 
     Raises:
-        DataError: the file cannot be read, is larger than 2 GiB, or is no UTF-8.
+        DataError: The file cannot be read, is larger than 2 GiB, or is not UTF-8.
     """
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
-            raise DataError(f"{path}: {size} bytes are too many for one annotation file; split it, at most {MAX_BYTES}.")
+            raise DataError(f"{path}: the file has {size} bytes, and {MAX_BYTES} are allowed. Split it into several files.")
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
@@ -65,19 +65,23 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         byte = f"byte {content[error.start]:#04x}"
-        raise DataError(f"{path}, line {line}: no UTF-8 text ({byte}); save the file as UTF-8.") from error
+        raise DataError(f"{path}, line {line}: no UTF-8 text ({byte}). Save the file as UTF-8.") from error
 
 
 def parse_json(text: str, where: str) -> Any:
-    """A JSON value.
+    """Parse a JSON value.
+
+    Args:
+        text: The JSON text.
+        where: The file, or the file and the line, for messages.
 
     Raises:
-        DataError: it is no JSON, is nested too deeply, or holds NaN or Infinity, which JSON has not.
+        DataError: The text is no JSON, is nested too deeply, or has NaN or Infinity, which are not part of JSON.
     """
     try:
         return _DECODER.decode(text)
     except RecursionError as error:
-        raise DataError(f"{where}: nested too deeply for an annotation.") from error
+        raise DataError(f"{where}: the JSON is nested too deeply.") from error
     except json.JSONDecodeError as error:
         at = f"{where}, line {error.lineno}" if ", line " not in where else where
         raise DataError(f"{at}: no JSON: {error.msg} (column {error.colno}).") from error
@@ -86,10 +90,10 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"it holds {name}")
+    raise ValueError(f"it has {name}")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # once: json.loads would make one for every line
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # one for all calls: json.loads makes one per call
 
 
 def _lines(path: Path) -> Records:
@@ -98,7 +102,7 @@ def _lines(path: Path) -> Records:
 
 
 def _jsonl(path: Path) -> Records:
-    # Split at newlines alone: splitlines() also breaks at U+2028, which JSON allows inside a text.
+    # Split at newlines only: splitlines() also splits at U+2028, which JSON allows inside a text.
     kept = [(i, line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     return Records(path, [parse_json(line, f"{path}, line {i}") for i, line in kept], array("q", [i for i, _ in kept]))
 
@@ -125,7 +129,9 @@ def _csv(path: Path, delimiter: str = ",") -> Records:
             if header is None:
                 header = _header(cells, path, reader.line_num)
             elif len(cells) != len(header):
-                raise DataError(f"{path}, line {reader.line_num}: {len(cells)} cells; the header has {len(header)} columns.")
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)} columns."
+                )
             else:
                 rows.append(dict(zip(header, cells, strict=True)))
                 places.append(reader.line_num)
@@ -137,11 +143,11 @@ def _csv(path: Path, delimiter: str = ",") -> Records:
 def _header(cells: list[str], path: Path, line: int) -> list[str]:
     names = [c.strip() for c in cells]
     if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise DataError(f"{path}, line {line}: the column {twice[0]!r} is there twice.")
+        raise DataError(f"{path}, line {line}: the column {twice[0]!r} occurs twice.")
     return names
 
 
-def _sheet(path: Path) -> Records:
+def _excel(path: Path) -> Records:
     from ailab.datasets.storages.table import TableAnnotationDataset
 
     table = TableAnnotationDataset(path).table
@@ -159,16 +165,16 @@ _READERS: dict[str, Callable[[Path], Records]] = {
     ".json": _json,
     ".csv": _csv,
     ".tsv": _tsv,
-    ".xlsx": _sheet,
-    ".xls": _sheet,
+    ".xlsx": _excel,
+    ".xls": _excel,
 }
 
 
-def require(records: Records, columns: Iterable[str], unique: str | None = None) -> None:
-    """Check that every record has the columns, and that no two have the same value of `unique`.
+def check_columns(records: Records, columns: Iterable[str], unique: str | None = None) -> None:
+    """Check that every record has the columns, and that the values of `unique` are unique.
 
     Raises:
-        DataError: with the file and the line of the first that has not, or of both that agree.
+        DataError: A record lacks a column, or two records have the same value of `unique`. The message has the file and lines.
     """
     wanted = [*columns, *([unique] if unique else [])]
     seen: dict[Any, int] = {}
@@ -179,15 +185,20 @@ def require(records: Records, columns: Iterable[str], unique: str | None = None)
             key = str(row[unique])
             if key in seen:
                 first = records.places[seen[key]]
-                raise DataError(f"{records.where(i)}: {unique} {key!r} is there already, at {records.unit} {first}.")
+                raise DataError(f"{records.where(i)}: {unique} {key!r} is also in {records.unit} {first}. It must be unique.")
             seen[key] = i
 
 
 def lookup(row: Any, name: str, where: Callable[[], str]) -> Any:
-    """The value of a column of a record.
+    """The value of a field of a record.
+
+    Args:
+        row: The record.
+        name: Name of the field.
+        where: Gives the file and the line of the record, for messages.
 
     Raises:
-        DataError: the record is no dict, or has no such column.
+        DataError: The record is not a dict, or has no such field.
     """
     if not isinstance(row, dict):
         raise DataError(f"{where()}: expected a record with {name!r}, got {type(row).__name__} {row!r:.60}.")

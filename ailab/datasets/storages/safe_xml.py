@@ -1,4 +1,4 @@
-"""XML files as nested dicts, without entities: what a file declares is never expanded or fetched."""
+"""XML files as nested dicts. Declared entities are refused: nothing is expanded, no other file is read."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ _MAX_BYTES, _MAX_DEPTH = 16 << 20, 64
 
 
 def read_xml(path: str | Path) -> dict[str, Any]:
-    """The root element of a file as `{tag: content}`; elements that repeat become a list, text is stripped, attributes are left.
+    """Read an XML file as `{tag: content}`. The content is a text, or a dict of the child elements.
+
+    Repeated elements become a list. Text is stripped. Attributes are ignored.
 
     Raises:
-        DataError: the file cannot be read, is larger than 16 MiB, nested deeper than 64, declares a document type or an entity,
-            or is no XML; with the line.
+        DataError: The file cannot be read, is larger than 16 MiB, is nested deeper than 64 elements, declares a document type or
+            an entity, or is no XML. The message has the line.
     """
     path = Path(path)
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise DataError(f"{path}: {path.stat().st_size} bytes are too many for an annotation; at most {_MAX_BYTES}.")
+            raise DataError(f"{path}: the file has {path.stat().st_size} bytes, and {_MAX_BYTES} are allowed.")
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
@@ -31,12 +33,12 @@ def read_xml(path: str | Path) -> dict[str, Any]:
     except expat.ExpatError as error:
         raise DataError(f"{path}, line {error.lineno}: no XML: {expat.ErrorString(error.code)}.") from error
     except (LookupError, ValueError) as error:  # an encoding that Python or expat does not know
-        raise DataError(f"{path}, line 1: {error}; save the file as UTF-8.") from error
+        raise DataError(f"{path}, line 1: {error}. Save the file as UTF-8.") from error
     return tree.root
 
 
 class _Tree:
-    """Builds the dicts out of the parser's events."""
+    """Builds the nested dicts from the events of the parser."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -71,5 +73,5 @@ class _Tree:
     def _refuse(self, name: str, *_: Any) -> None:
         raise DataError(
             f"{self.path}, line {self.parser.CurrentLineNumber}: declares a document type or entity ({name!r:.40}).\n"
-            "  It is refused, for entities can blow up or read other files; annotations need none. Delete the declaration."
+            "  It is refused, since entities can use up the memory or read other files. Delete the declaration."
         )

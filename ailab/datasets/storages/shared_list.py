@@ -1,4 +1,4 @@
-"""A list of records in one piece of memory, which worker processes share."""
+"""A list of records in one block of memory, which worker processes share."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, overload
 
 
 class SharedList(Sequence[Any]):
-    """A list of JSON values that cannot be changed; each look-up makes the value anew.
+    """An immutable list of JSON values. Each access decodes the value again.
 
-    A process that only reads a Python list writes to the count of references in each item, so that every worker gets a copy of
-    all of them in the course of an epoch. One piece of bytes stays shared, and takes a third of the memory.
+    Reading a Python list changes the reference counts of its items. So every forked worker gets a copy of all items during an
+    epoch. One bytes object stays shared, and needs a third of the memory.
 
     Args:
-        values: dicts with names as keys, lists, text, numbers, True, False and None; tuples come back as lists.
+        values: Dicts with str keys, lists, texts, numbers, True, False and None. A tuple comes back as a list.
 
     Raises:
-        TypeError: a value is none of these.
+        TypeError: A value cannot be encoded as JSON.
     """
 
     def __init__(self, values: Iterable[Any]):
@@ -48,7 +48,7 @@ class SharedList(Sequence[Any]):
 
 
 def shared_list(values: list[Any]) -> Sequence[Any]:
-    """The values packed, or as they are where they are no JSON, such as the dates of an Excel sheet."""
+    """The values as a `SharedList`; unchanged if they are not JSON, such as dates of an Excel sheet."""
     try:
         return SharedList(values)
     except (TypeError, ValueError):

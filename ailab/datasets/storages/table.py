@@ -1,4 +1,4 @@
-"""Tables: one sample a row of a CSV (also compressed) or Excel file."""
+"""Tables: one sample per row of a CSV (also compressed) or Excel file."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ailab.datasets.base import LabBaseDataset
 from ailab.errors import DataError, nearest
 from ailab.registry import DATASETS
 
-Column = str | int  # a name of the header, or a position; negative ones count from the end
+Column = str | int  # a name of the header, or a position; negative positions count from the end
 
 
 class TableAnnotationDataset(LabBaseDataset):
-    """The storage: its raw record is a row, a pandas Series. The table is read once, by pandas.
+    """Storage of a table. A raw record is one row, as a pandas Series. pandas reads the table once.
 
     Args:
-        table_path: .csv, also compressed, .tsv, .xls or .xlsx.
-        loader_fun: path -> DataFrame, instead of what the ending says.
-        header: whether the first row holds the names of the columns.
-        columns: the columns that there have to be.
-        unique: a column whose values have to differ.
-        **read: goes to the pandas reader: `sep`, `sheet_name`, `usecols` and so on.
+        table_path: A .csv (also compressed), .tsv, .xls or .xlsx file.
+        loader_fun: A function path -> DataFrame. It replaces the reader for the file extension.
+        header: Whether the first row has the column names.
+        columns: Names of columns that the table must have.
+        unique: Name of a column whose values must be unique.
+        **read: Arguments for the pandas reader, such as `sep`, `sheet_name` or `usecols`.
 
     Raises:
-        DataError: the file cannot be read as a table, has no row, lacks a column, or two rows have the same `unique`.
+        DataError: The file cannot be read as a table, has no row, lacks a column, or two rows have the same value of `unique`.
     """
 
     def __init__(
@@ -52,7 +52,9 @@ class TableAnnotationDataset(LabBaseDataset):
             raise DataError(f"{self.table_path}: the split is empty: the table has no row.")
         if unique and len(again := self.table.index[self.table[unique].duplicated()]):
             value = self.table[unique].loc[again[0]]
-            raise DataError(f"{self.table_path}: record {again[0]}, column {unique!r}: {value!r} is there already.")
+            raise DataError(
+                f"{self.table_path}: record {again[0]}, column {unique!r}: {value!r} occurs twice. It must be unique."
+            )
 
     def _len(self) -> int:
         return len(self.table)
@@ -63,20 +65,23 @@ class TableAnnotationDataset(LabBaseDataset):
 
 @DATASETS.register_module()
 class TableDataset(TableAnnotationDataset):
-    """A table of numbers: samples `{"input": (columns,) float32, "target": ()}`, held in memory.
+    """A table of numbers, held in memory: `{"input": (columns,) float32, "target": ()}`.
 
-    A whole-number target is int64, any other number float32, and text is the index of its class in `classes`.
+    A target column of integers gives int64, of other numbers float32. A target column of text gives class indices, int64; `classes`
+    has the names.
 
     Args:
-        table_path: as in `TableAnnotationDataset`, with `header` and `read`.
-        inputs: the columns of the input; all but the target when left out.
-        target: the column of the target, or None for a table without one.
+        table_path: A .csv (also compressed), .tsv, .xls or .xlsx file.
+        inputs: Input columns, by name or position. Default: all columns except the target.
+        target: Target column, by name or position. None for a table without a target.
+        header: Whether the first row has the column names.
+        **read: Arguments for the pandas reader, such as `sep`, `sheet_name` or `usecols`.
 
     Raises:
-        DataError: the file cannot be read, has no such column, or an input cell is empty or no number.
+        DataError: The file cannot be read, has no such column, or an input cell is empty or not a number.
     """
 
-    classes: list[str] | None = None  # the sorted distinct values of a target of text
+    classes: list[str] | None = None  # the distinct values of a target column of text, sorted
 
     def __init__(
         self,
@@ -121,7 +126,7 @@ class TableDataset(TableAnnotationDataset):
         if len(holes[0]):
             row, column = int(holes[0][0]), columns[int(holes[1][0])]
             value = self.table[column].iloc[row]
-            what = "is empty" if pd.isna(value) else f"holds {value!r}, which is no number"
+            what = "is empty" if pd.isna(value) else f"has {value!r}, which is not a number"
             raise DataError(f"{self.table_path}: record {row}, column {column!r} {what}.")
         return torch.from_numpy(part.to_numpy("float32", copy=True))
 
@@ -143,7 +148,7 @@ def _read(path: Path, loader: Callable[..., Any] | None, options: dict[str, Any]
     """The table as a DataFrame."""
     import pandas
 
-    pd: Any = pandas  # its readers are typed in part
+    pd: Any = pandas  # its readers have incomplete types
     excel = path.suffix.lower() in (".xls", ".xlsx")
     if path.suffix.lower() == ".tsv":
         options = {"sep": "\t", **options}
@@ -153,4 +158,4 @@ def _read(path: Path, loader: Callable[..., Any] | None, options: dict[str, Any]
     except ImportError as error:
         raise DataError(f"{path}: reading it needs a package: {error}") from error
     except (OSError, ValueError, EOFError) as error:  # pandas' own parser errors are ValueErrors
-        raise DataError(f"{path}: not a table that can be read: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path}: cannot be read as a table: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""A storage of Pascal VOC annotations: an image and an XML file for each name."""
+"""The storage of Pascal VOC annotations: one image and one XML file per sample."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from ailab.datasets.base import LabBaseDataset
-from ailab.datasets.files.boxes import BoxError, BoxPolicy, Misfits, checked_box
-from ailab.datasets.files.paths import PICTURES, inside, listing
+from ailab.datasets.files.boxes import BoxError, BoxErrors, BoxPolicy, checked_box
+from ailab.datasets.files.paths import IMAGE_EXTENSIONS, path_inside, sorted_entries
 from ailab.datasets.storages.records import read_records
 from ailab.datasets.storages.safe_xml import read_xml
 from ailab.datasets.storages.shared_list import SharedList
@@ -19,24 +19,25 @@ from ailab.signature import check_choice, name_list
 
 
 class VocAnnotationDataset(LabBaseDataset):
-    """The storage: its raw record is `(image path, annotation)`, the content of `<annotation>` as a dict.
+    """Storage of Pascal VOC annotations. A raw record is `(image path, annotation)`.
 
-    Its "object" is a list, each entry with a "box" [x0, y0, x1, y1]: the file counts pixels from 1 and includes the last one,
-    and boxes of ailab start at 0. All files are read and checked at once.
-    Source of the format: Everingham et al., the VOC2012 development kit.
+    The annotation is the content of `<annotation>` as a dict. Its "object" is a list of dicts, each with a "box" [x0, y0, x1,
+    y1] in pixels that starts at 0. (VOC files count pixels from 1 and include the last pixel.) All files are read and checked
+    at build time. Source of the format: Everingham et al., the VOC2012 development kit.
 
     Args:
-        images_dir: the folder of the pictures.
-        annotations_dir: the folder of the XML files.
-        parser_fun: path -> record, instead of this parser and its checks.
-        names: the names of the split, without endings; or a text file of them ("ImageSets/Main/train.txt", of whose lines the
-            first word counts); all XML files, sorted, when left out.
-        classes: the classes that an object may have; any when left out.
-        box_policy: what happens to a box that has no area or reaches outside its image: "error", "clip" or "drop".
+        images_dir: Folder of the images.
+        annotations_dir: Folder of the XML files.
+        parser_fun: A function path -> annotation. It replaces this parser and its checks.
+        names: Names of the samples, without extension. Or a text file such as "ImageSets/Main/train.txt", with a name as the
+            first word of each line. Default: all XML files, sorted.
+        classes: Class names that an object may have. Default: any name.
+        box_policy: For a box without area, or more than one pixel outside its image: "error" raises, "clip" clips it at the
+            image border, "drop" leaves the object out.
 
     Raises:
-        DataError: a folder or file is missing, the split is empty, a name is there twice or leads out of its folder; a file is no
-            XML, declares entities, or its annotation lacks a part, has a bad box or an unknown class.
+        DataError: A folder or a file is missing, the split is empty, a name occurs twice or leads out of its folder. Or an XML
+            file is invalid, declares entities, lacks a field, or has an invalid box or an unknown class.
     """
 
     def __init__(
@@ -52,18 +53,18 @@ class VocAnnotationDataset(LabBaseDataset):
         check_choice(box_policy, BoxPolicy, f"{type(self).__name__}: box_policy")
         self.img_dir, self.ann_dir = Path(images_dir), Path(annotations_dir)
         self.names = _split(self.ann_dir, names)
-        pictures = {e.name for e in listing(self.img_dir, "a folder of pictures")}
+        images = {e.name for e in sorted_entries(self.img_dir, "a folder of images")}
         records: list[tuple[str, Any]] = []
-        misfits = Misfits()
+        box_errors = BoxErrors()
         for name in self.names:
-            file = inside(self.ann_dir, f"{name}.xml", f"{names or self.ann_dir}")
+            file = path_inside(self.ann_dir, f"{name}.xml", f"{names or self.ann_dir}")
             try:
                 parsed = parser_fun(file) if parser_fun else parse_voc(file, classes, box_policy)
             except BoxError as error:
-                misfits.add(error)
+                box_errors.add(error)
                 continue
-            records.append((self._picture(name, parsed, pictures, file), parsed))
-        misfits.tell()
+            records.append((self._image(name, parsed, images, file), parsed))
+        box_errors.raise_if_any()
         self._records: Sequence[Any] = records if parser_fun else SharedList(records)
 
     def _len(self) -> int:
@@ -73,21 +74,22 @@ class VocAnnotationDataset(LabBaseDataset):
         path, annotation = self._records[index]
         return Path(path), annotation
 
-    def _picture(self, name: str, parsed: Any, pictures: set[str], file: str) -> str:
-        """The picture of a name, by the ending that the annotation says or any that there is."""
-        said = cast("dict[str, Any]", parsed).get("filename") if isinstance(parsed, dict) else None
-        endings = dict.fromkeys([os.path.splitext(str(said))[1], *PICTURES] if said else PICTURES)
-        for ending in endings:
-            if name + ending in pictures or (os.sep in name and (self.img_dir / (name + ending)).is_file()):
-                return inside(self.img_dir, name + ending, file)
-        raise DataError(f"{file}: there is no picture {name}.jpg (nor .png, ...) in {self.img_dir}.")
+    def _image(self, name: str, parsed: Any, images: set[str], file: str) -> str:
+        """The image file of a name. The extension in the annotation is tried first, then all others."""
+        filename = cast("dict[str, Any]", parsed).get("filename") if isinstance(parsed, dict) else None
+        first = [os.path.splitext(str(filename))[1]] if filename else []
+        for extension in dict.fromkeys([*first, *IMAGE_EXTENSIONS]):
+            if name + extension in images or (os.sep in name and (self.img_dir / (name + extension)).is_file()):
+                return path_inside(self.img_dir, name + extension, file)
+        raise DataError(f"{file}: there is no image {name}.jpg (nor .png, ...) in {self.img_dir}.")
 
 
 def parse_voc(path: str | Path, classes: Sequence[str] | None = None, box_policy: BoxPolicy = "error") -> dict[str, Any]:
-    """The annotation in one file, checked; see `VocAnnotationDataset`.
+    """Read and check the annotation of one XML file. The result and the arguments are those of `VocAnnotationDataset`.
 
     Raises:
-        DataError: with the file and the object.
+        DataError: The annotation is invalid. The message has the file and the object.
+        BoxError: A box is invalid and the policy is "error".
     """
     root = read_xml(path).get("annotation")
     if not isinstance(root, dict):
@@ -125,7 +127,7 @@ def _number(record: dict[str, Any], part: str, name: str, where: str | Path) -> 
 
 def _split(folder: Path, names: Sequence[str] | str | Path | None) -> list[str]:
     if names is None:
-        found = [e.name[:-4] for e in listing(folder, "a folder of XML files") if e.name.lower().endswith(".xml")]
+        found = [e.name[:-4] for e in sorted_entries(folder, "a folder of XML files") if e.name.lower().endswith(".xml")]
     elif isinstance(names, (str, Path)):
         found = [str(row).split()[0] for row in read_records(names).rows]
     else:
@@ -134,5 +136,5 @@ def _split(folder: Path, names: Sequence[str] | str | Path | None) -> list[str]:
         raise DataError(f"{folder if names is None else names}: the split is empty: there is no name.")
     if len(set(found)) < len(found):
         twice = next(n for n in found if found.count(n) > 1)
-        raise DataError(f"{names}: the name {twice!r} is there twice.")
+        raise DataError(f"{names}: the name {twice!r} occurs twice.")
     return found

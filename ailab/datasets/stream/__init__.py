@@ -1,1 +1,1 @@
-"""Samples to batches: order, workers, collation, transport, prefetch, and what becomes of a bad sample."""
+"""Batches from samples: order, samplers, workers, collation, transport, prefetch, and the handling of bad samples."""

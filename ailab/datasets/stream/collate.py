@@ -1,4 +1,4 @@
-"""Collation of samples whose fields differ in length or size: padding to static sizes, and masks of what counts."""
+"""Collate functions: padding of fields that differ in length or size, and resizing of whole batches."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from ailab.registry import COLLATES
 from ailab.signature import CheckedBy, check_choice
 
 Size = int | Sequence[int]
-Room = Callable[[tuple[int, ...], torch.dtype], Tensor]  # (shape, dtype) -> contiguous memory
+Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]  # (shape, dtype) -> contiguous uninitialised tensor
 _Overflow = Literal["error", "cut"]
-MASK = "_mask"  # ending of the field that says what of another counts
+MASK = "_mask"  # suffix of the mask field of a padded field
 
 
 @COLLATES.register_module()
 @dataclass(frozen=True)
 class PadCollate:
-    """Stack samples; pad the fields that differ, and add `<field>_mask`, bool, True for what is real.
+    """Stack samples to a batch, and pad fields of different sizes. A padded field gets a mask.
 
-    A field with a `max_size` always comes out of that size, so one graph serves every batch. One that is `ragged` is padded to
-    the longest of its batch, rounded up to `multiple_of`: less padding, and a graph for each size that comes. Fields in dicts go
-    by their dotted names. Text stays a list.
+    The mask is the field `<field>_mask`, bool, True for real values and False for padding. A field in `max_size` always gets the
+    same size, so all batches run in one compiled graph. A field in `ragged` is padded to the longest sample of its batch, which
+    needs less padding and one graph per size. A field inside a dict is named with dots, e.g. "meta.tokens". Text becomes a list.
 
     Args:
-        max_size: {field: rows} pads dimension 0, of boxes (N, 4) or tokens (L,), say; {field: (h, w)} pads the last two dimensions,
-            {field: (t,)} the last one. The mask has the shape (B, rows), (B, h, w) or (B, t).
-        ragged: fields to pad to the longest; {field: number of last dimensions}, or names, which pads dimension 0.
-        multiple_of: of ragged sizes.
-        pad_value: {field: value} of the padding; 0 when left out.
-        overflow: what happens to a field longer than its `max_size`: "error", or "cut".
+        max_size: {field: size}. The size `rows` pads dimension 0, e.g. of boxes (N, 4) or tokens (L,). The size `(h, w)` pads the
+            last two dimensions, `(t,)` the last dimension. The mask is (B, rows), (B, h, w) or (B, t).
+        ragged: Fields to pad to the longest sample of the batch. Names pad dimension 0. {field: n} pads the last n dimensions.
+        multiple_of: Sizes of ragged fields are rounded up to a multiple of this number.
+        pad_value: {field: value of its padding}. Default: 0.
+        overflow: For a field larger than its `max_size`: "error" raises, "cut" crops it.
 
     Raises:
-        ConfigError: an argument names no size, or a size is below 1.
-        ValueError: while collating: a field differs and is not named here, is missing, or is too long.
+        ConfigError: A size is below 1, or `pad_value` has a field that is not padded.
+        ValueError: While collating: a field differs in size and is not padded, a field is missing, or a field is too large.
     """
 
     max_size: Mapping[str, Size] = field(default_factory=dict[str, Size])
@@ -55,15 +55,15 @@ class PadCollate:
         check_choice(self.overflow, _Overflow, "PadCollate: overflow")
         for name, size in self.max_size.items():
             if min([size] if isinstance(size, int) else list(size), default=0) < 1:
-                raise ConfigError(f"PadCollate: max_size.{name}: expected sizes of 1 at least, got {size!r}.")
+                raise ConfigError(f"PadCollate: max_size.{name}: expected sizes of at least 1, got {size!r}.")
         if self.multiple_of < 1:
-            raise ConfigError(f"PadCollate: multiple_of: expected 1 at least, got {self.multiple_of}.")
+            raise ConfigError(f"PadCollate: multiple_of: expected at least 1, got {self.multiple_of}.")
         if unknown := [n for n in self.pad_value if n not in self.max_size and n not in self.ragged]:
             hint = nearest(unknown[0], [*self.max_size, *self.ragged])
-            raise ConfigError(f"PadCollate: pad_value.{unknown[0]}: the field is in neither max_size nor ragged.{hint}")
+            raise ConfigError(f"PadCollate: pad_value.{unknown[0]}: the field is not in max_size and not in ragged.{hint}")
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        """A batch: tensors with the samples along dimension 0."""
+        """The batch of samples: tensors (B, ...)."""
         batch = self._joined([wrap_sample(s) for s in samples], "")
         if missing := [n for n in (*self.max_size, *self.ragged) if n + MASK not in _dotted(batch)]:
             raise ValueError(f"PadCollate: there is no field {missing[0]!r}.{nearest(missing[0], _dotted(batch))}")
@@ -94,7 +94,7 @@ class PadCollate:
             shape = list(value.shape[:1] if first else value.shape[-len(wanted) :])
             if any(have > most for have, most in zip(shape, wanted, strict=True)):
                 if self.overflow == "error":
-                    raise ValueError(f"{path!r} has {shape} and max_size is {wanted}: raise it, or overflow='cut'")
+                    raise ValueError(f"{path!r} has {shape} and max_size is {wanted}: raise it, or set overflow='cut'")
                 value = value[(slice(wanted[0]),) if first else (..., *(slice(w) for w in wanted))]
                 shape = [min(have, most) for have, most in zip(shape, wanted, strict=True)]
             spare = [most - have for have, most in zip(shape, wanted, strict=True)]
@@ -118,53 +118,53 @@ def _dotted(batch: Mapping[str, Any], prefix: str = "") -> list[str]:
 def _stacked(path: str, values: list[Any]) -> Any:
     shapes = {tuple(v.shape) for v in values if isinstance(v, Tensor)}
     if len(shapes) > 1:
-        raise ValueError(f"{path!r} differs between samples, {sorted(shapes)[:2]}: name it in max_size or ragged, or resize it")
-    return column(values)
+        raise ValueError(f"{path!r} differs between samples, {sorted(shapes)[:2]}: add it to max_size or ragged, or resize it")
+    return stack_field(values)
 
 
-def _joins(value: Tensor, first: Tensor) -> bool:
-    """Whether a tensor can be written beside the first one."""
+def _can_copy(value: Tensor, first: Tensor) -> bool:
+    """Whether a tensor can be copied into the same batch tensor as the first one."""
     plain = value.layout is torch.strided and value.device.type == "cpu" and not value.requires_grad
     return plain and value.shape == first.shape and value.dtype == first.dtype
 
 
-def new_room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory that is not written to yet."""
+def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new uninitialised tensor."""
     return torch.empty(shape, dtype=dtype)
 
 
-def column(values: list[Any], room: Room = new_room) -> Any:
-    """One field of all samples, as `default_collate` joins it, which in a worker would take new shared memory for tensors.
+def stack_field(values: list[Any], allocate: Allocate = new_tensor) -> Any:
+    """Stack one field of all samples, with the values of torch's `default_collate`. The result is contiguous.
 
-    Tensors are joined contiguous, whatever the order of the memory of each.
+    In a worker `default_collate` allocates new shared memory for tensors; this function uses `allocate`.
     """
     if not all(type(v) is Tensor for v in values):
         return default_collate(values)
     first = values[0]
-    if first.is_quantized or not all(_joins(v, first) for v in values):
+    if first.is_quantized or not all(_can_copy(v, first) for v in values):
         return torch.stack(values)
-    joined = room((len(values), *first.shape), first.dtype)
+    joined = allocate((len(values), *first.shape), first.dtype)
     if first.dim() != 3 or first.dtype != torch.uint8 or first.is_contiguous():
         return torch.stack(values, out=joined)
     for value, place in zip(values, joined.numpy(), strict=True):
-        np.copyto(place, value.numpy())  # pixels to planes: half the time of torch's
+        np.copyto(place, value.numpy())  # HWC to CHW memory order, in half the time of torch
     return joined
 
 
 @COLLATES.register_module()
 def SegmentationCollate(size: int | Sequence[int], ignore_index: int = 255) -> PadCollate:
-    """Pictures and class maps padded to one size, right and below: `PadCollate` for the fields "image" and "mask".
+    """Pad images and class maps to one size, at the right and at the bottom: `PadCollate` for the fields "image" and "mask".
 
     Args:
-        size: (H, W) in pixels, or one number for both; larger pictures are an error.
-        ignore_index: of the padding of the map, which no loss counts.
+        size: (H, W) in pixels, or one number for both. A larger image is an error.
+        ignore_index: Class of the padding in "mask". The loss must ignore it.
     """
     sides = (size, size) if isinstance(size, int) else tuple(size)
     return PadCollate(max_size={"image": sides, "mask": sides}, pad_value={"mask": ignore_index})
 
 
 def check_collate(spec: Any, path: str) -> list[str]:
-    """The problems of `build_collate(spec, path)`, without building."""
+    """The problems that `build_collate(spec, path)` would raise. Nothing is built."""
     if isinstance(spec, str):
         spec = {"type": spec}
     if isinstance(spec, Mapping):
@@ -177,14 +177,16 @@ def check_collate(spec: Any, path: str) -> list[str]:
 @COLLATES.register_module()
 @dataclass(frozen=True)
 class MultiScaleCollate:
-    """Resize each batch to a size drawn for it: the same on every rank, and another graph for each size there is.
+    """Multi-scale training: resize each batch to a randomly drawn size.
+
+    All ranks draw the same size. Each size needs its own compiled graph.
 
     Args:
-        sizes: (H, W), or one number for both, of which one is drawn for each batch.
-        collate: what makes the batch, a name or dict(type=...); the usual stacking when left out.
-        images: fields (B, C, H, W), resized with bilinear interpolation.
-        masks: fields (B, ..., H, W), resized to the nearest pixel.
-        points: fields (B, ..., 2 or 4) of x and y in pixels; normalised ones need none of this.
+        sizes: Sizes to draw from: (H, W) in pixels, or one number for both.
+        collate: The collate function that makes the batch before resizing, a name or dict(type=...). Default: plain stacking.
+        images: Image fields (B, C, H, W), resized with bilinear interpolation.
+        masks: Mask fields (B, ..., H, W), resized with nearest-neighbour interpolation.
+        points: Fields (B, ..., 2 or 4) of x and y in pixels, such as boxes and keypoints. Do not list normalised coordinates.
     """
 
     sizes: Sequence[Size]
@@ -199,7 +201,7 @@ class MultiScaleCollate:
         object.__setattr__(self, "collate", build_collate(self.collate, "collate") or default_collate)
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        """A batch of one of the sizes."""
+        """The batch of samples, resized."""
         drawn = self.sizes[int(torch.randint(len(self.sizes), ()))]
         to = [drawn, drawn] if isinstance(drawn, int) else list(drawn)
         batch = wrap_sample(self.collate([wrap_sample(s) for s in samples]))
@@ -220,10 +222,14 @@ class MultiScaleCollate:
 
 
 def build_collate(spec: Any, path: str) -> Callable[[list[Any]], Any] | None:
-    """A collate function out of a cfg: a name, `dict(type=..., **arguments)`, a callable, or None for the usual stacking.
+    """Build a collate function from a cfg.
+
+    Args:
+        spec: A registered name, `dict(type=..., **arguments)`, a callable, or None for plain stacking (the result is None).
+        path: Path of `spec` in the cfg, for messages.
 
     Raises:
-        ConfigError: there is no such function, or it does not take the arguments.
+        ConfigError: The name is unknown, or the function does not accept the arguments.
     """
     if isinstance(spec, str):
         spec = {"type": spec}

@@ -1,4 +1,4 @@
-"""One batch out of a map-style dataset, in a worker or on the host: seeded samples, stand-ins for bad ones, collation."""
+"""Loading of one batch from a map-style dataset: seeded samples, replacement of bad samples, collation."""
 
 from __future__ import annotations
 
@@ -20,57 +20,57 @@ from torch import Tensor
 
 from ailab import tree
 from ailab.binding import wrap_sample
-from ailab.datasets.files.bad_file import Bad, BadFile
-from ailab.datasets.files.image import Reading, reading
-from ailab.datasets.stream.collate import Room, column, new_room
+from ailab.datasets.files.bad_file import BadFile, BadSample
+from ailab.datasets.files.image import ImageSettings, image_settings
+from ailab.datasets.stream.collate import Allocate, new_tensor, stack_field
 from ailab.errors import DataError
 from ailab.rng import mix
 from ailab.types import WEIGHT, Batch
 
-_TRIES = 16  # samples looked at for a stand-in when a whole batch is bad, or for one that says how a sample looks
-_RETRIES, _PAUSE_S = 2, 0.05  # of a read that failed for a reason that may pass
-_PASSING = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EREMOTEIO}
+_TRIES = 16  # samples to try: for a replacement if the whole batch is bad, and for the reference signature
+_RETRIES, _RETRY_PAUSE_S = 2, 0.05  # after a transient I/O error
+_TRANSIENT_ERRNOS = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ECONNRESET, errno.EREMOTEIO}
 
 _CAN_BE_NAN = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
 
 
-class Key(NamedTuple):
-    """What a worker needs to know to make one batch."""
+class BatchKey(NamedTuple):
+    """The key of one batch. It determines the batch completely."""
 
     epoch: int
-    ids: list[int]  # the samples of this rank
-    spare: int  # a sample of the same global batch, for a rank that has none
-    lap: int = 0  # of the host through its data
+    ids: list[int]  # sample indices of this rank
+    spare: int  # a sample of the same global batch, for a rank without samples
+    iteration: int = 0  # number of the main process's pass over the data, for `BatchSender`
 
 
-class Loaded(NamedTuple):
-    """What comes back from a worker."""
+class LoadedBatch(NamedTuple):
+    """The result of loading one batch."""
 
-    batch: Any  # a Batch, or on its way a Parcel; None: `failure` says why
-    asked: int  # samples of the key
-    bad: list[Bad]
-    kept: list[Bad] = []  # noqa: RUF012 # never written to
-    failure: str = ""
+    batch: Any  # a Batch; a BatchMessage between processes; None if it failed
+    asked: int  # number of samples of the key
+    bad: list[BadSample]  # replaced
+    damaged: list[BadSample] = []  # noqa: RUF012 # used although damaged; the default is never written to
+    failure: str = ""  # why `batch` is None
 
 
 @dataclass(frozen=True)
-class Reader:
-    """How samples are read."""
+class SampleSettings:
+    """The settings for reading samples."""
 
     seed: int
     collate_fn: Callable[[list[Any]], Any] | None = None
-    nan_is_bad: bool = True  # a NaN in any number of a sample
-    files: Reading = field(default_factory=Reading)  # how the files in them are
+    nan_is_bad: bool = True  # whether a sample with a NaN is bad
+    images: ImageSettings = field(default_factory=ImageSettings)  # for `read_image`
 
 
 def narrow(x: torch.Tensor) -> torch.Tensor:
-    """float64 as float32; any other dtype as it is."""
+    """Convert float64 to float32. Any other dtype is unchanged."""
     return x.float() if x.dtype == torch.float64 else x
 
 
 @contextmanager
-def _generators_kept() -> Generator[None]:
-    """Put the global generators back as they were; without workers the samples are drawn in the host's process."""
+def _generators_restored() -> Generator[None]:
+    """Restore the global random generators at the end: without workers, samples are loaded in the main process."""
     numpy = sys.modules.get("numpy")
     kept = torch.default_generator.get_state(), random.getstate(), numpy and numpy.random.get_state()
     try:
@@ -83,152 +83,157 @@ def _generators_kept() -> Generator[None]:
 
 
 def _seed_generators(seed: int) -> None:
-    """Seed what user code draws from. Not `torch.manual_seed`, which walks the CUDA devices each time."""
+    """Seed the global generators of torch, random and numpy. `torch.manual_seed` is slower: it visits the CUDA devices too."""
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(seed & 0xFFFFFFFF)
 
 
-def _described(index: int, error: Exception, kind: str = "") -> Bad:
-    """The error with the line of user code that raised it; short, and safe to print."""
+def _bad_sample(index: int, error: Exception, kind: str = "") -> BadSample:
+    """The record of a failed sample. The message has the line of code that raised, is short and printable."""
     if isinstance(error, BadFile):
-        return Bad(index, error.kind, _printable(str(error)), _printable(error.path))
+        return BadSample(index, error.kind, _printable(str(error)), _printable(error.path))
     frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
     where = f" ({Path(frame.filename).name}:{frame.lineno})" if frame and not kind else ""
     path = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else ""
-    return Bad(index, kind or type(error).__name__, _printable(f"{error}{where}"), _printable(path))
+    return BadSample(index, kind or type(error).__name__, _printable(f"{error}{where}"), _printable(path))
 
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:500])
 
 
-def _may_pass(error: BaseException | None) -> bool:
-    """Whether a failure comes from storage that may answer the next time."""
-    return error is not None and (getattr(error, "errno", None) in _PASSING or _may_pass(error.__cause__))
+def _is_transient(error: BaseException | None) -> bool:
+    """Whether an error is an I/O error that may not occur again."""
+    return error is not None and (getattr(error, "errno", None) in _TRANSIENT_ERRNOS or _is_transient(error.__cause__))
 
 
-class _Misfit(Exception):
-    """A sample that is not what the others are."""
+class _InvalidSample(Exception):
+    """A sample with a NaN, or with other fields, types or shapes than the other samples."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
         self.kind = kind
 
 
-class Fetcher(torch.utils.data.Dataset[Loaded]):
-    """A dataset of batches: `fetcher[key]` reads the samples of `key`, each under a seed of (seed, epoch, index).
+class Fetcher(torch.utils.data.Dataset[LoadedBatch]):
+    """A dataset whose items are whole batches: `fetcher[key]` loads the samples of a `BatchKey` and collates them.
 
-    A sample that raises, holds a NaN, or has other fields, types or shapes than the first good one of the dataset is replaced by
-    a good one of the batch. With `size` every batch has that many slots and the field `_weight`, which is 0 for such a stand-in
-    and for padding; without it a batch has as many slots as samples, and for no samples one that weighs 0.
+    Each sample is loaded with its own seed, from (seed, epoch, index). A sample is bad if it raises, has a NaN, or has other
+    fields, types or shapes than the first good sample of the dataset. A bad sample is replaced by a good sample of the batch.
+
+    Args:
+        dataset: The map-style dataset.
+        settings: How samples are read.
+        size: Number of slots of every batch. The batch then has the field `_weight`, which is 0 for replaced samples and for
+            padding. None: as many slots as samples; a batch without samples gets one slot with `_weight` 0.
+        batch_size: Samples of a global batch. With 1 the shapes of samples may differ.
     """
 
-    def __init__(self, dataset: Any, reader: Reader, size: int | None, batch_size: int):
+    def __init__(self, dataset: Any, settings: SampleSettings, size: int | None, batch_size: int):
         self.dataset = dataset
-        self.reader = reader
+        self.settings = settings
         self.size = size
         self.same_shapes = batch_size > 1
-        self.room: Room = new_room  # for what is joined
-        self._like: dict[str, Any] | None = None  # what the fields of a good sample are
+        self.allocate: Allocate = new_tensor  # for collated tensors
+        self._reference: dict[str, Any] | None = None  # signature of the first good sample
 
-    def __getitem__(self, index: Any) -> Loaded:
-        key = Key(*index)
-        with _generators_kept():
-            samples, bad, kept = self._read(key.epoch, key.ids)
-            good = [s for s in samples if s is not None] or self._stand_in(key, bad)
+    def __getitem__(self, index: Any) -> LoadedBatch:
+        key = BatchKey(*index)
+        with _generators_restored():
+            samples, bad, damaged = self._read(key.epoch, key.ids)
+            good = [s for s in samples if s is not None] or self._replacements(key, bad)
             if not good:
-                why = f"no sample of this batch can be read, nor any of the {_TRIES} after it"
-                return Loaded(None, len(key.ids), bad, kept, why)
-            _seed_generators(
-                mix(self.reader.seed, key.epoch, key.spare, 1)
-            )  # for what a collate function draws: alike on every rank
+                why = f"no sample of this batch can be read, and none of the next {_TRIES}"
+                return LoadedBatch(None, len(key.ids), bad, damaged, why)
+            # For random numbers of a collate function: the same seed on every rank.
+            _seed_generators(mix(self.settings.seed, key.epoch, key.spare, 1))
             try:
-                return Loaded(self._collate(samples, good), len(key.ids), bad, kept)
-            except Exception as error:  # user data: any class can come
-                why = f"samples {key.ids[:8]} do not collate: {_described(0, error).message}"
-                return Loaded(None, len(key.ids), bad, kept, why)
+                return LoadedBatch(self._collate(samples, good), len(key.ids), bad, damaged)
+            except Exception as error:  # user code can raise any class
+                why = f"samples {key.ids[:8]} do not collate: {_bad_sample(0, error).message}"
+                return LoadedBatch(None, len(key.ids), bad, damaged, why)
 
-    def _read(self, epoch: int, ids: Sequence[int]) -> tuple[list[Any], list[Bad], list[Bad]]:
-        """The samples, None for bad ones; the bad ones; and those that are good enough."""
+    def _read(self, epoch: int, ids: Sequence[int]) -> tuple[list[Any], list[BadSample], list[BadSample]]:
+        """The samples (None for a bad one), the records of bad samples, and the records of damaged samples that are used."""
         samples: list[Any] = []
-        bad: list[Bad] = []
-        kept: list[Bad] = []
-        with self._reading() as files:
+        bad: list[BadSample] = []
+        damaged: list[BadSample] = []
+        with self._image_settings() as images:
             for index in ids:
                 try:
-                    sample, notes = self._sample(epoch, index, files), [*files.notes]
+                    sample, notes = self._sample(epoch, index, images), [*images.notes]
                     samples.append(self._checked(sample))
-                    kept += [Bad(index, "truncated", _printable(f"{p}: {text}"), _printable(p)) for p, text in notes]
-                except _Misfit as error:
+                    damaged += [BadSample(index, "truncated", _printable(f"{p}: {text}"), _printable(p)) for p, text in notes]
+                except _InvalidSample as error:
                     samples.append(None)
-                    bad.append(_described(index, error, error.kind))
-                except Exception as error:  # user data: any class can come
+                    bad.append(_bad_sample(index, error, error.kind))
+                except Exception as error:  # user code can raise any class
                     samples.append(None)
-                    bad.append(_described(index, error))
-        return samples, bad, kept
+                    bad.append(_bad_sample(index, error))
+        return samples, bad, damaged
 
-    def _reading(self) -> AbstractContextManager[Reading]:
-        return reading(replace(self.reader.files, notes=[]))
+    def _image_settings(self) -> AbstractContextManager[ImageSettings]:
+        return image_settings(replace(self.settings.images, notes=[]))
 
-    def _sample(self, epoch: int, index: int, files: Reading) -> Any:
-        """One sample; `files`, by which it is read, then has the notes about it."""
+    def _sample(self, epoch: int, index: int, images: ImageSettings) -> Any:
+        """Load one sample, again after a transient error. `images.notes` then has the notes about its images."""
         for left in range(_RETRIES, -1, -1):
-            files.notes.clear()
+            images.notes.clear()
             try:
-                _seed_generators(mix(self.reader.seed, epoch, index))
+                _seed_generators(mix(self.settings.seed, epoch, index))
                 return self.dataset[index]
-            except Exception as error:  # user data: any class can come
-                if not left or not _may_pass(error):
+            except Exception as error:  # user code can raise any class
+                if not left or not _is_transient(error):
                     raise
-                time.sleep(_PAUSE_S)
+                time.sleep(_RETRY_PAUSE_S)
         raise AssertionError
 
     def _checked(self, sample: Any) -> Any:
-        """The sample by named fields, or as it is where the user collates.
+        """The sample as a dict of fields; unchanged if the user has a collate function.
 
         Raises:
-            _Misfit: it holds a NaN, or does not look as the first good one.
+            _InvalidSample: It has a NaN, or its signature is not that of the first good sample.
         """
-        if self.reader.collate_fn is None:
+        if self.settings.collate_fn is None:
             try:
                 sample = wrap_sample(sample)
             except DataError as error:
-                raise _Misfit("wrong_type", str(error).splitlines()[0]) from error
+                raise _InvalidSample("wrong_type", str(error).splitlines()[0]) from error
         values = list(tree.items(sample))
-        if self.reader.nan_is_bad and (hole := next((p for p, v in values if _has_nan(v)), None)) is not None:
-            raise _Misfit("not_a_number", f"there is a NaN in {hole or 'it'!r}")
-        if self.reader.collate_fn is None:
-            self._compare(_look(values, self.same_shapes))
+        if self.settings.nan_is_bad and (hole := next((p for p, v in values if _has_nan(v)), None)) is not None:
+            raise _InvalidSample("not_a_number", f"there is a NaN in {hole or 'it'!r}")
+        if self.settings.collate_fn is None:
+            self._compare(_signature_of(values, self.same_shapes))
         return sample
 
-    def _compare(self, look: dict[str, Any]) -> None:
-        like = self._like or self._first_look()
-        if like is None or look == like:
+    def _compare(self, signature: dict[str, Any]) -> None:
+        reference = self._reference or self._reference_signature()
+        if reference is None or signature == reference:
             return
-        field = next(n for n in [*like, *look] if like.get(n) != look.get(n))
-        have, wanted = look.get(field, "missing"), like.get(field, "missing")
+        field = next(n for n in [*reference, *signature] if reference.get(n) != signature.get(n))
+        have, wanted = signature.get(field, "missing"), reference.get(field, "missing")
         same_type = isinstance(have, tuple) and isinstance(wanted, tuple) and have[0] == wanted[0]
-        raise _Misfit(
+        raise _InvalidSample(
             "wrong_shape" if same_type else "wrong_type",
             f"does not collate: {field!r} is {_describe(have)}, and {_describe(wanted)} in the first good sample",
         )
 
-    def _first_look(self) -> dict[str, Any] | None:
-        """How the first good sample of the dataset looks; the same in each worker."""
+    def _reference_signature(self) -> dict[str, Any] | None:
+        """The signature of the first good sample of the dataset. It is the same in each worker."""
         for index in range(min(_TRIES, len(self.dataset))):
             try:
-                with self._reading() as files:
-                    sample = wrap_sample(self._sample(0, index, files))
-                self._like = _look(tree.items(sample), self.same_shapes)
-            except Exception:  # it is reported when its turn comes
+                with self._image_settings() as images:
+                    sample = wrap_sample(self._sample(0, index, images))
+                self._reference = _signature_of(tree.items(sample), self.same_shapes)
+            except Exception:  # it is reported when its batch is loaded
                 continue
-            return self._like
+            return self._reference
         return None
 
-    def _stand_in(self, key: Key, bad: list[Bad]) -> list[Any]:
-        """The first sample after those of the batch that can be read; none if all of the next ones are bad."""
+    def _replacements(self, key: BatchKey, bad: list[BadSample]) -> list[Any]:
+        """A list with the first good sample after those of the batch; empty if all of the next ones are bad."""
         for offset in range(len(key.ids), len(key.ids) + _TRIES):
             samples, more, _ = self._read(key.epoch, [(key.spare + offset) % len(self.dataset)])
             if samples[0] is not None:
@@ -240,8 +245,10 @@ class Fetcher(torch.utils.data.Dataset[Loaded]):
         slots = max(self.size or len(samples), 1)
         turns = cycle(good)
         filled = [next(turns) if s is None else s for s in [*samples, *[None] * (slots - len(samples))]]
-        collate = self.reader.collate_fn
-        joined = wrap_sample(collate(filled)) if collate else {n: column([s[n] for s in filled], self.room) for n in filled[0]}
+        if collate := self.settings.collate_fn:
+            joined = wrap_sample(collate(filled))
+        else:
+            joined = {n: stack_field([s[n] for s in filled], self.allocate) for n in filled[0]}
         batch: Batch = tree.map(narrow, joined)
         if self.size is not None or not samples:
             real = [float(s is not None) for s in samples]
@@ -256,12 +263,12 @@ def _has_nan(value: Any) -> bool:
         value = torch.as_tensor(value)
     if not isinstance(value, Tensor) or value.dtype not in _CAN_BE_NAN or value.layout is not torch.strided:
         return False
-    # The sum first, which is one pass without memory of its own: it is NaN for a NaN, and for infinities of both signs.
+    # The sum first: one pass without extra memory. It is NaN for a NaN, and for infinities of both signs.
     return bool(value.sum().isnan()) and bool(value.isnan().any())
 
 
-def _look(values: Iterable[tuple[str, Any]], shapes: bool) -> dict[str, Any]:
-    """What collation sees of each field, by dotted name: its kind, and its shape."""
+def _signature_of(values: Iterable[tuple[str, Any]], shapes: bool) -> dict[str, Any]:
+    """The signature of a sample: type, dtype and (with `shapes`) shape of each field, by dotted name."""
     return {path: _kind(value, shapes) for path, value in values}
 
 

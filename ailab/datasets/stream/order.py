@@ -1,4 +1,4 @@
-"""Which samples are in which batch: a pure function of (seed, epoch, step) with nothing to store, replay or restore."""
+"""The order of samples: which samples are in which batch, as a pure function of (seed, epoch, step). It has no state."""
 
 from __future__ import annotations
 
@@ -13,57 +13,57 @@ from ailab.rng import mix
 
 @dataclass(frozen=True)
 class Plan:
-    """Another order than a permutation: what a sampler makes of a dataset."""
+    """The order that a sampler makes for a dataset, instead of a permutation of all samples."""
 
-    count: int  # samples of a lap
-    draw: Callable[[int, torch.Generator], Tensor]  # (epoch, generator) -> (count,) int64, from these two alone
+    count: int  # samples of one pass
+    draw: Callable[[int, torch.Generator], Tensor]  # (epoch, generator) -> (count,) int64; a pure function
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of a dataset's samples in each epoch.
+    """The order of the samples of a dataset in each epoch.
 
-    An epoch has `steps` batches. A lap is one pass over the dataset, `lap_steps` batches; an epoch that is longer goes on with
-    further laps, each another permutation, or another draw of `plan`.
+    An epoch has `steps` batches. A lap is one pass over the dataset and has `lap_steps` batches. A longer epoch has several laps,
+    each with a new permutation or a new draw of `plan`.
     """
 
     size: int  # samples of the dataset
-    batch_size: int  # of the global batch
+    batch_size: int  # samples of a global batch, over all ranks
     shuffle: bool
     seed: int
     rank: int
     world_size: int
     lap_steps: int
     steps: int
-    plan: Plan | None = None  # instead of a permutation
+    plan: Plan | None = None  # of a sampler, instead of a permutation
 
     @property
     def samples(self) -> int:
-        """Samples of one epoch, all ranks together."""
+        """Number of samples of one epoch, over all ranks."""
         laps, rest = divmod(self.steps, self.lap_steps)
         return laps * min(self.size, self.lap_steps * self.batch_size) + min(self.size, rest * self.batch_size)
 
     def lap(self, epoch: int, lap: int = 0) -> Tensor:
-        """Every sample once: (size,) int64 on the CPU; with a plan what that draws."""
+        """The sample indices of one lap: (size,) int64 on the CPU, or (plan.count,) with a plan."""
         if self.plan is None and not self.shuffle:
             return torch.arange(self.size)
         generator = torch.Generator().manual_seed(mix(self.seed, epoch, lap))
         return self.plan.draw(epoch, generator) if self.plan else torch.randperm(self.size, generator=generator)
 
     def indices(self, epoch: int, step: int) -> Tensor:
-        """The samples of one global batch: (at most batch_size,) int64."""
+        """The sample indices of one global batch: (at most batch_size,) int64."""
         lap, at = divmod(step, self.lap_steps)
         return self.lap(epoch, lap)[at * self.batch_size : (at + 1) * self.batch_size]
 
     def part(self, ids: Tensor) -> Tensor:
-        """This rank's contiguous part of a global batch; parts differ by at most one sample, and rank 0's is never empty."""
+        """The contiguous part of a global batch for this rank. Parts differ by at most one sample. Rank 0 has at least one."""
         if self.world_size == 1:
             return ids
         start, end = (-(-len(ids) * rank // self.world_size) for rank in (self.rank, self.rank + 1))  # rounded up
         return ids[start:end]
 
     def batches(self, epoch: int, start: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
-        """From step `start` on: the ids of the global batch and of this rank's part, on `device`; one permutation a lap."""
+        """From step `start` on: the sample indices of each global batch, and those of this rank, on `device`."""
         lap = -1
         chunks: Sequence[Tensor] = ()
         for step in range(start, self.steps):

@@ -1,4 +1,4 @@
-"""Batches to the device while the one before is being worked on."""
+"""Prefetch: copy the next batch to the device while the current one is used."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from ailab.types import Batch
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Each batch on `device`, one ahead where that is a CUDA device: copied on a stream of its own, from pinned memory.
+    """Copy each batch to `device`. For a CUDA device, the next batch is copied ahead of time, on a stream of its own.
 
-    The order and the values are those of `batches`. What it raises is raised when its turn comes, after the batch before it.
+    The copy is asynchronous if the batches are in pinned memory. Order and values are those of `batches`. An exception of `batches`
+    is raised after the batch before it was given.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -29,11 +30,11 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         current.wait_stream(side)
         for tensor in tree.leaves(ahead):
             if isinstance(tensor, torch.Tensor):
-                tensor.record_stream(current)  # its memory is not given away before what was queued on it here is done
+                tensor.record_stream(current)  # its memory is reused only after the work queued on it here is done
         batch, ahead = ahead, None
         try:
             ahead = _copied(next(source, None), device, side)
-        except Exception as error:  # the batch at hand is whole, and comes first
+        except Exception as error:  # the current batch is complete, and comes first
             failure = error
         yield batch
         if failure is not None:

@@ -1,8 +1,8 @@
-"""Samplers: which samples an epoch has, as a function of (seed, epoch) and of numbers known beforehand.
+"""Samplers: they choose the samples of each epoch, as a pure function of (seed, epoch) and of one number per sample.
 
-`data.train_dataloader.sampler = dict(type="ClassBalancedSampler")`. A sampler has one method, `plan(dataset, size, batch_size)`,
-called once; the plan draws each lap of the stream from its epoch and a generator, so that nothing is stored and any step can be
-sought. A name of one's own registers with `@SAMPLERS.register_module()`.
+Set one with `data.train_dataloader.sampler = dict(type="ClassBalancedSampler")`. A sampler has one method, `plan(dataset, size,
+batch_size)`, which is called once. The plan draws the samples of each pass from the epoch and a generator. So a sampler has no
+state, and a resumed run can start at any step. Register your own with `@SAMPLERS.register_module()`.
 """
 
 from __future__ import annotations
@@ -19,39 +19,41 @@ from ailab.datasets.stream.order import Plan
 from ailab.errors import DataError
 from ailab.registry import SAMPLERS
 
-Numbers = Sequence[float] | str | None  # one for each sample; or the name of an attribute, method or field that gives them
+PerSample = Sequence[float] | str | None  # one per sample; or the name of an attribute, method or field
 
 
 @SAMPLERS.register_module()
 @dataclass(frozen=True)
 class WeightedSampler:
-    """Each place of the epoch is drawn on its own, a sample with a probability in proportion to its weight.
+    """Draws samples at random, with a probability in proportion to their weight.
 
     Args:
-        weights: one number >= 0 for each sample, or what of the dataset gives them.
-        num_samples: of an epoch; as many as the dataset has when left out.
-        replacement: without it no sample comes twice in an epoch, and none of weight 0 at all.
+        weights: One number >= 0 per sample, or the name of an attribute, method or field of the dataset that has them.
+        num_samples: Number of samples per epoch. Default: the size of the dataset.
+        replacement: Whether a sample may occur more than once per epoch. A sample of weight 0 never occurs.
     """
 
-    weights: Numbers
+    weights: PerSample
     num_samples: int | None = None
     replacement: bool = True
 
     def plan(self, dataset: Any, size: int, batch_size: int) -> Plan:
-        """Draw `num_samples` of `size`."""
-        weights = numbers(dataset, size, self.weights, ("weights",), "WeightedSampler.weights").double()
+        """The plan for a dataset. Raises `DataError` for invalid weights, or too few samples without replacement."""
+        weights = per_sample(dataset, size, self.weights, ("weights",), "WeightedSampler.weights").double()
         count = self.num_samples or size
         if not bool((weights.isfinite() & (weights >= 0)).all()) or not bool(weights.sum() > 0):
-            raise DataError("WeightedSampler: weights are finite, 0 or more, and not all 0.")
+            raise DataError("WeightedSampler: weights must be finite, at least 0, and not all 0.")
         if not self.replacement and count > (most := int((weights > 0).sum())):
-            raise DataError(f"WeightedSampler: {count} samples without replacement, and {most} have a weight above 0.")
+            raise DataError(
+                f"WeightedSampler: expected at least {count} samples of weight above 0 without replacement, got {most}."
+            )
         total = weights.cumsum(0)
 
         def draw(epoch: int, generator: torch.Generator) -> Tensor:
             noise = torch.rand(count if self.replacement else size, generator=generator, dtype=torch.float64)
             if self.replacement:  # the inverse of the distribution: torch.multinomial takes 2**24 categories at most
-                return torch.searchsorted(total, noise * total[-1], right=True).clamp(max=_last(weights))
-            # The largest of u**(1/w) are a draw without replacement (Efraimidis and Spirakis, 2006); in logarithms.
+                return torch.searchsorted(total, noise * total[-1], right=True).clamp(max=_last_nonzero(weights))
+            # The largest u**(1/w) are a draw without replacement (Efraimidis and Spirakis, 2006). Here in logarithms.
             return torch.where(weights > 0, noise.log() / weights, -math.inf).topk(count).indices
 
         return Plan(count, draw)
@@ -60,27 +62,28 @@ class WeightedSampler:
 @SAMPLERS.register_module()
 @dataclass(frozen=True)
 class ClassBalancedSampler:
-    """Each class equally often, to within one sample; within a class each sample equally often, to within one.
+    """Draws every class equally often, and within a class every sample equally often, both to within one sample.
 
     Args:
-        labels: the class of each sample, or what of the dataset gives it; by default its `labels`, `targets` or field "target".
-        num_samples: of an epoch; as many as the dataset has when left out.
+        labels: The class of each sample, or the name of an attribute, method or field of the dataset that has it. Default:
+            `labels`, `targets` or the field "target" of the dataset.
+        num_samples: Number of samples per epoch. Default: the size of the dataset.
     """
 
-    labels: Numbers = None
+    labels: PerSample = None
     num_samples: int | None = None
 
     def plan(self, dataset: Any, size: int, batch_size: int) -> Plan:
-        """Draw `num_samples`, the same number of each class."""
+        """The plan for a dataset. Raises `DataError` if the dataset has no labels."""
         usual = ("labels", "targets", "target")
-        labels = numbers(dataset, size, self.labels, usual, "ClassBalancedSampler.labels")
+        labels = per_sample(dataset, size, self.labels, usual, "ClassBalancedSampler.labels")
         groups = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
         count = self.num_samples or size
 
         def draw(epoch: int, generator: torch.Generator) -> Tensor:
-            spare = torch.randperm(len(groups), generator=generator) < count % len(groups)  # who gives one more
+            spare = torch.randperm(len(groups), generator=generator) < count % len(groups)  # the classes with one more sample
             shares = [count // len(groups) + int(more) for more in spare]
-            drawn = [_in_turns(group, share, generator) for group, share in zip(groups, shares, strict=True)]
+            drawn = [_repeated_permutations(group, share, generator) for group, share in zip(groups, shares, strict=True)]
             return torch.cat(drawn)[torch.randperm(count, generator=generator)]
 
         return Plan(count, draw)
@@ -89,22 +92,23 @@ class ClassBalancedSampler:
 @SAMPLERS.register_module()
 @dataclass(frozen=True)
 class LengthSampler:
-    """Every sample once, in batches of samples of about the same length, so that little of them is padding.
+    """Gives every sample once, in batches of samples of similar length, which need little padding.
 
-    Shuffled, then sorted within pools of `pool` batches, and the batches shuffled again. A last batch that is not full has the
-    samples left over, and stays the last.
+    The samples are shuffled and then sorted by length within pools of `pool` batches. Then the batches are shuffled. A last batch
+    that is not full stays the last.
 
     Args:
-        lengths: of each sample, or what of the dataset gives them; by default its `lengths`.
-        pool: batches that are sorted together: more of them pad less, and mix less.
+        lengths: The length of each sample, or the name of an attribute, method or field of the dataset that has it. Default:
+            `lengths` of the dataset.
+        pool: Number of batches that are sorted together. More batches mean less padding and less randomness.
     """
 
-    lengths: Numbers = None
+    lengths: PerSample = None
     pool: int = 50
 
     def plan(self, dataset: Any, size: int, batch_size: int) -> Plan:
-        """Draw a permutation."""
-        lengths = numbers(dataset, size, self.lengths, ("lengths",), "LengthSampler.lengths")
+        """The plan for a dataset. Raises `DataError` if the dataset has no lengths."""
+        lengths = per_sample(dataset, size, self.lengths, ("lengths",), "LengthSampler.lengths")
         full = size - size % batch_size
 
         def draw(epoch: int, generator: torch.Generator) -> Tensor:
@@ -120,61 +124,62 @@ class LengthSampler:
 @SAMPLERS.register_module()
 @dataclass(frozen=True)
 class CurriculumSampler:
-    """The easiest samples first: epoch e draws from the easiest share of them, which grows to all of them.
+    """Curriculum learning: the first epochs use only the easiest samples. The fraction in use grows linearly to all samples.
 
-    Source: Bengio et al., ICML 2009, with the linear pacing of Hacohen and Weinshall, arXiv:1904.03626. Epochs are as long as
-    without it: a small share comes several times in an epoch, each sample equally often to within one.
+    Every epoch has as many samples as the dataset. The samples in use are repeated, each equally often to within one. Source:
+    Bengio et al., ICML 2009, with the linear pacing of Hacohen and Weinshall, arXiv:1904.03626.
 
     Args:
-        difficulty: of each sample, or what of the dataset gives it; lower is easier.
-        start: the share of the first epoch.
-        epochs: until all samples take part.
+        difficulty: The difficulty of each sample (lower is easier), or the name of an attribute, method or field of the dataset
+            that has it.
+        start: Fraction of the samples in the first epoch, above 0 and at most 1.
+        epochs: Number of epochs until all samples are in use.
     """
 
-    difficulty: Numbers
+    difficulty: PerSample
     start: float = 0.2
     epochs: int = 10
 
     def plan(self, dataset: Any, size: int, batch_size: int) -> Plan:
-        """Draw `size` samples of those whose turn has come."""
+        """The plan for a dataset. Raises `DataError` for invalid arguments, or if the dataset has no difficulty."""
         if not 0 < self.start <= 1 or self.epochs < 1:
-            raise DataError(f"CurriculumSampler: start is {self.start}, a share above 0; epochs is {self.epochs}, 1 or more.")
-        difficulty = numbers(dataset, size, self.difficulty, ("difficulty",), "CurriculumSampler.difficulty")
+            raise DataError(
+                f"CurriculumSampler: expected 0 < start <= 1 and epochs of at least 1, got {self.start} and {self.epochs}."
+            )
+        difficulty = per_sample(dataset, size, self.difficulty, ("difficulty",), "CurriculumSampler.difficulty")
         easiest = difficulty.argsort(stable=True)
 
         def draw(epoch: int, generator: torch.Generator) -> Tensor:
             share = min(1.0, self.start + (1 - self.start) * epoch / self.epochs)
-            return _in_turns(easiest[: max(1, math.ceil(share * size))], size, generator)
+            return _repeated_permutations(easiest[: max(1, math.ceil(share * size))], size, generator)
 
         return Plan(size, draw)
 
 
-def numbers(dataset: Any, size: int, given: Numbers, usual: Sequence[str], what: str) -> Tensor:
-    """One number for each sample: (size,).
+def per_sample(dataset: Any, size: int, given: PerSample, usual: Sequence[str], what: str) -> Tensor:
+    """One number per sample: (size,).
 
     Args:
-        dataset: asked by name for an attribute or a method without arguments, then for a field of its `tensors`.
-        size: its samples.
-        given: the numbers, or a name.
-        usual: names that are tried where nothing is given.
-        what: the argument, for messages.
+        dataset: The dataset. A name is looked up as an attribute, a method without arguments, or a field of its `tensors`.
+        size: Number of samples.
+        given: The numbers, or a name.
+        usual: Names to try if `given` is None.
+        what: The argument, for messages.
 
     Raises:
-        DataError: there are none of that name, or not one for each sample.
+        DataError: The dataset has no such name, or the number of values is not `size`.
     """
     names = (given,) if isinstance(given, str) else () if given is not None else usual
-    values: Any = given if not names else next((v for n in names if (v := _called(dataset, n)) is not None), None)
+    values: Any = given if not names else next((v for n in names if (v := _from_dataset(dataset, n)) is not None), None)
     if values is None:
-        raise DataError(
-            f"{what}: {type(dataset).__name__} has no {' or '.join(map(repr, names))} with a number for each sample."
-        )
+        raise DataError(f"{what}: {type(dataset).__name__} has no {' or '.join(map(repr, names))} with one number per sample.")
     found = torch.as_tensor(values)
     if found.shape != (size,):
-        raise DataError(f"{what}: expected {size} numbers, one for each sample, got {tuple(found.shape)}.")
+        raise DataError(f"{what}: expected {size} numbers, one per sample, got the shape {tuple(found.shape)}.")
     return found.cpu()
 
 
-def _called(dataset: Any, name: str) -> Any:
+def _from_dataset(dataset: Any, name: str) -> Any:
     value = getattr(dataset, name, None)
     if value is not None:
         return value() if callable(value) else value
@@ -183,12 +188,12 @@ def _called(dataset: Any, name: str) -> Any:
     return cast("dict[str, Any]", fields).get(name) if isinstance(fields, dict) else None
 
 
-def _in_turns(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` of the pool: permutations of it one after the other."""
+def _repeated_permutations(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` samples: permutations of the pool, one after the other."""
     laps = [torch.randperm(len(pool), generator=generator) for _ in range(-(-count // len(pool)))]
     return pool[torch.cat(laps)[:count]]
 
 
-def _last(weights: Tensor) -> int:
-    """The last index that has a weight: rounding must not lead past it."""
+def _last_nonzero(weights: Tensor) -> int:
+    """The last index with a weight above 0. Rounding must not give a higher index."""
     return int(weights.nonzero()[-1])

@@ -1,4 +1,4 @@
-"""The batches of one phase: a pure function of (seed, epoch, step), whatever the workers, the ranks or the resume point."""
+"""The batches of one phase, as a pure function of (seed, epoch, step). They do not depend on workers, ranks or resumption."""
 
 from __future__ import annotations
 
@@ -14,51 +14,54 @@ from torch.utils.data import TensorDataset
 
 from ailab import tree
 from ailab.binding import wrap_sample
-from ailab.datasets.files.bad_file import Bad
+from ailab.datasets.files.bad_file import BadSample
 from ailab.datasets.files.cache import Cache
-from ailab.datasets.files.image import Reading
-from ailab.datasets.stream.bad import BadSamples
-from ailab.datasets.stream.loading import Fetcher, Reader, narrow
+from ailab.datasets.files.image import ImageSettings
+from ailab.datasets.stream.bad import BadSampleTracker
+from ailab.datasets.stream.loading import Fetcher, SampleSettings, narrow
 from ailab.datasets.stream.order import Order
 from ailab.datasets.stream.prefetch import on_device
 from ailab.datasets.stream.workers import Workers
 from ailab.errors import DataError
 from ailab.types import WEIGHT, Batch
 
-_BLOCK_BATCHES, _BLOCK_BYTES = 32, 1 << 20  # gathered at a time, at most
+_BLOCK_BATCHES, _BLOCK_BYTES = 32, 1 << 20  # at most, of one gather
 _ALIGNED_BYTES = 64
-_MEMORY_SHARE = 0.3  # of the free device memory that an in-memory dataset may take
+_MEMORY_SHARE = 0.3  # of the free device memory, for an in-memory dataset
 
 
 class Stream:
     """The batches of one phase, on the device.
 
     Args:
-        dataset: map-style: anything with `__len__` and `__getitem__`, whose samples are tuples or dicts. One with a method
+        dataset: A map-style dataset, with `__len__` and `__getitem__`. Its samples are tuples or dicts. A dataset with a method
             `tensors() -> dict[str, Tensor]` (all samples stacked, nothing random), or a `TensorDataset`, is kept on the device
-            and read without workers.
-        batch_size: samples of a global batch, over all ranks.
-        shuffle: another permutation for each epoch; else samples come in their own order.
-        seed: of the order, and with (epoch, index) of each sample's own randomness.
-        rank: which contiguous part of each global batch this stream yields.
-        world_size: number of parts; they differ by at most one sample.
-        drop_last: leave out a last batch that is not full.
-        pad: give every batch the same shape, ceil(batch_size / world_size) slots, and a field `_weight` (slots,) float32, 0 for
-            padding. Padding repeats the samples of the batch in turn, so that batch statistics stay as they are. Without `pad`
-            the last batch is short; a rank that has no sample of it gets one with `_weight` 0, a field of no other batch then.
-        device: where batches go.
-        iters: steps of an epoch; past the end of the dataset it goes on with further permutations.
-        name: the split, for messages.
-        report: called with one line about each bad sample.
-        max_bad_frac: share of the dataset that may be unreadable.
-        sampler: draws other epochs than permutations: see `ailab.datasets.stream.sampling`. `shuffle` is not asked then.
-        truncated: what becomes of truncated pictures: see `read_image`.
-        nan_is_bad: a sample with a NaN in it counts as bad.
-        cache: keeps the pictures that samples are made of.
-        dataloader_kwargs: of `Workers`, and of `torch.utils.data.DataLoader`.
+            and needs no workers.
+        batch_size: Samples of a global batch, over all ranks.
+        shuffle: Whether each epoch is a new permutation. Otherwise samples come in the order of the dataset.
+        seed: Seed of the order. The random numbers of a sample are seeded with (seed, epoch, index).
+        device: Device of the batches.
+        pad: Whether every batch has the same shape: ceil(batch_size / world_size) slots, and a field `_weight` (slots,) float32,
+            which is 0 for padding. Padding repeats the samples of the batch in turn. Without it the last batch is shorter; a
+            rank without samples then gets one sample with `_weight` 0, and only this batch has the field.
+        rank: Rank of this process. It gets a contiguous part of each global batch.
+        world_size: Number of ranks. Their parts differ by at most one sample.
+        drop_last: Whether to leave out a last batch that is not full.
+        iters: Steps of an epoch. Default: one pass over the dataset. A longer epoch goes on with a new permutation.
+        num_workers: Number of worker processes. 0 loads in the main process.
+        pin_memory: Whether to copy batches to pinned memory first. Default: only for a CUDA device.
+        collate_fn: A function list of samples -> batch. Default: each field is stacked.
+        name: Name of the split, for messages.
+        report: Called with one line about each bad sample. Default: a warning of the logger "ailab.data".
+        max_bad_frac: Fraction of the dataset that may be bad.
+        sampler: Chooses the samples of each epoch, see `ailab.datasets.stream.sampling`. `shuffle` is then ignored.
+        truncated: For truncated images: "skip" makes a bad sample, "fill" fills the missing rows; see `read_image`.
+        nan_is_bad: Whether a sample with a NaN is bad.
+        cache: The cache of decoded images.
+        **dataloader_kwargs: Further arguments of `Workers` and of `torch.utils.data.DataLoader`.
 
     Raises:
-        DataError: the dataset is empty, has no length, or has too few samples for one batch with `drop_last`. While iterating:
+        DataError: The dataset is empty, has no length, or has too few samples for one batch with `drop_last`. While iterating:
             too many samples are bad, or samples do not collate.
     """
 
@@ -98,14 +101,14 @@ class Stream:
         self.device = torch.device(device)
         self._slots = math.ceil(batch_size / world_size)
         report = report or logging.getLogger("ailab.data").warning
-        self._bad = BadSamples(name, size, max_bad_frac, report, share=1 / world_size)
+        self._bad = BadSampleTracker(name, size, max_bad_frac, report, share=1 / world_size)
         self._weights: dict[int, Tensor] = {}
         self._tensors = None if collate_fn else _in_memory(dataset, self.device)
-        if self._tensors is not None and nan_is_bad and _holes(self._tensors):
-            self._tensors = None  # by sample, bad ones are found and replaced
+        if self._tensors is not None and nan_is_bad and _have_nan(self._tensors):
+            self._tensors = None  # load sample by sample, so that the bad ones are replaced
         if self._tensors is None:
-            reader = Reader(seed, collate_fn, nan_is_bad, Reading(truncated, cache))
-            fetcher = Fetcher(dataset, reader, self._slots if pad else None, batch_size)
+            settings = SampleSettings(seed, collate_fn, nan_is_bad, ImageSettings(truncated, cache))
+            fetcher = Fetcher(dataset, settings, self._slots if pad else None, batch_size)
             pin = self.device.type == "cuda" if pin_memory is None else pin_memory and torch.cuda.is_available()
             self._workers = Workers(
                 fetcher, self.order, name, report, num_workers=num_workers, pin_memory=pin, **dataloader_kwargs
@@ -115,45 +118,50 @@ class Stream:
         return self.steps
 
     @property
-    def bad(self) -> list[Bad]:
-        """The samples that could not be read so far, once each."""
+    def bad(self) -> list[BadSample]:
+        """The bad samples up to now, once each. They were replaced."""
         return list(self._bad.found.values())
 
     @property
-    def kept(self) -> list[Bad]:
-        """The samples that are damaged, and were good enough to be used."""
-        return list(self._bad.kept.values())
+    def damaged(self) -> list[BadSample]:
+        """The samples up to now that are damaged but were used, once each."""
+        return list(self._bad.damaged.values())
 
-    def record_bad(self, record: Callable[[str, Bad, bool], bool]) -> None:
-        """Give each bad sample to `record(split, sample, kept)`, once; it says whether that is news, to be reported."""
+    def record_bad(self, record: Callable[[str, BadSample, bool], bool]) -> None:
+        """Set the function that records bad samples.
+
+        Args:
+            record: (split, sample, kept) -> whether the sample is new and has to be reported. Called once per sample. `kept` is
+                True for a damaged sample that is used.
+        """
         self._bad.record = record
 
     @property
     def steps(self) -> int:
-        """Steps of one epoch."""
+        """Number of steps of one epoch."""
         return self.order.steps
 
     @property
     def samples(self) -> int:
-        """Samples of one epoch, all ranks together."""
+        """Number of samples of one epoch, over all ranks."""
         return self.order.samples
 
     def indices(self, epoch: int, step: int) -> Tensor:
-        """The samples of one global batch, all ranks together: (at most batch_size,) int64."""
+        """The sample indices of one global batch, over all ranks: (at most batch_size,) int64."""
         return self.order.indices(epoch, step)
 
     def epoch(self, epoch: int, start: int = 0, *, lean: bool = False) -> Iterator[Batch]:
-        """The batches of one epoch from step `start` on. Nothing before it is read.
+        """The batches of one epoch from step `start` on. Batches before it are not loaded.
 
         Args:
-            epoch: which permutation.
-            start: of the first batch.
-            lean: leave `_weight` out where every slot counts: less work for a step that is not compiled, and to which it is
-                all the same whether batches have the same fields.
+            epoch: Number of the epoch, from 0.
+            start: Step of the first batch.
+            lean: Whether to leave out `_weight` if it is 1 everywhere. It saves work if the step is not compiled, since then
+                batches may have different fields.
         """
         return self._gather(epoch, start, lean) if self._tensors is not None else self._load(epoch, start, lean)
 
-    # In memory: one gather for a block of batches, which costs a third of one each.
+    # In memory: one gather for a block of batches takes a third of the time of one gather per batch.
 
     def _gather(self, epoch: int, start: int, lean: bool) -> Iterator[Batch]:
         assert self._tensors is not None
@@ -162,9 +170,9 @@ class Stream:
         block = min(_BLOCK_BATCHES, max(1, _BLOCK_BYTES // max(1, sample * self._slots)))
         planned = self.order.batches(epoch, start, home)
         while some := list(islice(planned, block)):
-            picked = [self._filled(ids, mine) for ids, mine in some]
+            picked = [self._slot_ids(ids, mine) for ids, mine in some]
             sizes = [p.size(0) for p in picked]  # len() of a tensor is a Python function: 1 us a call
-            columns = {n: _taken(values, picked, sizes, self.device) for n, values in self._tensors.items()}
+            columns = {n: _gathered(values, picked, sizes, self.device) for n, values in self._tensors.items()}
             for i, (_, mine) in enumerate(some):
                 batch: Batch = {name: parts[i] for name, parts in columns.items()}
                 real = mine.size(0)
@@ -172,8 +180,8 @@ class Stream:
                     batch[WEIGHT] = self._weight(real, sizes[i])
                 yield batch
 
-    def _filled(self, ids: Tensor, mine: Tensor) -> Tensor:
-        """This rank's part of a global batch, repeated in turn to fill every slot; what of it counts is in the weights."""
+    def _slot_ids(self, ids: Tensor, mine: Tensor) -> Tensor:
+        """The sample index of each slot: this rank's part of a global batch, repeated in turn."""
         slots = self._slots if self.pad else max(mine.size(0), 1)
         if mine.size(0) == slots:
             return mine
@@ -181,17 +189,17 @@ class Stream:
         return some.repeat(math.ceil(slots / len(some)))[:slots]
 
     def _weight(self, real: int, slots: int) -> Tensor:
-        """(slots,): `real` ones, then zeros. One tensor for all batches alike; nobody writes to a batch."""
+        """(slots,) float32: `real` ones, then zeros. Batches share the tensor; they are never written to."""
         if real not in self._weights:
             self._weights[real] = (torch.arange(slots, device=self.device) < real).float()
         return self._weights[real]
 
-    # Any other dataset: a DataLoader whose items are whole batches.
+    # Any other dataset: by a DataLoader whose items are whole batches.
 
     def _load(self, epoch: int, start: int, lean: bool) -> Iterator[Batch]:
         def batches() -> Iterator[Batch]:
             for loaded in self._workers.batches(epoch, start):
-                self._bad.add(loaded.bad, loaded.asked, loaded.kept)
+                self._bad.add(loaded.bad, loaded.asked, loaded.damaged)
                 if loaded.batch is None:
                     raise self._bad.error(loaded.failure)
                 if lean and loaded.asked == self._slots and not loaded.bad:
@@ -202,36 +210,36 @@ class Stream:
         self._bad.end_epoch()
 
 
-def _taken(values: Tensor, picked: list[Tensor], sizes: list[int], device: torch.device) -> Sequence[Tensor]:
-    """The samples of each batch, gathered at once; each batch at an address that is a multiple of 64.
+def _gathered(values: Tensor, picked: list[Tensor], sizes: list[int], device: torch.device) -> Sequence[Tensor]:
+    """The samples of each batch, with one gather. The address of each batch is a multiple of 64.
 
-    The last bits of a matrix product depend on the address of its operands, and a batch must not depend on whether it is the
-    first that is read, after a resumption, or the third of a block.
+    The last bits of a matrix product depend on the address of its operands. A batch must be the same whether it is the first one
+    after a resumption or the third of a block.
     """
-    each = _ALIGNED_BYTES // math.gcd(_ALIGNED_BYTES, values[0].nbytes)  # samples after which an address is aligned again
-    room = [-(-n // each) * each for n in sizes]
-    if room == sizes:
+    each = _ALIGNED_BYTES // math.gcd(_ALIGNED_BYTES, values[0].nbytes)  # samples from one aligned address to the next
+    padded = [-(-n // each) * each for n in sizes]
+    if padded == sizes:
         return values.index_select(0, torch.cat(picked)).to(device).split(sizes)
-    parts = [torch.cat([p, p[:1].expand(n - p.size(0))]) for p, n in zip(picked, room, strict=True)]
-    gathered = values.index_select(0, torch.cat(parts)).to(device).split(room)
+    parts = [torch.cat([p, p[:1].expand(n - p.size(0))]) for p, n in zip(picked, padded, strict=True)]
+    gathered = values.index_select(0, torch.cat(parts)).to(device).split(padded)
     return [g[:n] for g, n in zip(gathered, sizes, strict=True)]
 
 
 def _length(dataset: Any, name: str) -> int:
-    """The number of samples.
+    """The number of samples of a dataset.
 
     Raises:
-        DataError: there are none, or the dataset cannot say.
+        DataError: The dataset is empty, or has no `__len__` or `__getitem__`.
     """
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise DataError(f"{name}: {type(dataset).__name__} has no __len__ and __getitem__; batches are read by index.")
+        raise DataError(f"{name}: {type(dataset).__name__} has no __len__ and __getitem__. Samples are read by index.")
     if not len(dataset):
         raise DataError(f"{name}: the dataset ({type(dataset).__name__}) is empty.")
     return len(dataset)
 
 
 def _in_memory(dataset: Any, device: torch.device) -> dict[str, Tensor] | None:
-    """All samples as stacked tensors, on the device if they fit well; None for a dataset that is read by sample."""
+    """All samples as stacked tensors, on the device if they fit; None for a dataset that is read sample by sample."""
     stacked = getattr(dataset, "tensors", None)
     found: Any
     if type(dataset) is TensorDataset:
@@ -246,6 +254,6 @@ def _in_memory(dataset: Any, device: torch.device) -> dict[str, Tensor] | None:
     return {name: t.to(device) for name, t in tensors.items()}
 
 
-def _holes(tensors: dict[str, Tensor]) -> bool:
-    """Whether there is a NaN in any of them."""
+def _have_nan(tensors: dict[str, Tensor]) -> bool:
+    """Whether any tensor has a NaN."""
     return any(t.is_floating_point() and bool(t.sum().isnan()) and bool(t.isnan().any()) for t in tensors.values())

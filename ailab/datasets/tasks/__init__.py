@@ -1,4 +1,4 @@
-"""Tasks: how a raw record becomes a sample. Inherit one beside a storage."""
+"""Tasks: they make a sample of a raw record. A dataset class inherits one storage and one task."""
 
 from ailab.datasets.tasks.classification import ClassificationTask, RegressionTask
 from ailab.datasets.tasks.graph import GraphTask

@@ -1,4 +1,4 @@
-"""Classification and regression of anything that is a tensor."""
+"""Classification and regression of any tensor."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ailab.datasets.transforms.pipeline import Sample
 
 
 class ClassificationTask(Task):
-    """Samples `{"input": tensor, "target": () int64}`; with `multi_label`, the target is (classes,) float32 of 0 and 1.
+    """Classification: `{"input": tensor, "target": () int64}`. With `multi_label` the target is (classes,) float32 of 0 and 1.
 
-    A transform sees an input of three dimensions as a picture.
+    A transform treats an input of three dimensions as an image. Define `load_input` and `load_label`.
     """
 
     kinds: Mapping[str, str] = {"input": "image"}
     multi_label: bool = False
 
     def load_input(self, raw: Any) -> Any:
-        """A tensor, an array, a picture or numbers."""
+        """A tensor, an array, an image or numbers."""
         raise NotImplementedError(f"{type(self).__name__}: define load_input.")
 
     def load_label(self, raw: Any) -> Any:
@@ -27,26 +27,29 @@ class ClassificationTask(Task):
         raise NotImplementedError(f"{type(self).__name__}: define load_label.")
 
     def load(self, raw: Any) -> Sample:
-        """Both fields."""
+        """The fields "input" and "target"."""
         target = target_of(self.load_label(raw), self.classes, self.multi_label)
         return {"input": tensor_of(self.load_input(raw), "load_input"), "target": target}
 
 
 class RegressionTask(Task):
-    """Samples `{"input": tensor, "target": float32}`, of any shape; a transform sees three dimensions as a picture."""
+    """Regression: `{"input": tensor, "target": float32 of any shape}`.
+
+    A transform treats an input of three dimensions as an image. Define `load_input` and `load_target`.
+    """
 
     kinds: Mapping[str, str] = {"input": "image"}
 
     def load_input(self, raw: Any) -> Any:
-        """A tensor, an array, a picture or numbers."""
+        """A tensor, an array, an image or numbers."""
         raise NotImplementedError(f"{type(self).__name__}: define load_input.")
 
     def load_target(self, raw: Any) -> Any:
-        """Finite numbers."""
+        """The target: finite numbers of any shape."""
         raise NotImplementedError(f"{type(self).__name__}: define load_target.")
 
     def load(self, raw: Any) -> Sample:
-        """Both fields."""
+        """The fields "input" and "target"."""
         target = tensor_of(self.load_target(raw), "load_target").float()
         if not target.isfinite().all():
             raise ValueError(f"the target is not finite: {target.tolist()!r:.80}")

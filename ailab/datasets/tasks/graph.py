@@ -1,4 +1,4 @@
-"""Graphs: features of nodes, and the edges between them."""
+"""Graphs: node features and edges."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from ailab.datasets.transforms.pipeline import Sample
 
 
 class GraphTask(Task):
-    """Samples `{"nodes": (N, F) float32, "edges": (E, 2) int64 from and to, ..., "target"}`; further fields of the graph stay.
+    """Graph learning: `{"nodes": (N, F) float32, "edges": (E, 2) int64, ..., "target"}`. An edge is (from, to).
 
-    Nodes and edges differ in number: pad them with `PadCollate(max_size=dict(nodes=..., edges=...))`, whose masks say which count.
+    Further fields of the graph are kept. Graphs differ in size, so pad them with
+    `PadCollate(max_size=dict(nodes=..., edges=...))`, which adds masks. Define `load_graph` and `load_label`.
     """
 
     def load_graph(self, raw: Any) -> Mapping[str, Any]:
-        """{"nodes": (N, F), "edges": (E, 2) indices of nodes, and more, such as "edge_features": (E, D)}."""
+        """The graph: {"nodes": (N, F), "edges": (E, 2) node indices}, and further fields such as "edge_features" (E, D)."""
         raise NotImplementedError(f"{type(self).__name__}: define load_graph.")
 
     def load_label(self, raw: Any) -> Any:
-        """A class, or numbers, of the graph or of each node."""
+        """The target: a class index or numbers, for the graph or for each node."""
         raise NotImplementedError(f"{type(self).__name__}: define load_label.")
 
     def load(self, raw: Any) -> Sample:
-        """The graph's fields and the target."""
+        """The fields of the graph and the field "target"."""
         graph: Any = self.load_graph(raw)
         if not isinstance(graph, Mapping) or "nodes" not in graph or "edges" not in graph:
             raise ValueError("load_graph: expected a dict with 'nodes' (N, F) and 'edges' (E, 2)")
@@ -33,6 +34,7 @@ class GraphTask(Task):
         if nodes.dim() != 2:
             raise ValueError(f"load_graph: expected nodes (N, F), got {tuple(nodes.shape)}")
         if edges.numel() and (int(edges.min()) < 0 or int(edges.max()) >= len(nodes)):
-            raise ValueError(f"load_graph: an edge goes to node {int(edges.max())} or {int(edges.min())} of {len(nodes)}")
+            found = f"{int(edges.min())} to {int(edges.max())}"
+            raise ValueError(f"load_graph: expected node indices from 0 to {len(nodes) - 1} in the edges, got {found}")
         label = self.load_label(raw)
         return {**fields, "nodes": nodes, "edges": edges, "target": tensor_of(label, "load_label")}

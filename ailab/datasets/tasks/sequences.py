@@ -1,4 +1,4 @@
-"""Video, time series and sound: tensors with a time in them."""
+"""Video, time series and audio: tensors with a time dimension."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from ailab.datasets.transforms.pipeline import Sample
 
 
 class VideoClassificationTask(Task):
-    """Samples `{"frames": (T, C, H, W) uint8, "target": () int64}`; a transform does the same to every frame."""
+    """Video classification: `{"frames": (T, C, H, W) uint8, "target": () int64}`.
+
+    With `multi_label` the target is (classes,) float32 of 0 and 1. A transform changes all frames in the same way. Define
+    `load_frames` and `load_label`.
+    """
 
     kinds: Mapping[str, str] = {"frames": "video"}
     multi_label: bool = False
 
     def load_frames(self, raw: Any) -> Any:
-        """(T, C, H, W)."""
+        """The frames: (T, C, H, W) uint8."""
         raise NotImplementedError(f"{type(self).__name__}: define load_frames.")
 
     def load_label(self, raw: Any) -> Any:
@@ -27,25 +31,28 @@ class VideoClassificationTask(Task):
         raise NotImplementedError(f"{type(self).__name__}: define load_label.")
 
     def load(self, raw: Any) -> Sample:
-        """Both fields."""
+        """The fields "frames" and "target"."""
         target = target_of(self.load_label(raw), self.classes, self.multi_label)
         frames = _shaped(tensor_of(self.load_frames(raw), "load_frames"), 4, "load_frames: expected (T, C, H, W)")
         return {"frames": frames, "target": target}
 
 
 class TimeSeriesTask(Task):
-    """Samples `{"series": (T, C) float32, "target": float32, or int64 for whole numbers}`."""
+    """Time series: `{"series": (T, C) float32, "target": float32, or int64 for integers}`.
+
+    Define `load_series` and `load_target`.
+    """
 
     def load_series(self, raw: Any) -> Any:
-        """(T, C), or (T,) for one channel; finite numbers."""
+        """The time series: (T, C), or (T,) for one channel, of finite numbers."""
         raise NotImplementedError(f"{type(self).__name__}: define load_series.")
 
     def load_target(self, raw: Any) -> Any:
-        """A class, or the numbers to predict."""
+        """The target: a class index, or numbers of any shape."""
         raise NotImplementedError(f"{type(self).__name__}: define load_target.")
 
     def load(self, raw: Any) -> Sample:
-        """Both fields."""
+        """The fields "series" and "target"."""
         series = tensor_of(self.load_series(raw), "load_series").float()
         series = _shaped(series.unsqueeze(-1) if series.dim() == 1 else series, 2, "load_series: expected (T, C)")
         if not series.isfinite().all():
@@ -55,12 +62,15 @@ class TimeSeriesTask(Task):
 
 
 class AudioClassificationTask(Task):
-    """Samples `{"audio": (C, T) float32 in [-1, 1], "target": () int64}`."""
+    """Audio classification: `{"audio": (C, T) float32 in [-1, 1], "target": () int64}`.
+
+    With `multi_label` the target is (classes,) float32 of 0 and 1. Define `load_audio` and `load_label`.
+    """
 
     multi_label: bool = False
 
     def load_audio(self, raw: Any) -> Any:
-        """(C, T), or (T,) for one channel."""
+        """The waveform: (C, T), or (T,) for one channel."""
         raise NotImplementedError(f"{type(self).__name__}: define load_audio.")
 
     def load_label(self, raw: Any) -> Any:
@@ -68,26 +78,29 @@ class AudioClassificationTask(Task):
         raise NotImplementedError(f"{type(self).__name__}: define load_label.")
 
     def load(self, raw: Any) -> Sample:
-        """Both fields."""
+        """The fields "audio" and "target"."""
         target = target_of(self.load_label(raw), self.classes, self.multi_label)
         return {"audio": _waveform(self.load_audio(raw)), "target": target}
 
 
 class SpeechRecognitionTask(Task):
-    """Samples `{"audio": (C, T) float32, "text": (L,) int64}`, the transcript as tokens of `vocabulary`."""
+    """Speech recognition: `{"audio": (C, T) float32 in [-1, 1], "text": (L,) int64}`, the tokens of the transcript.
+
+    Define `load_audio` and `load_transcript`.
+    """
 
     vocabulary: Vocabulary = ByteVocabulary()
 
     def load_audio(self, raw: Any) -> Any:
-        """(C, T), or (T,) for one channel."""
+        """The waveform: (C, T), or (T,) for one channel."""
         raise NotImplementedError(f"{type(self).__name__}: define load_audio.")
 
     def load_transcript(self, raw: Any) -> str:
-        """What is said."""
+        """The transcript, a text."""
         raise NotImplementedError(f"{type(self).__name__}: define load_transcript.")
 
     def load(self, raw: Any) -> Sample:
-        """Both fields."""
+        """The fields "audio" and "text"."""
         return {"audio": _waveform(self.load_audio(raw)), "text": self.vocabulary.encode(self.load_transcript(raw))}
 
 

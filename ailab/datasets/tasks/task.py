@@ -1,4 +1,4 @@
-"""The base of all tasks: fields out of a raw record, transformed together."""
+"""The base class of tasks: load the fields of a raw record, and transform them together."""
 
 from __future__ import annotations
 
@@ -9,65 +9,70 @@ import torch
 from torch import Tensor
 
 from ailab.datasets.base import LabBaseDataset
-from ailab.datasets.transforms.pipeline import Pipeline, Sample, transformed
+from ailab.datasets.transforms.pipeline import Pipeline, Sample, apply_transform
 from ailab.errors import nearest
 from ailab.signature import name_list
 
-_DRAWS = 8  # other samples tried, where a transform asks for one and some are bad
+_DRAWS = 8  # samples to try if a transform needs a further sample and some are bad
 
 
 class Task(LabBaseDataset):
-    """A sample is a dict of fields; a subclass says which, and how each is loaded from a raw record.
+    """The base class of tasks. A task makes a sample, which is a dict of fields, of a raw record.
 
-    Set in `__init__`, or in the class:
-        transform: what `build_transform` makes of a cfg; it is given all fields, see `transformed`.
-        renamed: {field: its name in the sample}.
-        classes: the names of the classes; then a label may be a name, and one that is not there is an error.
+    These attributes are set in `__init__` or in the class:
+
+    - transform: The result of `build_transform`. It gets all fields, see `apply_transform`.
+    - renamed: {field: its name in the sample}.
+    - classes: The class names. With them a label may be a name; an unknown name is an error.
     """
 
-    kinds: Mapping[str, str] = {}  # what a field is to a transform, see `transformed`
+    kinds: Mapping[str, str] = {}  # {field: its kind for a transform}, see `apply_transform`
     renamed: Mapping[str, str] = {}
     transform: Pipeline | None = None
     classes: Sequence[str] | None = None
 
     def load(self, raw: Any) -> Sample:
-        """The fields of one sample, untransformed, by their own names."""
+        """The fields of one sample before the transform."""
         raise NotImplementedError(f"{type(self).__name__} inherits no task; define load.")
 
-    def finished(self, sample: Sample) -> Sample:
-        """The fields after the transform; a task puts right here what a transform left."""
+    def after_transform(self, sample: Sample) -> Sample:
+        """The fields after the transform. A task overrides this to clean up, e.g. to drop objects that were cut away."""
         return sample
 
     def _get_sample(self, raw: Any) -> Any:
         sample = self.load(raw)
         if self.transform is not None:
-            sample = self.finished(transformed(self.transform, sample, self.kinds, self._another))
-        return {self.renamed.get(name, name): value for name, value in self.delivered(sample).items()}
+            sample = self.after_transform(apply_transform(self.transform, sample, self.kinds, self._random_sample))
+        return {self.renamed.get(name, name): value for name, value in self.output(sample).items()}
 
-    def delivered(self, sample: Sample) -> Sample:
-        """The fields in the form that was asked for."""
+    def output(self, sample: Sample) -> Sample:
+        """The fields in their final format. A task overrides this, e.g. to convert boxes to `box_format`."""
         return sample
 
-    def _another(self) -> Sample:
-        """Another sample, untransformed, drawn by the generator of the sample at hand; a bad one is passed over."""
+    def _random_sample(self) -> Sample:
+        """A random sample before the transform. It is drawn with the generator of the current sample. Bad samples are skipped."""
         for _ in range(_DRAWS - 1):
             try:
                 return self.load(self._get_raw(int(torch.randint(len(self), ()))))
-            except Exception:  # it is reported when its own turn comes
+            except Exception:  # it is reported when it is loaded itself
                 continue
         return self.load(self._get_raw(int(torch.randint(len(self), ()))))
 
 
 def tensor_of(value: Any, what: str) -> Tensor:
-    """A tensor of a tensor, an array, a PIL picture (as (C, H, W) uint8), a number or nested lists of them; float64 as float32.
+    """Convert a value to a tensor. A PIL image becomes (C, H, W) uint8. float64 becomes float32.
+
+    Args:
+        value: A tensor, an array, a PIL image, a number, or a nested list of numbers.
+        what: What the value is, for messages.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: `value` is none of these.
     """
     if isinstance(value, Tensor):
         found = value
     elif hasattr(value, "getbands") and hasattr(value, "tobytes"):
-        found = picture_tensor(value)
+        found = image_tensor(value)
     elif hasattr(value, "__array__"):
         import numpy as np
 
@@ -76,23 +81,27 @@ def tensor_of(value: Any, what: str) -> Tensor:
     elif isinstance(value, (bool, int, float, list, tuple)):
         found = torch.tensor(value)
     else:
-        raise TypeError(f"{what}: expected a tensor, an array, a picture or numbers, got {type(value).__name__}")
+        raise TypeError(f"{what}: expected a tensor, an array, an image or numbers, got {type(value).__name__}")
     return found.float() if found.dtype == torch.float64 else found
 
 
-def picture_tensor(picture: Any) -> Tensor:
-    """A PIL picture as (C, H, W) uint8: one channel for "L" and "1", else RGB."""
-    gray = picture.mode in ("L", "1")
-    rows: Any = picture.convert("L" if gray else "RGB")
-    shape = (picture.height, picture.width, 1 if gray else 3)
+def image_tensor(image: Any) -> Tensor:
+    """Convert a PIL image to (C, H, W) uint8: one channel for the modes "L" and "1", otherwise RGB."""
+    grey = image.mode in ("L", "1")
+    rows: Any = image.convert("L" if grey else "RGB")
+    shape = (image.height, image.width, 1 if grey else 3)
     return torch.frombuffer(bytearray(rows.tobytes()), dtype=torch.uint8).view(shape).permute(2, 0, 1).contiguous()
 
 
 def class_index(label: Any, classes: Sequence[str] | None) -> int:
-    """The index of a class by its name or its index.
+    """The class index of a label.
+
+    Args:
+        label: A class index or a class name.
+        classes: The class names; None accepts any index and no name.
 
     Raises:
-        ValueError: there is no such class, or names are given and `classes` is not known.
+        ValueError: The class is unknown, or `label` is a name and `classes` is None.
     """
     if isinstance(label, Tensor) or hasattr(label, "item"):
         label = label.item()
@@ -104,7 +113,7 @@ def class_index(label: Any, classes: Sequence[str] | None) -> int:
         label = int(label)
     if not isinstance(label, int):
         need = " (for names, set `classes`)" if isinstance(label, str) else ""
-        raise ValueError(f"expected the index of a class, got {type(label).__name__} {label!r:.60}{need}")
+        raise ValueError(f"expected a class index, got {type(label).__name__} {label!r:.60}{need}")
     if label < 0 or (classes is not None and label >= len(classes)):
         known = f"there are {len(classes)}" if classes is not None else "they start at 0"
         raise ValueError(f"there is no class {label}; {known}")
@@ -112,15 +121,20 @@ def class_index(label: Any, classes: Sequence[str] | None) -> int:
 
 
 def target_of(label: Any, classes: Sequence[str] | None, multi: bool) -> Tensor:
-    """A label as the target of a loss: () int64; or for several labels of one sample, a list, (classes,) float32 of 0 and 1.
+    """Convert a label to a target: () int64, or with `multi` (classes,) float32 of 0 and 1.
+
+    Args:
+        label: A class index or a class name; with `multi` a list of them.
+        classes: The class names. `multi` needs them.
+        multi: Whether a sample has several labels.
 
     Raises:
-        ValueError: an unknown class, or several labels where one is expected or the number of classes is not known.
+        ValueError: A class is unknown, `label` is a list without `multi` or no list with it, or `multi` has no `classes`.
     """
     if not multi:
         return torch.tensor(class_index(label, classes))
     if classes is None:
-        raise ValueError("several labels for one sample: set `classes`, whose number is the length of the target")
+        raise ValueError("multi_label needs `classes`: their number is the length of the target")
     labels = cast("Sequence[Any]", label.tolist() if isinstance(label, Tensor) else label)
     if isinstance(labels, (str, int)):
         raise ValueError(f"expected a list of labels, got {type(labels).__name__} {labels!r:.60}")

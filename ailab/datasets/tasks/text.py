@@ -1,4 +1,4 @@
-"""Text: tokens in, a class or tokens out."""
+"""Text classification and sequence to sequence, on tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from ailab.datasets.transforms.pipeline import Sample
 
 
 class TextClassificationTask(Task):
-    """Samples `{"text": (L,) int64 tokens of `vocabulary`, "target": () int64}`; longer texts are cut at `max_tokens`."""
+    """Text classification: `{"text": (L,) int64, "target": () int64}`, the tokens of `vocabulary`.
+
+    A longer text is truncated to `max_tokens`. With `multi_label` the target is (classes,) float32 of 0 and 1. Define
+    `load_text` and `load_label`.
+    """
 
     vocabulary: Vocabulary = ByteVocabulary()
     max_tokens: int | None = None
@@ -25,28 +29,31 @@ class TextClassificationTask(Task):
         raise NotImplementedError(f"{type(self).__name__}: define load_label.")
 
     def load(self, raw: Any) -> Sample:
-        """Both fields."""
+        """The fields "text" and "target"."""
         target = target_of(self.load_label(raw), self.classes, self.multi_label)
         return {"text": self.vocabulary.encode(self.load_text(raw))[: self.max_tokens], "target": target}
 
 
 class Seq2SeqTask(Task):
-    """Samples `{"source": (L,) int64, "target": (M,) int64}`; the target runs from the token `begin` to the token `end`."""
+    """Sequence to sequence: `{"source": (L,) int64, "target": (M,) int64}`. The target has the tokens `begin` and `end` around it.
+
+    Define `load_source` and `load_target`.
+    """
 
     vocabulary: Vocabulary = ByteVocabulary()
-    target_vocabulary: Vocabulary | None = None  # None: the same
-    max_tokens: int | None = None  # of either, the two marks of the target aside
+    target_vocabulary: Vocabulary | None = None  # None: the same as `vocabulary`
+    max_tokens: int | None = None  # of the source and of the target, without `begin` and `end`
 
     def load_source(self, raw: Any) -> str:
-        """The text to read."""
+        """The source text."""
         raise NotImplementedError(f"{type(self).__name__}: define load_source.")
 
     def load_target(self, raw: Any) -> str:
-        """The text to write."""
+        """The target text."""
         raise NotImplementedError(f"{type(self).__name__}: define load_target.")
 
     def load(self, raw: Any) -> Sample:
-        """Both fields."""
+        """The fields "source" and "target"."""
         into = self.target_vocabulary or self.vocabulary
         source = self.vocabulary.encode(self.load_source(raw))[: self.max_tokens]
-        return {"source": source, "target": into.marked(into.encode(self.load_target(raw))[: self.max_tokens])}
+        return {"source": source, "target": into.with_special_tokens(into.encode(self.load_target(raw))[: self.max_tokens])}

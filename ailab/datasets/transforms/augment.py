@@ -1,7 +1,7 @@
-"""Augmentations of a whole batch, on the device, inside the compiled step.
+"""Augmentations of a whole batch. They run on the device, inside the compiled step.
 
-Each is a pure `op(x) -> x` on pictures (B, C, H, W) of any real dtype. Every sample draws its own parameters from torch's
-global generator, which a run seeds before each step from (seed, step, rank).
+Each is a function x -> x on images (B, C, H, W) of any real dtype. Every sample draws its own parameters from torch's global
+generator. A run seeds it before each step from (seed, step, rank).
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ def _uniform(x: Tensor, low: float, high: float, *shape: int) -> Tensor:
 
 
 def _real(x: Tensor) -> Tensor:
-    """The same values in a floating dtype."""
+    """Convert integers to float32. A floating dtype is unchanged."""
     return x if x.is_floating_point() else x.float()
 
 
 @TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class BatchShift:
-    """Move each picture by a whole number of pixels, down and right apart; keeps the dtype.
+    """Shift each image by a random whole number of pixels, vertically and horizontally. The dtype is kept.
 
     Args:
-        pixels: the largest shift either way.
-        fill: the value of what moves in, in the units of the picture.
+        pixels: Largest shift in each direction, in pixels.
+        fill: Value of the pixels that are shifted in, in the units of the image.
     """
 
     pixels: int
     fill: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W), each shifted."""
+        """Images (B, C, H, W), each shifted."""
         b, c, h, w = x.shape
         shift = torch.randint(0, 2 * self.pixels + 1, (2, b, 1), device=x.device)
         rows = (torch.arange(h, device=x.device) + shift[0])[:, None, :, None]  # (B, 1, H, 1)
@@ -54,13 +54,15 @@ class BatchShift:
 @TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class BatchAffine:
-    """Rotate, shear, scale and move each picture about its centre, bilinear, zeros outside; integers become float32.
+    """Random affine transform: rotate, shear, scale and translate each image about its centre.
+
+    Bilinear interpolation, zeros outside the image. Integers become float32.
 
     Args:
-        degrees: the largest angle either way.
-        translate: the largest move either way, as a fraction of the height or width.
-        scale: the range of the magnification.
-        shear: the largest shear angle along x either way, in degrees.
+        degrees: Largest rotation in each direction, in degrees.
+        translate: Largest translation in each direction, as a fraction of the height and the width.
+        scale: (smallest, largest) scale factor.
+        shear: Largest shear angle along x in each direction, in degrees.
     """
 
     degrees: float = 0.0
@@ -69,13 +71,13 @@ class BatchAffine:
     shear: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W), each transformed."""
+        """Images (B, C, H, W), each transformed."""
         x, (h, w) = _real(x), x.shape[-2:]
         turn, slant, low, high = math.radians(self.degrees), math.radians(self.shear), *self.scale
         angle, lean = _uniform(x, -turn, turn), torch.tan(_uniform(x, -slant, slant))
         size, move = 1 / _uniform(x, low, high), _uniform(x, -2 * self.translate, 2 * self.translate, 2)
         cos, sin = torch.cos(angle) * size, torch.sin(angle) * size
-        # The inverse map, output to input. A picture spans [-1, 1] both ways, so what mixes x and y is scaled by the aspect.
+        # The inverse map, output to input. An image spans [-1, 1] both ways, so what mixes x and y is scaled by the aspect.
         to_x = torch.stack([cos, (cos * lean - sin) * (h / w), move[:, 0]], 1)
         to_y = torch.stack([sin * (w / h), sin * lean + cos, move[:, 1]], 1)
         grid = functional.affine_grid(torch.stack([to_x, to_y], 1).to(x.dtype), list(x.shape), align_corners=False)
@@ -85,26 +87,31 @@ class BatchAffine:
 @TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class BatchFlip:
-    """Mirror each picture left to right with probability `p`; keeps the dtype."""
+    """Flip each image horizontally with probability `p`. The dtype is kept.
+
+    Args:
+        p: Probability for each image.
+    """
 
     p: float = 0.5
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W), some mirrored."""
+        """Images (B, C, H, W), some of them flipped."""
         return torch.where(_uniform(x, 0, 1, 1, 1, 1) < self.p, x.flip(-1), x)
 
 
 @TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class BatchErase:
-    """Paint over one rectangle of each picture with probability `p`; keeps the dtype.
+    """Random erasing: fill one rectangle of each image with probability `p`. The dtype is kept.
 
-    Random erasing (Zhong et al., arXiv:1708.04896): aspect ratio log-uniform in [1/3, 3], cut off at the border.
+    The aspect ratio is log-uniform in [1/3, 3]. The rectangle is clipped at the image border. Source: Zhong et al.,
+    arXiv:1708.04896.
 
     Args:
-        p: the chance of each picture.
-        area: the range of the rectangle's share of the picture.
-        fill: the value painted, in the units of the picture.
+        p: Probability for each image.
+        area: (smallest, largest) area of the rectangle, as a fraction of the image area.
+        fill: Value of the rectangle, in the units of the image.
     """
 
     p: float = 0.5
@@ -112,7 +119,7 @@ class BatchErase:
     fill: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W), some with a rectangle painted over."""
+        """Images (B, C, H, W), some of them with a filled rectangle."""
         (h, w), (low, high) = x.shape[-2:], self.area
         share, ratio = _uniform(x, low, high), torch.exp(_uniform(x, -math.log(3), math.log(3)))
         centre = _uniform(x, 0, 1, 2)
@@ -127,12 +134,12 @@ class BatchErase:
 @TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class BatchCrop:
-    """Cut a window out of each picture, at a place of its own; keeps the dtype.
+    """Random crop of each image, optionally after padding. The dtype is kept.
 
     Args:
-        size: (height, width) of the windows.
-        pad: pixels of `fill` put around each picture first.
-        fill: the value of the border, in the units of the picture.
+        size: (H, W) of the crop in pixels.
+        pad: Pixels of padding on each side, before the crop.
+        fill: Value of the padding, in the units of the image.
     """
 
     size: Sequence[int]
@@ -140,7 +147,7 @@ class BatchCrop:
     fill: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, height, width)."""
+        """Images (B, C, height, width)."""
         x = functional.pad(x, [self.pad] * 4, value=self.fill) if self.pad else x
         (b, c, h, w), (height, width) = x.shape, self.size
         top = torch.randint(0, h - height + 1, (b, 1), device=x.device)
@@ -155,15 +162,15 @@ class BatchCrop:
 @TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class BatchResizedCrop:
-    """Cut a window of random area and aspect out of each picture and resize it, bilinear; integers become float32.
+    """Random resized crop: crop a random area and aspect ratio of each image, and resize it. Integers become float32.
 
-    The random crop of Inception (Szegedy et al., arXiv:1409.4842), window inside the picture. Not antialiased: pictures that are
-    more than twice as large as `size` should be shrunk when they are read.
+    Bilinear interpolation without antialiasing, so resize images to at most twice `size` when they are read. Source: Szegedy et
+    al., arXiv:1409.4842; the crop is always inside the image.
 
     Args:
-        size: (height, width) of the result.
-        area: the range of the window's share of the picture.
-        ratio: the range of its aspect, width to height, log-uniform.
+        size: (H, W) of the result in pixels.
+        area: (smallest, largest) area of the crop, as a fraction of the image area.
+        ratio: (smallest, largest) aspect ratio of the crop, width / height, drawn log-uniformly.
     """
 
     size: Sequence[int]
@@ -171,13 +178,13 @@ class BatchResizedCrop:
     ratio: Sequence[float] = (3 / 4, 4 / 3)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, height, width)."""
+        """Images (B, C, height, width)."""
         x, (h, w) = _real(x), x.shape[-2:]
         share = _uniform(x, self.area[0], self.area[1])
         aspect = torch.exp(_uniform(x, math.log(self.ratio[0]), math.log(self.ratio[1]))) * h / w
-        wide, high = (share * aspect).sqrt().clamp(max=1), (share / aspect).sqrt().clamp(max=1)  # of the picture's sides
+        wide, high = (share * aspect).sqrt().clamp(max=1), (share / aspect).sqrt().clamp(max=1)  # fractions of the image
         zero = torch.zeros_like(wide)
-        at_x, at_y = _uniform(x, -1, 1) * (1 - wide), _uniform(x, -1, 1) * (1 - high)  # centres; a picture spans [-1, 1]
+        at_x, at_y = _uniform(x, -1, 1) * (1 - wide), _uniform(x, -1, 1) * (1 - high)  # centres; an image spans [-1, 1]
         maps = torch.stack([torch.stack([wide, zero, at_x], 1), torch.stack([zero, high, at_y], 1)], 1)
         grid = functional.affine_grid(maps.to(x.dtype), [*x.shape[:2], *self.size], align_corners=False)
         return functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
@@ -186,15 +193,17 @@ class BatchResizedCrop:
 @TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class BatchJitter:
-    """Change brightness, contrast and saturation of each picture, in this order; integers become float32, units are kept.
+    """Colour jitter: change brightness, contrast and saturation of each image, in this order. Integers become float32.
 
-    Each factor is uniform in [1 - value, 1 + value], and the result cut off at 0 and `limit`, as torchvision's ColorJitter does.
+    Each factor is uniform in [max(0, 1 - value), 1 + value]. The result is clamped to [0, `limit`], as by torchvision's
+    ColorJitter.
 
     Args:
-        brightness: the largest change, 0 or more.
-        contrast: of the distance to the picture's mean grey.
-        saturation: of the distance of each pixel to its own grey; for three channels, else not used.
-        limit: the value of white; 255 for integers and 1 for floats when left out.
+        brightness: Largest change of the brightness factor, at least 0.
+        contrast: Largest change of the contrast factor, at least 0. Contrast is the distance to the mean grey of the image.
+        saturation: Largest change of the saturation factor, at least 0. Saturation is the distance of a pixel to its own grey.
+            Only for images of three channels.
+        limit: Value of white. Default: 255 for integers and 1 for floats.
     """
 
     brightness: float = 0.0
@@ -203,7 +212,7 @@ class BatchJitter:
     limit: float | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W), each with its own factors."""
+        """Images (B, C, H, W), each with its own factors."""
         white = self.limit if self.limit is not None else 1.0 if x.is_floating_point() else 255.0
         x = _real(x)
         x = (x * self._factor(x, self.brightness)).clamp(0, white)
@@ -227,13 +236,18 @@ def _grey(x: Tensor) -> Tensor:
 @TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class BatchNormalize:
-    """`(x - mean) / std`, one number for all channels or one for each, in the units of the input; integers become float32."""
+    """Normalise images: `(x - mean) / std`. Integers become float32.
+
+    Args:
+        mean: Mean, one number for all channels or one per channel, in the units of the image.
+        std: Standard deviation, one number for all channels or one per channel, in the units of the image.
+    """
 
     mean: float | Sequence[float]
     std: float | Sequence[float]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W), normalized."""
+        """Images (B, C, H, W), normalised."""
         x = _real(x)
         if isinstance(self.mean, (int, float)) and isinstance(self.std, (int, float)):
             return (x - self.mean) / self.std

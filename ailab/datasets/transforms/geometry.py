@@ -1,4 +1,4 @@
-"""Transforms of pictures with boxes and masks that torchvision has not: letterbox, mosaic, a flip that knows left from right."""
+"""Transforms of images with boxes and masks that torchvision does not have: letterbox, mosaic, keypoint flip."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from ailab.registry import TRANSFORMS
 
 
 def _sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """(H, W) of `size`, one number for both."""
+    """(H, W) from `size`, which may be one number for both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _moved(sample: Sample, move: Callable[[Any], Any]) -> Sample:
-    """The sample with `move` applied to what lies in the picture's plane."""
+    """The sample with `move` applied to its images, masks, boxes and keypoints."""
     from torchvision import tv_tensors
 
     return {n: move(v) if isinstance(v, tv_tensors.TVTensor) else v for n, v in sample.items()}
 
 
 def _canvas(sample: Sample) -> tuple[int, int]:
-    """(H, W) of the picture of a sample.
+    """(H, W) of the image of a sample.
 
     Raises:
-        TypeError: the sample has none.
+        TypeError: The sample has no image.
     """
     from torchvision import tv_tensors
 
     for value in sample.values():
         if isinstance(value, (tv_tensors.Image, tv_tensors.Video)):
             return value.shape[-2], value.shape[-1]
-    raise TypeError(f"there is no picture among the fields {', '.join(sample)}")
+    raise TypeError(f"there is no image among the fields {', '.join(sample)}")
 
 
 def _like(value: Tensor, other: Any) -> Any:
-    """A plain tensor as the kind of tv_tensor that `other` is, if it is one."""
+    """Wrap a plain tensor as the same class of tv_tensor as `other`, if `other` is a tv_tensor."""
     from torchvision import tv_tensors
 
     wrap: Any = tv_tensors.wrap
@@ -51,20 +51,20 @@ def _padded(value: Any, padding: list[int], fill: float, ignore: int) -> Any:
     from torchvision import tv_tensors
     from torchvision.transforms.v2 import functional
 
-    is_map = isinstance(value, tv_tensors.Mask) and value.dim() == 2  # a map of classes; (N, H, W) are objects
+    is_map = isinstance(value, tv_tensors.Mask) and value.dim() == 2  # a class map; (N, H, W) are masks of objects
     return functional.pad(value, padding, fill=ignore if is_map else 0 if isinstance(value, tv_tensors.Mask) else fill)  # type: ignore[arg-type]
 
 
 @TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class LetterBox:
-    """Scale a picture to fit into `size`, keep its aspect, and pad evenly around it; boxes, masks and keypoints move along.
+    """Resize an image to fit into `size` with its aspect ratio, and pad it evenly. Boxes, masks and keypoints are changed too.
 
     Args:
-        size: (H, W) of the result, or one number for both.
-        fill: of the padding, in the units of the picture.
-        scale_up: whether a small picture grows.
-        ignore: of the padding of a class map (H, W).
+        size: (H, W) of the result in pixels, or one number for both.
+        fill: Value of the padding, in the units of the image.
+        scale_up: Whether to enlarge an image that is smaller than `size`.
+        ignore: Class of the padding in a class map (H, W).
     """
 
     size: int | Sequence[int]
@@ -73,7 +73,7 @@ class LetterBox:
     ignore: int = 255
 
     def __call__(self, sample: Sample) -> Sample:
-        """The sample on a canvas of `size`."""
+        """The sample, resized and padded to `size`."""
         from torchvision.transforms.v2 import functional
 
         (h, w), (to_h, to_w) = _canvas(sample), _sides(self.size)
@@ -91,17 +91,17 @@ class LetterBox:
 @TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class Mosaic:
-    """Four samples in the quarters around a random centre; the objects of all of them, boxes cut at the quarters.
+    """Mosaic: combine four samples to one image, in four quarters around a random centre, with the objects of all four.
 
-    Bochkovskiy et al., arXiv:2004.10934. The others are drawn from the data set by the sample's own generator, so that an epoch
-    is the same for any number of workers.
+    Boxes are clipped at the quarters. The three other samples are drawn from the dataset with the seed of the sample, so an
+    epoch is the same for any number of workers. Source: Bochkovskiy et al., arXiv:2004.10934.
 
     Args:
-        size: (H, W) of the result, or one number for both.
-        p: the chance of a sample; else it is letterboxed to `size`.
-        fill: of what no picture covers.
-        per_object: the fields with a row for each object, joined.
-        ignore: of what no class map (H, W) covers.
+        size: (H, W) of the result in pixels, or one number for both.
+        p: Probability for each sample. Otherwise the sample gets `LetterBox(size)`.
+        fill: Value of pixels that no image covers, in the units of the image.
+        per_object: Fields with one row per object. Their rows are concatenated.
+        ignore: Class of pixels that no class map (H, W) covers.
     """
 
     size: int | Sequence[int]
@@ -112,7 +112,7 @@ class Mosaic:
     others: ClassVar[int] = 3
 
     def __call__(self, sample: Sample, others: Sequence[Sample]) -> Sample:
-        """One sample out of four; fields that are no picture and no object are those of the first."""
+        """One sample of four. Fields that are neither images nor objects come from the first sample."""
         if float(torch.rand(())) >= self.p:
             return LetterBox(self.size, self.fill, ignore=self.ignore)(sample)
         h, w = _sides(self.size)
@@ -122,7 +122,7 @@ class Mosaic:
         return {n: self._joined(n, [p[n] for p in placed], areas) for n in sample}
 
     def _placed(self, sample: Sample, area: tuple[int, int, int, int], canvas: tuple[int, int]) -> Sample:
-        """One picture scaled to cover its quarter, cut there, on the whole canvas."""
+        """One sample, resized to cover its quarter, cropped to it, and padded to the whole canvas."""
         from torchvision.transforms.v2 import functional
 
         (h, w), (top, left, height, width) = _canvas(sample), area
@@ -135,7 +135,7 @@ class Mosaic:
             return _padded(cut, padding, self.fill, self.ignore)
 
         placed = _moved(sample, fitted)
-        if "keypoints" in placed and "visible" in placed:  # those that the cut left out lie in another picture's quarter now
+        if "keypoints" in placed and "visible" in placed:  # keypoints outside the crop are in another quarter now
             x, y = placed["keypoints"].as_subclass(torch.Tensor).unbind(-1)
             inside = (x >= left) & (x < left + width) & (y >= top) & (y < top + height)
             placed["visible"] = placed["visible"] * inside
@@ -160,14 +160,14 @@ class Mosaic:
 @TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class KeypointFlip:
-    """Mirror a sample with probability `p`, and swap the keypoints of the left with those of the right.
+    """Flip a sample horizontally with probability `p`, and swap its left and right keypoints.
 
-    RandomHorizontalFlip moves the points and leaves a left eye called left, which teaches the wrong thing.
+    RandomHorizontalFlip does not swap them: in the flipped image the right eye would have the index of the left eye.
 
     Args:
-        pairs: indices of keypoints that change places, e.g. ((1, 2), (3, 4)).
-        p: the chance of a sample.
-        fields: with the keypoints in dimension 1, such as their coordinates (N, K, 2) and visibility (N, K).
+        pairs: Pairs of keypoint indices to swap, e.g. ((1, 2), (3, 4)).
+        p: Probability for each sample.
+        fields: Fields with the keypoints in dimension 1, such as coordinates (N, K, 2) and visibility (N, K).
     """
 
     pairs: Sequence[Sequence[int]]
@@ -175,7 +175,7 @@ class KeypointFlip:
     fields: Sequence[str] = ("keypoints", "visible")
 
     def __call__(self, sample: Sample) -> Sample:
-        """The sample, or its mirror image."""
+        """The sample, or the flipped sample."""
         from torchvision.transforms.v2 import functional
 
         if float(torch.rand(())) >= self.p:

@@ -1,4 +1,4 @@
-"""Transforms of torchvision done to a picture alone, without what they do around each call: the same draws, the same bits."""
+"""A fast path for torchvision's transforms of samples with only an image. It gives the same bits from the same random numbers."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ Step = Callable[[Tensor], Tensor]
 
 
 def image_only_steps(steps: Sequence[Any]) -> tuple[Step, ...] | None:
-    """Steps that do to (C, H, W) what `steps` do to a sample that holds it; None where that is not sure.
+    """The transforms `steps` as functions of a plain image tensor (C, H, W); None if they may need the whole sample.
 
-    It is for torchvision's own, which take any form. Two of them, by which most are trained, go in half the time.
+    Only torchvision's own transforms have a fast path. RandomResizedCrop and RandomHorizontalFlip then take half the time.
     """
     kinds = [type(step) for step in steps]
     if not all(k.__module__.startswith("torchvision.transforms.v2.") and k.__name__ != "Lambda" for k in kinds):
         return None
-    return tuple(_lone(step) for step in steps)
+    return tuple(_image_step(step) for step in steps)
 
 
-def _lone(step: Any) -> Step:
+def _image_step(step: Any) -> Step:
     from torchvision.transforms import v2
 
-    if crops_bytes(step):
+    if is_uint8_crop(step):
         return _Crop(step)
     return partial(_mirrored, step) if type(step) is v2.RandomHorizontalFlip else step
 
 
-def crops_bytes(step: Any) -> bool:
-    """Whether it is a RandomResizedCrop that torchvision does on bytes: elsewhere it goes by floats, and rounds otherwise."""
+def is_uint8_crop(step: Any) -> bool:
+    """Whether a transform is a RandomResizedCrop that torchvision computes in uint8. In float32 it would round differently."""
     from torchvision.transforms import v2
 
     if type(step) is not v2.RandomResizedCrop:
@@ -45,24 +45,24 @@ def crops_bytes(step: Any) -> bool:
 
 
 class _Crop:
-    """RandomResizedCrop: a share of the area and a ratio of the sides are drawn until they fit, ten times at most.
+    """RandomResizedCrop: draw an area and an aspect ratio until the crop fits, at most ten times.
 
     Source: Szegedy et al., "Going deeper with convolutions", CVPR 2015, section 6.
     """
 
     def __init__(self, step: Any):
-        self.step = step  # asked each time: a curriculum may change its scale
-        low, high = torch.log(torch.tensor(step.ratio)).tolist()  # once and in float32, as torchvision does
+        self.step = step  # read at each call: a curriculum may change its scale
+        low, high = torch.log(torch.tensor(step.ratio)).tolist()  # in float32, as torchvision does
         self.logs: tuple[float, float] = (low, high)
 
-    def __call__(self, picture: Tensor) -> Tensor:
-        if picture.dtype != torch.uint8 or picture.shape[0] != 3:
-            return self.step(picture)
-        top, left, h, w = self.drawn(picture.shape[-2], picture.shape[-1])
-        return pixels_resized(picture[:, top : top + h, left : left + w], (self.step.size[0], self.step.size[1]))
+    def __call__(self, image: Tensor) -> Tensor:
+        if image.dtype != torch.uint8 or image.shape[0] != 3:
+            return self.step(image)
+        top, left, h, w = self.drawn(image.shape[-2], image.shape[-1])
+        return pixels_resized(image[:, top : top + h, left : left + w], (self.step.size[0], self.step.size[1]))
 
     def drawn(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of a crop."""
+        """(top, left, height, width) of a random crop, in pixels."""
         one = torch.empty(1)
         for _ in range(10):
             area = height * width * one.uniform_(*self.step.scale).item()
@@ -79,5 +79,5 @@ class _Crop:
         return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _mirrored(step: Any, picture: Tensor) -> Tensor:
-    return picture.flip(-1) if torch.rand(1).item() < step.p else picture
+def _mirrored(step: Any, image: Tensor) -> Tensor:
+    return image.flip(-1) if torch.rand(1).item() < step.p else image

@@ -1,4 +1,4 @@
-"""Transforms of a sample: built by name, applied to all of its fields at once, so that boxes and masks move with the picture."""
+"""Transforms of a sample: built by name, and applied to all fields together, so that boxes and masks match the image."""
 
 from __future__ import annotations
 
@@ -10,56 +10,62 @@ from typing import Annotated, Any, cast
 import torch
 from torch import Tensor
 
-from ailab.datasets.transforms.image_only import Step, crops_bytes, image_only_steps
+from ailab.datasets.transforms.image_only import Step, image_only_steps, is_uint8_crop
 from ailab.errors import ConfigError
 from ailab.registry import TRANSFORMS
 from ailab.signature import CheckedBy
 
 Sample = dict[str, Any]
-Another = Callable[[], Sample]  # gives a random other sample of the data set, untransformed
-_NESTED = ("transform", "transforms")  # arguments of transforms that are transforms themselves
+DrawSample = Callable[[], Sample]  # gives a random sample of the dataset, before its transform
+_NESTED = ("transform", "transforms")  # names of arguments that are transforms themselves
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Transforms one after the other. One with an attribute `others = n` is given n other samples: `step(sample, [...])`."""
+    """A list of transforms, applied one after the other.
+
+    A transform with an attribute `others = n` needs n further samples. It is called as `step(sample, [sample1, ...])`.
+    """
 
     steps: tuple[Callable[..., Any], ...]
 
-    def __call__(self, sample: Sample, another: Another | None = None) -> Sample:
-        """The sample after all steps."""
+    def __call__(self, sample: Sample, draw: DrawSample | None = None) -> Sample:
+        """The sample after all transforms. `draw` gives the further samples."""
         for step in self.steps:
             if count := getattr(step, "others", 0):
-                if another is None:
-                    raise TypeError(f"{type(step).__name__} mixes samples, and this data set gives it no other one.")
-                sample = step(sample, [another() for _ in range(count)])
+                if draw is None:
+                    raise TypeError(f"{type(step).__name__} mixes samples, and this dataset cannot give further samples.")
+                sample = step(sample, [draw() for _ in range(count)])
             else:
                 sample = step(sample)
             if not isinstance(sample, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"the transform {type(step).__name__} gave {type(sample).__name__} for a dict of fields")
+                raise TypeError(
+                    f"the transform {type(step).__name__} returned {type(sample).__name__}; expected a dict of fields"
+                )
         return sample
 
     @cached_property
-    def alone(self) -> tuple[Step, ...] | None:
-        """The steps for a picture that comes alone; None where they need the dict that it is in."""
+    def image_steps(self) -> tuple[Step, ...] | None:
+        """The transforms as functions of an image tensor (C, H, W); None if they need the whole sample."""
         return image_only_steps(self.steps)
 
     @property
-    def copies(self) -> bool:
-        """Whether a picture alone, uint8 RGB, is only read, and what follows the first step gets new memory."""
-        return bool(self.alone) and crops_bytes(self.steps[0])
+    def copies_image(self) -> bool:
+        """Whether the transforms never write to a uint8 RGB image: the first one copies it."""
+        return bool(self.image_steps) and is_uint8_crop(self.steps[0])
 
 
 def build_transform(spec: Any, path: str = "transform") -> Pipeline | None:
-    """A pipeline out of a cfg.
+    """Build the transforms of a sample from a cfg.
 
     Args:
-        spec: None; `dict(type=..., **arguments)` with a registered name or one of torchvision.transforms.v2; a callable that is
-            given the sample, a dict of fields; or a list of these. Arguments called `transforms` are built in the same way.
-        path: of `spec`, for messages.
+        spec: None, one transform, or a list of transforms. A transform is `dict(type=..., **arguments)` with a registered name or
+            a name of torchvision.transforms.v2, or a callable sample -> sample on a dict of fields. Arguments called `transform`
+            or `transforms` are built in the same way.
+        path: Path of `spec` in the cfg, for messages.
 
     Raises:
-        ConfigError: there is no such transform, or it does not take the arguments.
+        ConfigError: The name is unknown, or the transform does not accept the arguments.
     """
     if spec is None:
         return None
@@ -71,7 +77,7 @@ def build_transform(spec: Any, path: str = "transform") -> Pipeline | None:
 
 
 def check_transform(spec: Any, path: str) -> list[str]:
-    """The problems of `build_transform(spec, path)`, without building."""
+    """The problems that `build_transform(spec, path)` would raise. Nothing is built."""
     if isinstance(spec, (list, tuple)):
         return [p for i, s in enumerate(cast("Sequence[Any]", spec)) for p in check_transform(s, f"{path}.{i}")]
     if not isinstance(spec, Mapping):
@@ -82,7 +88,7 @@ def check_transform(spec: Any, path: str) -> list[str]:
     return [*TRANSFORMS.check(entry, path), *nested]
 
 
-TransformSpec = Annotated[Any, CheckedBy(check_transform)]  # of an argument that `build_transform` is given
+TransformSpec = Annotated[Any, CheckedBy(check_transform)]  # the type of an argument for `build_transform`
 
 
 def _step(spec: Any, path: str) -> Callable[..., Any]:
@@ -97,33 +103,33 @@ def _step(spec: Any, path: str) -> Callable[..., Any]:
 
 
 def _argument(value: Any, path: str) -> Any:
-    """The transforms that a transform takes."""
+    """Build the transforms in an argument of a transform."""
     if isinstance(value, (list, tuple)):
         return [_step(v, f"{path}.{i}") for i, v in enumerate(cast("Sequence[Any]", value))]
     return _step(value, path) if isinstance(value, Mapping) else value
 
 
-def transformed(pipeline: Pipeline, sample: Sample, kinds: Mapping[str, str], another: Another | None = None) -> Sample:
-    """A sample after a pipeline: its fields go in as the tv_tensors that they are, and come out as plain tensors.
+def apply_transform(pipeline: Pipeline, sample: Sample, kinds: Mapping[str, str], draw: DrawSample | None = None) -> Sample:
+    """Apply transforms to a sample. Inside the transforms the fields are tv_tensors; the result has plain tensors.
 
     Args:
-        pipeline: what to apply.
-        sample: plain tensors and other values.
-        kinds: {field: "image" | "video" | "mask" | "boxes" | "keypoints"}; boxes are xyxy, both in pixels of the image. Other
-            fields stay as they are.
-        another: gives one more sample, as `sample` is.
+        pipeline: The transforms.
+        sample: Fields of plain tensors and other values.
+        kinds: {field: "image" | "video" | "mask" | "boxes" | "keypoints"}. Boxes are xyxy. Boxes and keypoints are in pixels of the
+            image. Other fields are passed as they are.
+        draw: Gives a further sample, in the form of `sample`.
     """
-    if pipeline.alone is not None and (name := _lone_picture(sample, kinds)) is not None:
+    if pipeline.image_steps is not None and (name := _only_image(sample, kinds)) is not None:
         value = sample[name]
-        for step in pipeline.alone:
+        for step in pipeline.image_steps:
             value = step(value)
         return {**sample, name: _plain(value)}
-    wrapped = pipeline(_wrapped(sample, kinds), another and (lambda: _wrapped(another(), kinds)))
+    wrapped = pipeline(_wrapped(sample, kinds), draw and (lambda: _wrapped(draw(), kinds)))
     return {name: _plain(value) for name, value in wrapped.items()}
 
 
-def _lone_picture(sample: Sample, kinds: Mapping[str, str]) -> str | None:
-    """The name of the one picture, where there is nothing else that a transform would move: a third of the time is saved."""
+def _only_image(sample: Sample, kinds: Mapping[str, str]) -> str | None:
+    """The name of the image field if no other field would be transformed. The fast path then saves a third of the time."""
     found = [n for n, v in sample.items() if isinstance(v, Tensor) and (n in kinds or v.dim() > 1)]
     return found[0] if len(found) == 1 and kinds.get(found[0]) == "image" and sample[found[0]].dim() == 3 else None
 
@@ -131,8 +137,8 @@ def _lone_picture(sample: Sample, kinds: Mapping[str, str]) -> str | None:
 def _wrapped(sample: Sample, kinds: Mapping[str, str]) -> Sample:
     from torchvision import tv_tensors
 
-    pictures = (v for n, v in sample.items() if kinds.get(n) in ("image", "video") and isinstance(v, Tensor) and v.dim() >= 3)
-    canvas = next(((v.shape[-2], v.shape[-1]) for v in pictures), None)
+    images = (v for n, v in sample.items() if kinds.get(n) in ("image", "video") and isinstance(v, Tensor) and v.dim() >= 3)
+    canvas = next(((v.shape[-2], v.shape[-1]) for v in images), None)
     if canvas is None:
         return sample
     make: dict[str, Callable[[Any], Any]] = {
