@@ -53,14 +53,17 @@ def bound_criterion(
     """
     if criterion is None:
         return None, None
-    module = isinstance(criterion, nn.Module)
-    builtin = module and type(criterion).__module__.startswith("torch.nn.")
+    weight: Sequence[str] = ("weight", WEIGHT)
     call: Any = criterion
-    if module:
+    if isinstance(criterion, nn.Module):
+        builtin = type(criterion).__module__.startswith("torch.")
         call = Functional(criterion, training=training, prefix=LOSS_PREFIX, via=maskable if builtin else None)
-    bare = bind(call.call if module else criterion, mapping, "cfg.loss")
-    defaults: dict[str, Sequence[str]] = {"weight": (WEIGHT,) if builtin else ("weight", WEIGHT)}
-    if not any(name in outputs for name in bare.names):
+        weight = (WEIGHT,) if builtin else weight
+    elif str(getattr(getattr(criterion, "func", criterion), "__module__", "")).startswith("torch."):
+        weight = ()  # of a function of torch: class weights
+    called = call.call if isinstance(call, Functional) else criterion
+    defaults: dict[str, Sequence[str]] = {"weight": weight}
+    if not any(name in outputs for name in bind(called, mapping, "cfg.loss").names):
         defaults["input"] = (outputs[0], "input")
-    bound = bind(call.call if module else criterion, mapping, "cfg.loss", defaults=defaults)
-    return call if module else lambda params, buffers, kwargs: criterion(**kwargs), bound
+    bound = bind(called, mapping, "cfg.loss", defaults=defaults)
+    return call if isinstance(call, Functional) else lambda params, buffers, kwargs: criterion(**kwargs), bound

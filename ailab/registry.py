@@ -5,6 +5,7 @@ A `type` is a registered name, a name of torch or torchvision, a dotted path, or
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -49,11 +50,20 @@ class Registry:
         package: ailab's package with components of this kind. It is imported when the registry is first used.
         modules: modules of torch and torchvision that have such components. One that is not installed is skipped.
         offers: (name, object) -> whether an object of those modules is a component of this kind.
+        functions: whether a function may be the component itself. It is, where the cfg leaves out arguments that it needs: a loss
+            `(output, target) -> Tensor`, and no builder.
     """
 
-    def __init__(self, kind: str, package: str, modules: tuple[str, ...] = (), offers: Callable[[str, Any], bool] = _is_class):
+    def __init__(
+        self,
+        kind: str,
+        package: str,
+        modules: tuple[str, ...] = (),
+        offers: Callable[[str, Any], bool] = _is_class,
+        functions: bool = False,
+    ):
         self.kind, self.package, self.modules = kind, package, modules
-        self._offers = offers
+        self._offers, self._functions = offers, functions
         self._entries: dict[str, _Entry] = {}
 
     def register_module(self, name: str | None = None, *, force: bool = False) -> Callable[[T], T]:
@@ -159,11 +169,20 @@ class Registry:
         ours = Parameters(keys, ())
         if isinstance(builder, nn.Module):
             return check_arguments(ours, given, path, f"{what}, which is already built,")
+        if self._is_component(builder, given):
+            return check_arguments(Parameters(parameters(builder).types, ()).joined(ours), given, path, what)
         own_check = getattr(builder, "check", None)
         if not inspect.isfunction(builder) or own_check is None:
             return check_arguments(parameters(builder).without(injected).joined(ours), given, path, what)
         rest = {k: given.pop(k) for k in list(given) if k not in keys}
         return [*check_arguments(ours, given, path, what), *own_check(rest, path)]
+
+    def _is_component(self, builder: Any, given: Mapping[str, Any]) -> bool:
+        return (
+            self._functions
+            and (inspect.isfunction(builder) or inspect.isbuiltin(builder))
+            and any(n not in given for n in parameters(builder).required)
+        )
 
     def build(self, cfg: Mapping[str, Any], path: str, **injected: Any) -> Any:
         """Build a component: call the builder of `cfg["type"]` with the other entries of `cfg` as keyword arguments.
@@ -182,10 +201,15 @@ class Registry:
         builder = self.get(cfg["type"], f"{path}.type")
         if isinstance(builder, nn.Module):
             return builder
+        given = {k: v for k, v in cfg.items() if k != "type"}
+        if self._is_component(builder, given):
+            function = functools.partial(builder, **given)
+            function.__name__ = name_of(builder)  # type: ignore[attr-defined]
+            return function
         takes = parameters(builder).types
         extra = {k: v for k, v in injected.items() if k in takes}
         try:
-            return builder(**{k: v for k, v in cfg.items() if k != "type"}, **extra)
+            return builder(**given, **extra)
         except AilabError:
             raise
         except (TypeError, ValueError) as e:
@@ -236,8 +260,8 @@ _VISION = tuple(f"torchvision.models{m}" for m in ("", ".segmentation", ".detect
 
 DATASETS = Registry("dataset", "ailab.datasets", ("torchvision.datasets",))
 MODELS = Registry("model", "ailab.models", _VISION, _is_model)
-LOSSES = Registry("loss", "ailab.losses", ("torch.nn",), lambda name, _: name.endswith("Loss"))
-METRICS = Registry("metric", "ailab.metrics")
+LOSSES = Registry("loss", "ailab.losses", ("torch.nn",), lambda name, _: name.endswith("Loss"), functions=True)
+METRICS = Registry("metric", "ailab.metrics", functions=True)
 HOOKS = Registry("hook", "ailab.hooks")
 OPTIMIZERS = Registry("optimizer", "ailab.optim", ("torch.optim",), _subclass(torch.optim.Optimizer))
 LR_SCHEDULERS = Registry(

@@ -182,6 +182,4 @@ def _check_needs(phase: Any, cfg: Mapping[str, Any], path: str) -> list[str]:
         lacking.append(f"cfg.data.{phase}")
     if phase == "train" and cfg.get("optimizer") is None:
         lacking.append("cfg.optimizer")
-    if phase == "train" and cfg.get("loss") is None and "loss" not in _list(_dict(cfg.get("model")).get("output_keys")):
-        lacking.append("cfg.loss")
     return [f"{path}: the phase '{phase}' needs {need}, which is not there." for need in lacking]

@@ -158,6 +158,8 @@ class Functional:
     def _set_mode(self) -> bool:
         """Runs while a graph is traced, and not in it: the mode is fixed in the graph."""
         self.module.train(self.training)
+        for m, k in self._scratch:
+            setattr(m, k, getattr(m, k).detach())  # what an eager forward left there has a graph
         return True
 
 

@@ -11,7 +11,9 @@ from ailab.dist.collectives import begin_all_reduce_bucket as begin_all_reduce_b
 from ailab.dist.collectives import begin_broadcast_tensors as begin_broadcast_tensors
 from ailab.dist.collectives import broadcast_bytes as broadcast_bytes
 from ailab.dist.collectives import broadcast_tensors as broadcast_tensors
+from ailab.dist.collectives import gathers as gathers
 from ailab.dist.collectives import peer_error_at as peer_error_at
+from ailab.dist.collectives import rank_offset as rank_offset
 from ailab.dist.group import compare as compare
 from ailab.dist.group import connect as connect
 from ailab.dist.group import current_rendezvous as current_rendezvous

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ailab.dist import group
 from ailab.dist.group import active, first_line, rank, world_size
-from ailab.errors import AilabError, PeerError
+from ailab.errors import AilabError, ConfigError, PeerError
+
+_gathers = 0
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
@@ -165,17 +167,62 @@ def barrier() -> None:
             td.barrier()
 
 
-def all_gather(tensor: Tensor) -> Tensor:
+def all_gather(tensor: Tensor, *, differentiable: bool = False) -> Tensor:
     """The tensors of all ranks, concatenated along dimension 0 in the order of the ranks.
+
+    For a loss that compares each sample with those of the global batch (InfoNCE): gather what the other ranks have, compute the
+    losses of this rank's own samples, and return them per sample. `rank_offset` says where this rank's rows begin.
 
     Args:
         tensor: of shape (n, ...); n may differ between ranks, dtype and the other dimensions may not.
+        differentiable: whether gradients flow back to the ranks that the rows came from. Then every rank has to use the result
+            in its loss, and the loss cannot be compiled.
 
     Raises:
         PeerError: another rank ended, or did not answer in time.
+        ConfigError: differentiable, in a compiled loss.
     """
+    global _gathers
     if world_size() == 1:
         return tensor
+    if not differentiable:
+        return torch.cat(_gathered(tensor))
+    _gathers += 1
+    if torch.compiler.is_compiling():
+        raise ConfigError(
+            "dist.all_gather(differentiable=True) cannot be compiled: ranks may have batches of different sizes. Use compile=False."
+        )
+    return cast("Tensor", _AllGather.apply(tensor))
+
+
+def gathers() -> int:
+    """How often this process has called `all_gather(..., differentiable=True)`: whether a loss does so shows in the probe."""
+    return _gathers
+
+
+def rank_offset(rows: int, device: torch.device | str = "cpu") -> int:
+    """How many rows the ranks below this one have, if this one has `rows`. Every rank has to ask."""
+    if world_size() == 1:
+        return 0
+    return int(all_gather(torch.tensor([rows], device=device))[: rank()].sum())
+
+
+class _AllGather(torch.autograd.Function):
+    """An all-gather. The gradient of a rank's rows is the sum of the gradients that all ranks have for them."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = _gathered(tensor)
+        ctx.start = sum(len(part) for part in parts[: rank()])
+        ctx.rows = len(tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return all_reduce(grads[0].contiguous())[ctx.start : ctx.start + ctx.rows]
+
+
+def _gathered(tensor: Tensor) -> list[Tensor]:
     length = torch.tensor([tensor.shape[0]], device=tensor.device)
     lengths = [torch.empty_like(length) for _ in range(world_size())]
     with as_peer_error("an all-gather"):
@@ -185,7 +232,7 @@ def all_gather(tensor: Tensor) -> Tensor:
         padded[: tensor.shape[0]] = tensor
         parts = [torch.empty_like(padded) for _ in sizes]
         td.all_gather(parts, padded)
-    return torch.cat([p[:n] for p, n in zip(parts, sizes, strict=True)])
+    return [p[:n] for p, n in zip(parts, sizes, strict=True)]
 
 
 def broadcast_bytes(data: bytes, device: torch.device) -> bytes:

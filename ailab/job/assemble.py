@@ -22,7 +22,7 @@ from ailab.errors import ConfigError
 from ailab.job.build import Parts, build_parts, build_stream, explained
 from ailab.job.guard import guarded
 from ailab.job.plan import Plan, planned, verify_gradient
-from ailab.job.probe import asked_outputs, check_fields, check_reads, probe
+from ailab.job.probe import asked_outputs, check_fields, check_reads, check_tails, notices, probe
 from ailab.optim.state_dict import torch_state_dict
 from ailab.registry import HOOKS
 from ailab.stack import Middleware, as_hooks, at, core_settings, stack, with_slots
@@ -82,11 +82,14 @@ def assemble(
     for phase in streams:
         probe(phase, parts, guarded(hooks[phase], paths), state, info)
     check_reads(built, info)
+    check_tails(hooks, parts, streams, state)
     if "train" in streams:
         state = with_slots(state, [tally(info.log_names["train"])])
     plan = planned(cfg, info, parts, core_settings(hooks.get("train", ()), "compile"))
     if plan.enabled and plan.cut != "loss" and "train" in streams:
         verify_gradient(parts, state)
+    for line in notices(hooks, parts, streams, plan.enabled):
+        say(line)
     steps = {phase: _step(phase, parts, hooks[phase], state, plan, info) for phase in streams}
     run = _run(info, hooks, streams, steps, interrupted, lean=not plan.enabled)
     return Job(info, parts, state, run, hooks, streams, steps, plan)

@@ -256,6 +256,7 @@ def build_stream(
         rank=rank,
         world_size=world_size,
         pad=parts.pad[phase],
+        sized=parts.kind == "sum" and world_size > 1,
         device=device,
         iters=entry["iters"],
         name=f"cfg.data.{phase}",

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from ailab import tree
+from ailab import dist, tree
 from ailab.core.grad import local_grad
 from ailab.core.step import eval_step, train_step
+from ailab.datasets import Stream
 from ailab.errors import ConfigError, nearest
 from ailab.job.build import Parts, explained
+from ailab.job.proof import check_tail
 from ailab.stack import Middleware, at, stack
 from ailab.types import RunInfo, TrainState, batch_size, seal
 
@@ -98,3 +100,39 @@ def _same_shape(before: TrainState, after: TrainState, phase: str) -> None:
             f"a {phase} step changes the structure of the state at: {', '.join(changed[:5])}.\n"
             "  A hook has to return what it was given, in shape and dtype; make its memory in `init`."
         )
+
+
+def check_tails(hooks: Mapping[str, Sequence[Hook]], parts: Parts, streams: Mapping[str, Stream], state: TrainState) -> None:
+    """Try the last, short batch of each phase where it is not padded and has fewer samples than the probe.
+
+    Raises:
+        ConfigError: the model fails on it; or it leaves a rank without samples, and the loss needs those of all ranks.
+    """
+    for phase, stream in streams.items():
+        if not stream.tail or parts.pad[phase]:
+            continue
+        loss, before = stack(parts.losses[phase], at(hooks[phase], "loss", phase)), dist.gathers()
+        check_tail(loss, state, parts.sample, max(1, stream.tail // dist.world_size()), phase)
+        if stream.tail < dist.world_size() and dist.gathers() > before:
+            raise ConfigError(
+                f"cfg.data.{phase}: the last batch has {stream.tail} samples for {dist.world_size()} ranks, and the loss\n"
+                f"  gathers those of all ranks: data.{phase}_dataloader.drop_last=True, or take another batch_size."
+            )
+
+
+def notices(hooks: Mapping[str, Sequence[Hook]], parts: Parts, streams: Mapping[str, Stream], compiled: bool) -> list[str]:
+    """What a run does that its user may not expect, a line each."""
+    lines: list[str] = []
+    for phase, stream in streams.items():
+        if compiled and stream.tail and not parts.pad[phase]:
+            lines.append(
+                f"{phase}: the last batch has {stream.tail} samples and a graph of its own: padding it would change the result"
+            )
+    parts_of_a_batch = [h.name for h in hooks.get("train", ()) if h.core.get("micro_batches", {}).get("n", 1) > 1]
+    if parts.kind == "scalar" and "train" in streams and (parts_of_a_batch or dist.world_size() > 1):
+        where = f"hooks.{parts_of_a_batch[0]} cuts a batch in parts" if parts_of_a_batch else "several ranks share a batch"
+        lines.append(
+            f"warning: cfg.loss returns one number, and {where}: it is taken for the mean over the samples of each part.\n"
+            "  If it is a mean over tokens, or a sum, return per-sample values, ailab.Mean(total, weight) or ailab.Sum(total)."
+        )
+    return lines

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ailab import tree
 from ailab.binding import Binding, name_outputs
@@ -276,46 +276,24 @@ def _tensors(values: Any) -> list[Tensor]:
     return [t for t in tree.leaves(values) if isinstance(t, Tensor)]
 
 
-_KEPT = {
-    torch.nn.functional.dropout,
-    torch.nn.functional.dropout1d,
-    torch.nn.functional.dropout2d,
-    torch.nn.functional.dropout3d,
-    torch.nn.functional.alpha_dropout,
-    torch.nn.functional.feature_alpha_dropout,
-    torch.dropout,
-    torch.feature_dropout,
-    torch.alpha_dropout,
-}  # they return their input
-_DRAWN: dict[Any, Callable[[Tensor], Tensor]] = {
-    torch.Tensor.bernoulli_: torch.ones_like,
-    torch.bernoulli: torch.ones_like,
-    torch.Tensor.bernoulli: torch.ones_like,
-    torch.rand: lambda t: torch.full_like(t, 0.5),
-    torch.rand_like: lambda t: torch.full_like(t, 0.5),
-    torch.Tensor.uniform_: lambda t: torch.full_like(t, 0.5),
-    torch.randn: torch.zeros_like,
-    torch.randn_like: torch.zeros_like,
-    torch.Tensor.normal_: torch.zeros_like,
-    torch.normal: torch.zeros_like,
-}  # a constant in the shape of what was drawn
+# Random numbers by the name of their operator, and the constant that stands for them. bernoulli is kept: dropout keeps all.
+_DRAWN = {"bernoulli": 1.0, "rand": 0.5, "uniform": 0.5, "random": 0.0, "randn": 0.0, "normal": 0.0, "exponential": 1.0}
 
 
-class _Constants(TorchFunctionMode):
+class _Constants(TorchDispatchMode):
     """Makes dropout the identity and random numbers constants, so that they do not depend on the number of rows."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _KEPT:
-            return args[0] if args else kwargs["input"]
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False))
-            args, kwargs = (), {**named, **kwargs, "dropout_p": 0.0}
+        name = func._schema.name.removeprefix("aten::")
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        takes = [argument.name for argument in func._schema.arguments]
+        if "dropout_p" in takes:  # fused attention
+            args, kwargs = (), {**dict(zip(takes, args, strict=False)), **kwargs, "dropout_p": 0.0}
         result = func(*args, **kwargs)
-        if func in _DRAWN and isinstance(result, Tensor):
-            constant = _DRAWN[func](result)
-            return result.copy_(constant) if func.__name__.endswith("_") else constant
-        return result
+        constant = _DRAWN.get(name.removesuffix("_like").rstrip("_"))
+        return result if constant is None else result.fill_(constant)
 
 
 def check_tail(loss: Loss, state: TrainState, sample: Batch, rows: int, phase: str) -> None:

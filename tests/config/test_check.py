@@ -217,7 +217,6 @@ def test_all_problems_are_reported_at_once():
         ({"total_epochs": 0}, "cfg.total_epochs: expected int >= 1, got int 0."),
         ({"total_epochs": True}, "cfg.total_epochs: expected int >= 1, got True."),
         ({"optimizer": None}, "cfg.workflow.0: the phase 'train' needs cfg.optimizer"),
-        ({"loss": None}, "cfg.workflow.0: the phase 'train' needs cfg.loss"),
         ({"workflow": []}, "cfg.workflow: there is no phase to run."),
         ({"workflow": ["train"]}, "cfg.workflow: expected list[dict[str, Any]]"),
         ({"workflow": [{"phase": "train", "amp": {"enabel": False}}]}, "cfg.workflow.0.amp.enabel: "),

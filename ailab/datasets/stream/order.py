@@ -55,6 +55,11 @@ class Order:
         lap, at = divmod(step, self.lap_steps)
         return self.lap(epoch, lap)[at * self.batch_size : (at + 1) * self.batch_size]
 
+    def length(self, step: int) -> int:
+        """Number of samples of the global batch of a step; it is below `batch_size` in the last batch of a lap."""
+        at = step % self.lap_steps * self.batch_size
+        return min(self.batch_size, (self.plan.count if self.plan else self.size) - at)
+
     def part(self, ids: Tensor) -> Tensor:
         """The contiguous part of a global batch for this rank. Parts differ by at most one sample. Rank 0 has at least one."""
         if self.world_size == 1:

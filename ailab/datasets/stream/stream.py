@@ -23,7 +23,7 @@ from ailab.datasets.stream.order import Order
 from ailab.datasets.stream.prefetch import on_device
 from ailab.datasets.stream.workers import Workers
 from ailab.errors import DataError
-from ailab.types import WEIGHT, Batch
+from ailab.types import SIZE, WEIGHT, Batch
 
 _BLOCK_BATCHES, _BLOCK_BYTES = 32, 1 << 20  # at most, of one gather
 _ALIGNED_BYTES = 64
@@ -41,6 +41,7 @@ class Stream:
         shuffle: Whether each epoch is a new permutation. Otherwise samples come in the order of the dataset.
         seed: Seed of the order. The random numbers of a sample are seeded with (seed, epoch, index).
         device: Device of the batches.
+        sized: Whether each batch has the field `_size`, (): the samples of its global batch. A `Sum` needs it with several ranks.
         pad: Whether every batch has the same shape: ceil(batch_size / world_size) slots, and a field `_weight` (slots,) float32,
             which is 0 for padding. Padding repeats the samples of the batch in turn. Without it the last batch is shorter; a
             rank without samples then gets one sample with `_weight` 0, and only this batch has the field.
@@ -74,6 +75,7 @@ class Stream:
         seed: int,
         device: torch.device | str = "cpu",
         pad: bool,
+        sized: bool = False,
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
@@ -97,12 +99,13 @@ class Stream:
         if not lap:
             raise DataError(f"{name}: {count} samples make no batch of {batch_size} with drop_last=True.")
         self.order = Order(size, batch_size, shuffle, seed, rank, world_size, lap, lap if iters is None else iters, plan)
-        self.pad = pad
+        self.pad, self.sized = pad, sized
         self.device = torch.device(device)
         self._slots = math.ceil(batch_size / world_size)
         report = report or logging.getLogger("ailab.data").warning
         self._bad = BadSampleTracker(name, size, max_bad_frac, report, share=1 / world_size)
         self._weights: dict[int, Tensor] = {}
+        self._sizes: dict[int, Tensor] = {}
         self._tensors = None if collate_fn else _in_memory(dataset, self.device)
         if self._tensors is not None and nan_is_bad and _have_nan(self._tensors):
             self._tensors = None  # load sample by sample, so that the bad ones are replaced
@@ -146,6 +149,13 @@ class Stream:
         """Number of samples of one epoch, over all ranks."""
         return self.order.samples
 
+    @property
+    def tail(self) -> int:
+        """Samples of the last global batch of an epoch's lap, if it is short; else 0."""
+        order = self.order
+        last = order.length(order.lap_steps - 1)
+        return last if last < order.batch_size and order.steps >= order.lap_steps else 0
+
     def indices(self, epoch: int, step: int) -> Tensor:
         """The sample indices of one global batch, over all ranks: (at most batch_size,) int64."""
         return self.order.indices(epoch, step)
@@ -159,7 +169,10 @@ class Stream:
             lean: Whether to leave out `_weight` if it is 1 everywhere. It saves work if the step is not compiled, since then
                 batches may have different fields.
         """
-        return self._gather(epoch, start, lean) if self._tensors is not None else self._load(epoch, start, lean)
+        batches = self._gather(epoch, start, lean) if self._tensors is not None else self._load(epoch, start, lean)
+        if not self.sized:
+            return batches
+        return ({**batch, SIZE: self._size(self.order.length(step))} for step, batch in enumerate(batches, start))
 
     # In memory: one gather for a block of batches takes a third of the time of one gather per batch.
 
@@ -193,6 +206,12 @@ class Stream:
         if real not in self._weights:
             self._weights[real] = (torch.arange(slots, device=self.device) < real).float()
         return self._weights[real]
+
+    def _size(self, samples: int) -> Tensor:
+        """() float32: how many samples a global batch has."""
+        if samples not in self._sizes:
+            self._sizes[samples] = torch.tensor(float(samples), device=self.device)
+        return self._sizes[samples]
 
     # Any other dataset: by a DataLoader whose items are whole batches.
 

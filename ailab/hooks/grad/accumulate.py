@@ -49,7 +49,7 @@ def GradAccumulateHook(n: int, name: str = "accumulate") -> Middleware[Grad]:
 
         return accumulating
 
-    return Middleware(name, wrap, "grad", holds_grad=False)
+    return Middleware(name, wrap, "grad", core={"micro_batches": {"n": n}}, holds_grad=False)
 
 
 def _micro_batches(batch: Batch, n: int) -> tuple[list[Batch], list[int]]:
