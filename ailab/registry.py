@@ -9,9 +9,11 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
@@ -106,7 +108,7 @@ class Registry:
             return self._entries[type_].builder
         if "." in type_ or ":" in type_:
             return _imported(type_, path)
-        found = self._from_torch(path)
+        found = self._from_torch(type_, path)
         if type_ in found:
             return found[type_]
         own = self.names()
@@ -117,13 +119,22 @@ class Registry:
             f"  Also possible: {elsewhere}a dotted path 'package.module.Name', or the object itself."
         )
 
-    def _from_torch(self, path: str) -> dict[str, Any]:
-        """What torch and torchvision offer of this kind, by name."""
+    def _from_torch(self, wanted: str, path: str) -> dict[str, Any]:
+        """What torch and torchvision offer of this kind, by name.
+
+        torchvision imports torch's compiler and takes more than a second. Where it is not imported yet and its source does not
+        have the word `wanted`, it is read and not imported: then a stand-in is all that there is for a name.
+        """
         found: dict[str, Any] = {}
         for module in self.modules:
-            if importlib.util.find_spec(module.partition(".")[0]) is None:
+            package = module.partition(".")[0]
+            if importlib.util.find_spec(package) is None:
                 continue
-            members = cast("dict[str, Any]", vars(_module(module, path))).items()
+            source = "" if package in sys.modules else _source(module)
+            if source and not re.search(rf"\b{re.escape(wanted)}\b", source):
+                members = [(name, _STAND_INS[kind]) for kind, name in _DEFINITION.findall(source)]
+            else:
+                members = list(cast("dict[str, Any]", vars(_module(module, path))).items())
             found.update({n: o for n, o in members if not n.startswith("_") and self._offers(n, o)})
         return found
 
@@ -214,6 +225,19 @@ def _imported(dotted: str, path: str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigError(f"{path}: '{dotted}' is {type(found).__name__}, which cannot be called.")
     return found
+
+
+def _source(module: str) -> str:
+    """The source of all files of a module of a package that need not be imported; empty where there is none."""
+    package, *inner = module.split(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return ""
+    return "\n".join(f.read_text(encoding="utf-8") for f in sorted(Path(spec.origin).parent.joinpath(*inner).rglob("*.py")))
+
+
+_DEFINITION = re.compile(r"^(class|def) (\w+)", re.MULTILINE)
+_STAND_INS: dict[str, Any] = {"class": object, "def": _source}  # for `offers`, which asks whether it is a class or a function
 
 
 def _subclass(base: type) -> Callable[[str, Any], bool]:

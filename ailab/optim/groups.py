@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ailab.errors import ConfigError, nearest
+from ailab.optim.instance import instance
 from ailab.optim.optimizer import Group
 from ailab.types import Params
 
@@ -76,7 +77,7 @@ def _stand_ins(names: Sequence[str], params: Params) -> list[nn.Parameter]:
 def _defaults(cls: type[torch.optim.Optimizer], names: Sequence[str], params: Params, given: Mapping[str, Any], path: str):
     """Every hyper-parameter, `given` and torch's defaults, as torch checks them."""
     try:
-        group = cls(_stand_ins(names, params), **given).param_groups[0]
+        group = instance(cls, _stand_ins(names, params), **given).param_groups[0]
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(
             f"{path}: {cls.__name__} refuses {dict(given)} for {names[0]!r} and others like it: {error}"

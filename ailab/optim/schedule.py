@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ailab.errors import ConfigError
 from ailab.optim.groups import check_arguments
+from ailab.optim.instance import instance
 from ailab.registry import LR_SCHEDULERS
 
 Factory: TypeAlias = Callable[[torch.optim.Optimizer], Any]  # optimizer -> scheduler
@@ -67,10 +68,17 @@ class WarmupAndCosineAnnealingLR(LRScheduler):
         return [self.eta_min + (base - self.eta_min) * part for base in self.base_lrs]
 
 
+class _Rates(torch.optim.Optimizer):
+    """Groups and their learning rates; it updates nothing. A `step` of torch's own would import the compiler."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Nothing; a scheduler wants to see that it was called."""
+
+
 def throw_away(base_lrs: Sequence[float]) -> torch.optim.Optimizer:
     """An optimizer with one group per lr. It has momentum, so schedulers that cycle momentum run; their momentum is dropped."""
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in base_lrs]
-    return torch.optim.SGD(groups, lr=base_lrs[0], momentum=0.9)
+    return instance(_Rates, groups, defaults={"lr": base_lrs[0], "momentum": 0.9})
 
 
 def build_scheduler(cfg: Mapping[str, Any], optimizer: torch.optim.Optimizer, n: int | None, path: str) -> Any:
