@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from ailab.errors import AilabError, ConfigError, nearest
+from ailab.errors import AilabError, ConfigError, more, nearest
 from ailab.signature import Parameters, check_arguments, name_list, name_of, parameters
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -51,10 +51,18 @@ class Registry:
         home: the package of ailab's own; it is imported when the registry is first used.
         modules: where torch's own are looked up; a module that is not installed offers nothing.
         offers: which (name, object) of those modules is a component of this kind.
+        injected: arguments that the framework gives; they are no keys of a cfg.
     """
 
-    def __init__(self, kind: str, home: str, modules: tuple[str, ...] = (), offers: Callable[[str, Any], bool] = _is_class):
-        self.kind, self.home, self.modules = kind, home, modules
+    def __init__(
+        self,
+        kind: str,
+        home: str,
+        modules: tuple[str, ...] = (),
+        offers: Callable[[str, Any], bool] = _is_class,
+        injected: tuple[str, ...] = (),
+    ):
+        self.kind, self.home, self.modules, self.injected = kind, home, modules, injected
         self._offers = offers
         self._entries: dict[str, _Entry] = {}
 
@@ -108,7 +116,7 @@ class Registry:
             return self._entries[type_].builder
         if "." in type_ or ":" in type_:
             return _imported(type_, path)
-        found = self._from_torch(type_, path)
+        found = self.from_torch(type_, path)
         if type_ in found:
             return found[type_]
         own = self.names()
@@ -116,10 +124,20 @@ class Registry:
         raise ConfigError(
             f"{path}: there is no {self.kind} '{type_}'.\n"
             f" {nearest(type_, [*own, *found])} Registered: {name_list(own) or 'none'}.\n"
-            f"  Also possible: {elsewhere}a dotted path 'package.module.Name', or the object itself."
+            f"  Also possible: {elsewhere}a dotted path 'package.module.Name', or the object itself.{more('')}"
         )
 
-    def _from_torch(self, wanted: str, path: str) -> dict[str, Any]:
+    def own(self) -> dict[str, Callable[..., Any]]:
+        """What ailab itself offers of this kind, by name."""
+        found = {n: self._entries[n].builder for n in self.names()}
+        return {n: b for n, b in found.items() if f"{b.__module__}.".startswith("ailab.")}
+
+    def topic(self, type_: Any) -> str | None:
+        """What `ailab.help` is asked to show what `type_` stands for; None where it knows nothing of it: a cfg file has it."""
+        known = isinstance(type_, str) and ("." in type_ or ":" in type_ or type_ not in self._entries or type_ in self.own())
+        return type_ if known else None
+
+    def from_torch(self, wanted: str, path: str) -> dict[str, Any]:
         """What torch and torchvision offer of this kind, by name.
 
         torchvision imports torch's compiler and takes more than a second. Where it is not imported yet and its source does not
@@ -138,13 +156,16 @@ class Registry:
             found.update({n: o for n, o in members if not n.startswith("_") and self._offers(n, o)})
         return found
 
-    def check(self, cfg: Any, path: str, *, injected: Collection[str] = (), keys: Mapping[str, Any] = _NO_KEYS) -> list[str]:
+    def check(
+        self, cfg: Any, path: str, *, injected: Collection[str] | None = None, keys: Mapping[str, Any] = _NO_KEYS
+    ) -> list[str]:
         """The problems of `build(cfg, path)`, without building.
 
         Args:
             cfg: `dict(type=..., **arguments)`.
             path: of `cfg`, for messages.
-            injected: arguments that the caller will give; they are neither asked for nor accepted in `cfg`.
+            injected: arguments that the caller will give, in place of those of the kind; they are neither asked for nor
+                accepted in `cfg`.
             keys: further keys of `cfg` and their types, meant for the framework and not for the constructor.
         """
         if not isinstance(cfg, Mapping):
@@ -159,14 +180,15 @@ class Registry:
         except ConfigError as e:
             return [str(e)]
         what = type_ if isinstance(type_, str) else name_of(type_)
-        ours = Parameters(keys, ())
+        ours, topic = Parameters(keys, ()), self.topic(type_)
         if isinstance(builder, nn.Module):
             return check_arguments(ours, given, path, f"{what}, which is already built,")
         own_check = getattr(builder, "check", None)
         if not inspect.isfunction(builder) or own_check is None:
-            return check_arguments(parameters(builder).without(injected).joined(ours), given, path, what)
+            takes = parameters(builder).without(self.injected if injected is None else injected).joined(ours)
+            return check_arguments(takes, given, path, what, topic)
         rest = {k: given.pop(k) for k in list(given) if k not in keys}
-        return [*check_arguments(ours, given, path, what), *own_check(rest, path)]
+        return [*check_arguments(ours, given, path, what, topic), *own_check(rest, path)]
 
     def build(self, cfg: Mapping[str, Any], path: str, **injected: Any) -> Any:
         """Call what `cfg["type"]` stands for with the other entries of `cfg`, by name.
@@ -254,11 +276,16 @@ DATASETS = Registry("dataset", "ailab.datasets", ("torchvision.datasets",))
 MODELS = Registry("model", "ailab.models", _VISION, _is_model)
 LOSSES = Registry("loss", "ailab.losses", ("torch.nn",), lambda name, _: name.endswith("Loss"))
 METRICS = Registry("metric", "ailab.metrics")
-HOOKS = Registry("hook", "ailab.hooks")
-OPTIMIZERS = Registry("optimizer", "ailab.optim", ("torch.optim",), _subclass(torch.optim.Optimizer))
+HOOKS = Registry("hook", "ailab.hooks", injected=("run", "name"))
+OPTIMIZERS = Registry("optimizer", "ailab.optim", ("torch.optim",), _subclass(torch.optim.Optimizer), ("params",))
 LR_SCHEDULERS = Registry(
-    "lr scheduler", "ailab.optim", ("torch.optim.lr_scheduler",), _subclass(torch.optim.lr_scheduler.LRScheduler)
+    "lr scheduler",
+    "ailab.optim",
+    ("torch.optim.lr_scheduler",),
+    _subclass(torch.optim.lr_scheduler.LRScheduler),
+    ("optimizer",),
 )
 TRANSFORMS = Registry("transform", "ailab.datasets", ("torchvision.transforms.v2",))
 COLLATES = Registry("collate function", "ailab.datasets")
 SAMPLERS = Registry("sampler", "ailab.datasets")
+REGISTRIES = (MODELS, LOSSES, OPTIMIZERS, LR_SCHEDULERS, HOOKS, METRICS, DATASETS, TRANSFORMS, COLLATES, SAMPLERS)
