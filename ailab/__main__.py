@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import ailab
+from ailab import __version__
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -20,7 +20,7 @@ def commands() -> Iterator[tuple[str, str]]:
 
 def main() -> int:
     """Print them; returns the exit code, 2 where something else was asked for."""
-    lines = [f"ailab {ailab.__version__}. Commands:", *(f"  {name:<9}{line}" for name, line in commands())]
+    lines = [f"ailab {__version__}. Commands:", *(f"  {name:<9}{line}" for name, line in commands())]
     asked = sys.argv[1:] not in ([], ["-h"], ["--help"])
     print("\n".join(lines), file=sys.stderr if asked else sys.stdout)
     return 2 if asked else 0

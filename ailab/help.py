@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import importlib
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -245,7 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        print(page(args.topic))
+        print(page(args.topic), flush=True)
+    except BrokenPipeError:  # a pager or `head` has seen enough; what Python flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except AilabError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
         return e.exit_code
