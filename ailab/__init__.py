@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from ailab.fit import ailab_train as ailab_train
     from ailab.stack import Middleware as Middleware

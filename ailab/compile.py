@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo
-import torch._dynamo.exc
-import torch._dynamo.utils
 from torch import Tensor
 
 from ailab import tree
@@ -19,9 +17,29 @@ from ailab.rng import mix, seed_device
 from ailab.types import Batch, Logs, Step, TrainState, seal
 
 
+def _dynamo(module: str = "") -> Any:
+    """torch's tracer, a private package; imported by a run that compiles, for it takes as long as torch itself."""
+    return importlib.import_module(f"torch._dynamo{module}")
+
+
 def allow_traced_grad() -> Any:
     """A context in which Dynamo traces `torch.autograd.grad`; a private switch, off by default on every supported version."""
-    return torch._dynamo.config.patch(trace_autograd_ops=True)
+    return _dynamo(".config").patch(trace_autograd_ops=True)
+
+
+def _cut_at_buckets(split: bool) -> Any:
+    """A context in which Dynamo does or does not cut a graph at DDP's buckets; a private switch."""
+    return _dynamo(".config").patch(optimize_ddp=split)
+
+
+def _tracing_errors() -> type[Exception]:
+    """What Dynamo raises where it cannot trace; a private class."""
+    return _dynamo(".exc").TorchDynamoException
+
+
+def _mode_options(mode: str | None) -> dict[str, Any]:
+    """The options that a `mode` of `torch.compile` stands for, which does not take both; a private table."""
+    return importlib.import_module("torch._inductor").list_mode_options(mode) if mode else {}
 
 
 def overlap_options() -> dict[str, Any]:
@@ -33,7 +51,7 @@ def overlap_options() -> dict[str, Any]:
 
 def graphs_compiled() -> int:
     """How many graphs this process has compiled so far; a private counter."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return int(_dynamo(".utils").counters["stats"]["unique_graphs"]) if "torch._dynamo" in sys.modules else 0
 
 
 class Compiled:
@@ -129,7 +147,7 @@ class Compiled:
         try:
             with allow_traced_grad():
                 result = run(self._leaves, fields)
-        except torch._dynamo.exc.TorchDynamoException as e:
+        except _tracing_errors() as e:
             what = str(e).strip().splitlines()[0]
             raise ConfigError(
                 f"cfg.compile: the {self.name} step cannot be traced as one graph: {what}\n"
@@ -180,7 +198,7 @@ def lift(fn: Callable[..., Any], name: str, *, split: bool = False) -> Callable[
     """
     compiled = torch.compile(_own_code(fn, name), fullgraph=True, dynamic=False)
     switch = allow_traced_grad()
-    whole = torch._dynamo.config.patch(optimize_ddp=split)
+    whole = _cut_at_buckets(split)
 
     def lifted(*args: Any) -> Any:
         with switch, whole:
@@ -197,7 +215,7 @@ def _own_code(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 def _without_guards(fn: Callable[..., Any], mode: str | None, overlap: bool) -> Callable[..., Any]:
     """`fn` compiled as one graph that is run as it is; whoever calls it knows that the graph fits."""
-    options = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(overlap_options() if overlap else {})}
+    options = {**_mode_options(mode), **(overlap_options() if overlap else {})}
     options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     return torch.compile(fn, fullgraph=True, dynamic=False, options=options)
 

@@ -75,3 +75,12 @@ def nearest(name: str, offered: Iterable[str]) -> str:
     lower = {n.lower(): n for n in names}
     match = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.6)
     return f" Did you mean {lower[match[0]]!r}?" if match else ""
+
+
+def more(topic: str | None) -> str:
+    """The last line of a message that lists what is on offer: the command that shows it; `""` where none does.
+
+    Args:
+        topic: what `ailab.help` is asked about: a name, a path such as "cfg.data", or "" for all names. None: it does not know it.
+    """
+    return "" if topic is None else f"\n  More: python -m ailab.help {topic}".rstrip()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ailab import dist, tree
+from ailab import __version__, dist, tree
 from ailab.config import check
 from ailab.config.load import load as load_cfg
 from ailab.core.epoch import Interrupted
@@ -321,7 +321,8 @@ def _report_error(e: AilabError) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="ailab.fit", description="Train what a cfg file describes.")
+    more = f"python -m ailab.help tells what a cfg can say: all names, one name, a place such as cfg.data. ailab {__version__}"
+    parser = argparse.ArgumentParser(prog="ailab.fit", description="Train what a cfg file describes.", epilog=more)
     parser.add_argument("cfg", help="a Python file that defines `cfg`")
     parser.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="changes to the cfg, such as optimizer.lr=3e-4")
     parser.add_argument("--show", action="store_true", help="print the stack of this run and stop")

@@ -10,16 +10,18 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
-from ailab.errors import AilabError, ConfigError, nearest
+from ailab.errors import AilabError, ConfigError, more, nearest
 from ailab.signature import Parameters, check_arguments, name_list, name_of, parameters
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -52,6 +54,7 @@ class Registry:
         offers: (name, object) -> whether an object of those modules is a component of this kind.
         functions: whether a function may be the component itself. It is, where the cfg leaves out arguments that it needs: a loss
             `(output, target) -> Tensor`, and no builder.
+        injected: arguments that the framework passes; they are no keys of a cfg.
     """
 
     def __init__(
@@ -61,8 +64,9 @@ class Registry:
         modules: tuple[str, ...] = (),
         offers: Callable[[str, Any], bool] = _is_class,
         functions: bool = False,
+        injected: tuple[str, ...] = (),
     ):
-        self.kind, self.package, self.modules = kind, package, modules
+        self.kind, self.package, self.modules, self.injected = kind, package, modules, injected
         self._offers, self._functions = offers, functions
         self._entries: dict[str, _Entry] = {}
 
@@ -124,7 +128,7 @@ class Registry:
             return self._entries[type_].builder
         if "." in type_ or ":" in type_:
             return _imported(type_, path)
-        found = self._from_torch(path)
+        found = self.from_torch(type_, path)
         if type_ in found:
             return found[type_]
         own = self.names()
@@ -132,26 +136,48 @@ class Registry:
         raise ConfigError(
             f"{path}: there is no {self.kind} '{type_}'.\n"
             f" {nearest(type_, [*own, *found])} Registered: {name_list(own) or 'none'}.\n"
-            f"  Also possible: {elsewhere}a dotted path 'package.module.Name', or the object itself."
+            f"  Also possible: {elsewhere}a dotted path 'package.module.Name', or the object itself.{more('')}"
         )
 
-    def _from_torch(self, path: str) -> dict[str, Any]:
-        """The components of this kind in torch and torchvision, by name."""
+    def own(self) -> dict[str, Callable[..., Any]]:
+        """ailab's own components of this kind, by name."""
+        found = {n: self._entries[n].builder for n in self.names()}
+        return {n: b for n, b in found.items() if f"{b.__module__}.".startswith("ailab.")}
+
+    def topic(self, type_: Any) -> str | None:
+        """The name under which `ailab.help` shows a type; None for a type that only the cfg file knows."""
+        known = isinstance(type_, str) and ("." in type_ or ":" in type_ or type_ not in self._entries or type_ in self.own())
+        return type_ if known else None
+
+    def from_torch(self, wanted: str, path: str) -> dict[str, Any]:
+        """The components of this kind in torch and torchvision, by name.
+
+        torchvision imports torch's compiler, which takes more than a second. If it is not imported yet and its source does not
+        contain the word `wanted`, the source is searched for names instead, and the objects are placeholders.
+        """
         found: dict[str, Any] = {}
         for module in self.modules:
-            if importlib.util.find_spec(module.partition(".")[0]) is None:
+            package = module.partition(".")[0]
+            if importlib.util.find_spec(package) is None:
                 continue
-            members = cast("dict[str, Any]", vars(_module(module, path))).items()
+            source = "" if package in sys.modules else _source(module)
+            if source and not re.search(rf"\b{re.escape(wanted)}\b", source):
+                members = [(name, _STAND_INS[kind]) for kind, name in _DEFINITION.findall(source)]
+            else:
+                members = list(cast("dict[str, Any]", vars(_module(module, path))).items())
             found.update({n: o for n, o in members if not n.startswith("_") and self._offers(n, o)})
         return found
 
-    def check(self, cfg: Any, path: str, *, injected: Collection[str] = (), keys: Mapping[str, Any] = _NO_KEYS) -> list[str]:
+    def check(
+        self, cfg: Any, path: str, *, injected: Collection[str] | None = None, keys: Mapping[str, Any] = _NO_KEYS
+    ) -> list[str]:
         """The problems that `build(cfg, path)` would have, as messages. Nothing is built.
 
         Args:
             cfg: `dict(type=..., **arguments)`.
             path: of `cfg`, for messages.
-            injected: arguments that the framework passes. They are not required in `cfg`, and not allowed there.
+            injected: arguments that the framework passes, in place of those of the registry. They are not required in `cfg`, and
+                not allowed there.
             keys: {key: type} of further keys of `cfg`, which the framework uses and the constructor does not get.
         """
         if not isinstance(cfg, Mapping):
@@ -166,16 +192,17 @@ class Registry:
         except ConfigError as e:
             return [str(e)]
         what = type_ if isinstance(type_, str) else name_of(type_)
-        ours = Parameters(keys, ())
+        ours, topic = Parameters(keys, ()), self.topic(type_)
         if isinstance(builder, nn.Module):
             return check_arguments(ours, given, path, f"{what}, which is already built,")
         if self._is_component(builder, given):
             return check_arguments(Parameters(parameters(builder).types, ()).joined(ours), given, path, what)
         own_check = getattr(builder, "check", None)
         if not inspect.isfunction(builder) or own_check is None:
-            return check_arguments(parameters(builder).without(injected).joined(ours), given, path, what)
+            takes = parameters(builder).without(self.injected if injected is None else injected).joined(ours)
+            return check_arguments(takes, given, path, what, topic)
         rest = {k: given.pop(k) for k in list(given) if k not in keys}
-        return [*check_arguments(ours, given, path, what), *own_check(rest, path)]
+        return [*check_arguments(ours, given, path, what, topic), *own_check(rest, path)]
 
     def _is_component(self, builder: Any, given: Mapping[str, Any]) -> bool:
         return (
@@ -248,6 +275,19 @@ def _imported(dotted: str, path: str) -> Callable[..., Any]:
     return found
 
 
+def _source(module: str) -> str:
+    """The source of all files of a module of a package that need not be imported; empty where there is none."""
+    package, *inner = module.split(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return ""
+    return "\n".join(f.read_text(encoding="utf-8") for f in sorted(Path(spec.origin).parent.joinpath(*inner).rglob("*.py")))
+
+
+_DEFINITION = re.compile(r"^(class|def) (\w+)", re.MULTILINE)
+_STAND_INS: dict[str, Any] = {"class": object, "def": _source}  # for `offers`, which asks whether it is a class or a function
+
+
 def _subclass(base: type) -> Callable[[str, Any], bool]:
     return lambda _, obj: inspect.isclass(obj) and issubclass(obj, base) and obj is not base
 
@@ -262,11 +302,16 @@ DATASETS = Registry("dataset", "ailab.datasets", ("torchvision.datasets",))
 MODELS = Registry("model", "ailab.models", _VISION, _is_model)
 LOSSES = Registry("loss", "ailab.losses", ("torch.nn",), lambda name, _: name.endswith("Loss"), functions=True)
 METRICS = Registry("metric", "ailab.metrics", functions=True)
-HOOKS = Registry("hook", "ailab.hooks")
-OPTIMIZERS = Registry("optimizer", "ailab.optim", ("torch.optim",), _subclass(torch.optim.Optimizer))
+HOOKS = Registry("hook", "ailab.hooks", injected=("run", "name"))
+OPTIMIZERS = Registry("optimizer", "ailab.optim", ("torch.optim",), _subclass(torch.optim.Optimizer), injected=("params",))
 LR_SCHEDULERS = Registry(
-    "lr scheduler", "ailab.optim", ("torch.optim.lr_scheduler",), _subclass(torch.optim.lr_scheduler.LRScheduler)
+    "lr scheduler",
+    "ailab.optim",
+    ("torch.optim.lr_scheduler",),
+    _subclass(torch.optim.lr_scheduler.LRScheduler),
+    injected=("optimizer",),
 )
 TRANSFORMS = Registry("transform", "ailab.datasets", ("torchvision.transforms.v2",))
 COLLATES = Registry("collate function", "ailab.datasets")
 SAMPLERS = Registry("sampler", "ailab.datasets")
+REGISTRIES = (MODELS, LOSSES, OPTIMIZERS, LR_SCHEDULERS, HOOKS, METRICS, DATASETS, TRANSFORMS, COLLATES, SAMPLERS)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from torch import Tensor, nn
 
-from ailab.errors import ConfigError, nearest
+from ailab.errors import ConfigError, more, nearest
 
 _SHOWN = 24  # names listed in one message
 
@@ -58,7 +58,7 @@ def parameters(fn: Callable[..., Any]) -> Parameters:
     if inspect.isclass(fn) and issubclass(fn, nn.Module) and fn.__init__ is nn.Module.__init__:
         return Parameters({}, ())  # nn.Module declares (*args, **kwargs), and refuses both
     try:
-        found = _signature(fn).parameters.values()
+        found = signature_of(fn).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature
         return Parameters({}, (), open=True)
     named = [p for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -76,7 +76,8 @@ def _annotation(parameter: inspect.Parameter) -> Any:
     return parameter.annotation if parameter.default is not None else Union[parameter.annotation, None]  # `x: int = None`  # noqa: UP007
 
 
-def _signature(fn: Callable[..., Any]) -> inspect.Signature:
+def signature_of(fn: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a callable. Annotations are types, or text where they exist for type checkers alone."""
     try:
         return inspect.signature(fn, eval_str=True)
     except (NameError, AttributeError, SyntaxError):  # an annotation that exists for type checkers alone: types are not checked
@@ -99,7 +100,7 @@ def name_list(names: Iterable[Any]) -> str:
     return ", ".join(all_names[:_SHOWN]) + more
 
 
-def check_arguments(takes: Parameters, given: Mapping[str, Any], path: str, what: str) -> list[str]:
+def check_arguments(takes: Parameters, given: Mapping[str, Any], path: str, what: str, topic: str | None = None) -> list[str]:
     """The problems of a call with keyword arguments: unknown names, wrong types, missing arguments.
 
     Args:
@@ -107,9 +108,10 @@ def check_arguments(takes: Parameters, given: Mapping[str, Any], path: str, what
         given: the arguments by name.
         path: of the arguments in the cfg.
         what: the name of the callable.
+        topic: what `ailab.help` shows them under; None where it cannot.
 
     Returns:
-        Messages of at most 3 lines each; none if the call is right.
+        Messages of at most 4 lines each; none if the call is right.
     """
     problems: list[str] = []
     for key, value in given.items():
@@ -117,9 +119,8 @@ def check_arguments(takes: Parameters, given: Mapping[str, Any], path: str, what
             problems += mismatch(value, takes.types[key], f"{path}.{key}")
         elif not takes.open:
             offer = f"{what} takes: {name_list(takes.types)}." if takes.types else f"{what} takes no arguments."
-            problems.append(f"{path}.{key}: {what} takes no '{key}'.\n {nearest(key, takes.types)} {offer}")
-    problems += [f"{path}.{n}: {what} needs '{n}', and it was not given." for n in takes.required if n not in given]
-    return problems
+            problems.append(f"{path}.{key}: {what} takes no '{key}'.\n {nearest(key, takes.types)} {offer}{more(topic)}")
+    return problems + [f"{path}.{n}: {what} needs '{n}', and it was not given." for n in takes.required if n not in given]
 
 
 def mismatch(value: Any, annotation: Any, path: str) -> list[str]:
@@ -134,7 +135,7 @@ def mismatch(value: Any, annotation: Any, path: str) -> list[str]:
     came = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     kind = "" if value is None or isinstance(value, bool) else f"{type(value).__name__} "
     hint = nearest(value, _literals(annotation)) if isinstance(value, str) else ""
-    return [f"{path}: expected {_described(annotation)}, got {kind}{came}." + (f"\n {hint}" if hint else "")]
+    return [f"{path}: expected {described(annotation)}, got {kind}{came}." + (f"\n {hint}" if hint else "")]
 
 
 def _check_of(annotation: Any) -> CheckedBy | None:
@@ -218,14 +219,70 @@ def _literals(annotation: Any) -> list[Any]:
     return [x for a in get_args(annotation) for x in _literals(a)]
 
 
-def _described(annotation: Any) -> str:
+def described(annotation: Any) -> str:
+    """An annotation as a message or a page of help shows it: `int >= 1`, `'step' | 'epoch'`, `float | Tensor`."""
+    if isinstance(annotation, str):
+        return annotation
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(map(repr, args))
     if origin in (Union, types.UnionType):
-        return " | ".join(map(_described, args))
+        return " | ".join(map(described, args))
     if origin is Annotated:
-        return f"{_described(args[0])} >= {args[1].low:g}"
+        bound = "".join(f" >= {a.low:g}" for a in args[1:] if isinstance(a, AtLeast))
+        return f"{described(args[0])}{bound}"
     if annotation is type(None):
         return "None"
     return re.sub(r"\b[a-z_]+\.", "", inspect.formatannotation(annotation))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a docstring says."""
+
+    head: str  # up to its first section
+    arguments: Mapping[str, str]  # of `Args:`, each as one paragraph
+    rest: str  # the sections but for `Args:`
+
+
+_SECTION = re.compile(r"^(Args|Arguments|Keyword Args|Keyword Arguments|Keyword args|[A-Z]\w+):\s*$")
+_ARGUMENT = re.compile(r"^\*{0,2}(\w+)\s*(\(.*?\))?\s*:\s*(.*)$")
+
+
+def texts(fn: Any) -> Texts:
+    """The docstring of a function or a class, taken apart: Google style, as ailab and torch write it.
+
+    A class inherits the texts of arguments that it does not explain itself from its constructor and from the classes that it
+    is derived from.
+    """
+    mine = _parsed(inspect.getdoc(fn) or "")
+    if not inspect.isclass(fn):
+        return mine
+    inherited: dict[str, str] = {}
+    for cls in reversed(inspect.getmro(fn)):
+        inherited |= _parsed(inspect.cleandoc(vars(cls).get("__doc__") or "")).arguments
+        inherited |= _parsed(inspect.cleandoc(getattr(vars(cls).get("__init__"), "__doc__", None) or "")).arguments
+    return replace(mine, arguments={**inherited, **mine.arguments})
+
+
+def _parsed(doc: str) -> Texts:
+    head: list[str] = []
+    rest: list[str] = []
+    arguments: dict[str, list[str]] = {}
+    into, indent, lines = "head", 0, doc.expandtabs().splitlines()
+    for line in lines:
+        if section := _SECTION.match(line):
+            into, indent = ("args" if "arg" in section[1].lower() else "rest"), 0
+        elif line.strip() and not line.startswith(" ") and into == "args":
+            into = "rest"
+        if into == "args" and not section and line.strip():
+            indent = indent or len(line) - len(line.lstrip())
+            start = _ARGUMENT.match(line[indent:]) if line[:indent].isspace() else None
+            if start:
+                arguments[start[1]] = [start[3]]
+            elif arguments:
+                arguments[next(reversed(arguments))].append(line.strip())
+        elif into != "args":
+            (head if into == "head" else rest).append(line)
+    found = {name: " ".join(t for t in text if t) for name, text in arguments.items()}
+    return Texts("\n".join(head).strip(), found, "\n".join(rest).strip())

@@ -24,7 +24,7 @@ config | optim | models | metrics | datasets
 core | workdir
 build | hooks
 job | testing
-fit | data
+fit | data | help | __main__
 """
 LEVEL = {name.strip(): level for level, row in enumerate(FLOORS.split("\n")) for name in row.split("|") if name.strip()}
 PURE = ("datasets", "models", "losses", "metrics")  # components: see also what little they may know
@@ -58,7 +58,8 @@ def imported(file: Path) -> Iterator[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: imports are absolute"
             whole = node.module or ""
-            yield from ((f"{whole}.{a.name}" if whole == "ailab" else whole, node.lineno) for a in node.names)
+            modules = {"ailab": [f"ailab.{a.name}" for a in node.names if a.name != "__version__"]}.get(whole, [whole])
+            yield from ((name, node.lineno) for name in modules)
 
 
 def calls(file: Path) -> Iterator[tuple[str, ast.Call]]:

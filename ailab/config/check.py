@@ -51,7 +51,7 @@ def check(cfg: Any) -> None:
     if not isinstance(cfg, Mapping):
         raise ConfigError(f"cfg: expected a dict, got {type(cfg).__name__}.")
     known = cast("Mapping[str, Any]", cfg)
-    problems = check_arguments(parameters(Cfg), known, "cfg", "a cfg")
+    problems = check_arguments(parameters(Cfg), known, "cfg", "a cfg", "cfg")
     problems += (
         _section(Dist, known.get("dist"), "cfg.dist")
         + _check_shard(known.get("dist"))
@@ -59,7 +59,7 @@ def check(cfg: Any) -> None:
     )
     problems += _check_data(known.get("data"))
     problems += _component(MODELS, Model, known, "model") + _component(LOSSES, Criterion, known, "loss")
-    problems += _component(OPTIMIZERS, Optimizer, known, "optimizer", "params")
+    problems += _component(OPTIMIZERS, Optimizer, known, "optimizer")
     problems += _check_hooks(known.get("hooks")) + _check_workflow(known)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -86,7 +86,7 @@ def _list(value: Any) -> list[Any]:
 
 def _section(section: type, given: Any, path: str) -> list[str]:
     """A dict of the cfg against the keys that it may have."""
-    return check_arguments(parameters(section), _dict(given), path, path) if isinstance(given, dict) else []
+    return check_arguments(parameters(section), _dict(given), path, path, path) if isinstance(given, dict) else []
 
 
 def _check_data(value: Any) -> list[str]:
@@ -106,11 +106,11 @@ def _check_data(value: Any) -> list[str]:
     return problems
 
 
-def _component(registry: Registry, section: type, cfg: Mapping[str, Any], key: str, *injected: str) -> list[str]:
+def _component(registry: Registry, section: type, cfg: Mapping[str, Any], key: str) -> list[str]:
     if not isinstance(cfg.get(key), dict):
         return []
     entry, path = _dict(cfg[key]), f"cfg.{key}"
-    problems = registry.check(entry, path, injected=injected, keys=parameters(section).types)
+    problems = registry.check(entry, path, keys=parameters(section).types)
     problems += _check_mapping(registry, entry, path)
     names = [str(n) for n in _list(entry.get("output_keys"))] if section is Model else []
     return problems + [f"{path}.output_keys: '{n}' is there twice." for n in dict.fromkeys(names) if names.count(n) > 1]
@@ -143,7 +143,7 @@ def _check_hooks(hooks: Any) -> list[str]:
     problems: list[str] = []
     seen: dict[str, str] = {}
     for name, path, entry in _hooks(hooks):
-        problems += HOOKS.check(entry, path, injected=("run", "name"), keys=parameters(Switch).types)
+        problems += HOOKS.check(entry, path, keys=parameters(Switch).types)
         if name in seen:
             problems.append(f"{path}: the hook at {seen[name]} is called '{name}' too.\n  Give one of them another `name`.")
         seen[name] = path
@@ -163,7 +163,7 @@ def _check_workflow(cfg: Mapping[str, Any]) -> list[str]:
     problems: list[str] = [] if _workflow(cfg) else ["cfg.workflow: there is no phase to run."]
     for i, entry in enumerate(map(_dict, _workflow(cfg))):
         path = f"cfg.workflow.{i}"
-        problems += check_arguments(keys, entry, path, "a phase")
+        problems += check_arguments(keys, entry, path, "a phase", path)
         for hook in hooks:
             problems += _section(Switch, entry.get(hook), f"{path}.{hook}")
         problems += _check_needs(entry.get("phase"), cfg, path)

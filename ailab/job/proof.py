@@ -139,7 +139,7 @@ def _of_pure(
         if not (training and leaves and value.requires_grad):
             return value.detach(), {}
         grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    return value.detach(), {n: g for n, g in zip(leaves, grads, strict=True) if g is not None}
+    return value.detach(), {n: g for n, g in zip(leaves, cast("Sequence[Tensor | None]", grads), strict=True) if g is not None}
 
 
 def _reached_around(itself: Itself, loss: Loss, state: TrainState, saved: dict[str, Tensor], sample: Batch) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ailab.errors import ConfigError, nearest
+from ailab.errors import ConfigError, more, nearest
+from ailab.optim.instance import instance
 from ailab.optim.optimizer import Group
 from ailab.types import Params
 
@@ -25,11 +26,12 @@ def check_arguments(cls: type, given: Mapping[str, Any], path: str, reserved: Co
     if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         return
     offered = [n for n in taken if n not in reserved]
+    topic = cls.__name__ if cls.__module__.startswith("torch.") else None
     for key in given:
         if key not in offered:
             raise ConfigError(
                 f"{path}.{key}: {cls.__name__} takes no {key!r}.{nearest(key, offered)}\n"
-                f"  {cls.__name__} takes: {', '.join(offered)}."
+                f"  {cls.__name__} takes: {', '.join(offered)}.{more(topic)}"
             )
 
 
@@ -76,7 +78,7 @@ def _placeholders(names: Sequence[str], params: Params) -> list[nn.Parameter]:
 def _defaults(cls: type[torch.optim.Optimizer], names: Sequence[str], params: Params, given: Mapping[str, Any], path: str):
     """Every hyper-parameter, `given` or torch's default, checked by torch's class."""
     try:
-        group = cls(_placeholders(names, params), **given).param_groups[0]
+        group = instance(cls, _placeholders(names, params), **given).param_groups[0]
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(
             f"{path}: {cls.__name__} refuses {dict(given)} for {names[0]!r} and others like it: {error}"

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ailab.errors import ConfigError
 from ailab.optim.groups import check_arguments
+from ailab.optim.instance import instance
 from ailab.registry import LR_SCHEDULERS
 
 Factory: TypeAlias = Callable[[torch.optim.Optimizer], Any]  # optimizer -> scheduler
@@ -67,10 +68,17 @@ class WarmupAndCosineAnnealingLR(LRScheduler):
         return [self.eta_min + (base - self.eta_min) * part for base in self.base_lrs]
 
 
+class _Rates(torch.optim.Optimizer):
+    """Parameter groups and their learning rates. It updates nothing: a `step` of torch's own would import the compiler."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Do nothing. Schedulers check that it was called."""
+
+
 def dummy_optimizer(base_lrs: Sequence[float]) -> torch.optim.Optimizer:
     """An optimizer with one group per lr. It has a momentum, which schedulers that cycle momentum need; it is not used."""
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in base_lrs]
-    return torch.optim.SGD(groups, lr=base_lrs[0], momentum=0.9)
+    return instance(_Rates, groups, defaults={"lr": base_lrs[0], "momentum": 0.9})
 
 
 def build_scheduler(cfg: Mapping[str, Any], optimizer: torch.optim.Optimizer, n: int | None, path: str) -> Any:

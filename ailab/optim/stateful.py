@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from ailab import tree
 from ailab.errors import AilabError
+from ailab.optim.instance import instance
 from ailab.optim.optimizer import Evaluate, Group, Optimizer, OptState
 from ailab.types import Params
 
@@ -17,9 +17,9 @@ from ailab.types import Params
 class _Stateful:
     """An instance of the class with its own parameters. Its values matter only during a call."""
 
-    def __init__(self, cls: Callable[..., torch.optim.Optimizer], groups: tuple[Group, ...], params: Params):
+    def __init__(self, cls: type[torch.optim.Optimizer], groups: tuple[Group, ...], params: Params):
         self.own = {n: nn.Parameter(params[n].detach().clone()) for g in groups for n in g.names}
-        self.optimizer = cls([{"params": [self.own[n] for n in g.names], **g.hyper} for g in groups])
+        self.optimizer = instance(cls, [{"params": [self.own[n] for n in g.names], **g.hyper} for g in groups])
 
     def load(self, opt_state: OptState, params: Params) -> None:
         """Copy values and state into the instance."""

@@ -30,7 +30,7 @@ BATCH: Batch = {
 def value(criterion: Any, batch: Batch = BATCH, **more: Any) -> tuple[float, dict[str, float]]:
     """The loss and the logs."""
     total, aux = loss_of(MODEL, criterion, **more)(STATE.params, STATE.buffers, batch)
-    return float(total / aux.weight), {n: float(m.value) for n, m in aux.logs.items()}
+    return float((total / aux.weight).detach()), {n: float(m.value) for n, m in aux.logs.items()}
 
 
 def gradient(criterion: Any, n: int) -> Tensor:
@@ -42,7 +42,7 @@ def right(loss: Tensor) -> Tensor:
     return torch.autograd.grad(loss, MODEL.weight)[0]
 
 
-OUT = MODEL(BATCH["input"])
+OUT = MODEL(BATCH["input"]).detach()
 CE, L1 = functional.cross_entropy(OUT, BATCH["target"]), OUT.abs().mean()
 
 
@@ -226,5 +226,5 @@ def test_what_can_stand_in_a_cfg(model: Any, loss: Any, tmp_path: Path) -> None:
     plain = OwnLoss().linear if model is OwnLoss else nn.Linear(4, 3)
     plain.load_state_dict({n.removeprefix("linear."): p.detach() for n, p in result.state.params.items()})
     assert result.metrics["train_loss"] == pytest.approx(
-        float(functional.cross_entropy(plain(BATCH["input"]), BATCH["target"])), rel=1e-5
+        float(functional.cross_entropy(plain(BATCH["input"]), BATCH["target"]).detach()), rel=1e-5
     )

@@ -39,7 +39,7 @@ def AugmentHook(
 
 
 def _check(entry: Mapping[str, Any], path: str) -> list[str]:
-    problems = check_arguments(parameters(AugmentHook).without(("name",)), entry, path, "AugmentHook")
+    problems = check_arguments(parameters(AugmentHook).without(("name",)), entry, path, "AugmentHook", "AugmentHook")
     ops = entry.get("ops")
     listed = enumerate(ops if isinstance(ops, (list, tuple)) else ())
     return problems + [p for i, op in listed for p in TRANSFORMS.check(op, f"{path}.ops.{i}")]

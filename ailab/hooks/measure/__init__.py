@@ -1,1 +1,1 @@
-"""Metrics as hooks. They are traced into the step, or updated on the host."""
+"""Hooks that measure: pure metrics at depth `loss` (traced), class-style ones at `host` and `epoch`."""

@@ -1,1 +1,1 @@
-"""Hooks around a whole run: checkpoints, resuming, early stopping."""
+"""Hooks at depths `run` and `epoch` that save, resume and end a run."""

@@ -95,11 +95,11 @@ def _plateau(scheduler: Mapping[str, Any], metric: str, run: RunInfo, path: str)
 
 
 def _check(entry: Mapping[str, Any], path: str) -> list[str]:
-    problems = check_arguments(parameters(LrSchedulerHook).without(("run",)), entry, path, "LrSchedulerHook")
+    problems = check_arguments(parameters(LrSchedulerHook).without(("run",)), entry, path, "LrSchedulerHook", "LrSchedulerHook")
     scheduler = entry.get("scheduler")
     if not isinstance(scheduler, Mapping):
         return problems
-    return problems + LR_SCHEDULERS.check(_with_total_steps(scheduler), f"{path}.scheduler", injected=("optimizer",))
+    return problems + LR_SCHEDULERS.check(_with_total_steps(scheduler), f"{path}.scheduler")
 
 
 def _with_total_steps(scheduler: Mapping[str, Any]) -> Mapping[str, Any]:
