@@ -55,7 +55,7 @@ def test_the_page_of_a_hook_says_all_there_is_to_know() -> None:
     text = help.page("EMAHook")
     for part in (
         "EMAHook: hook, ailab/hooks/step/ema.py\n  Hooks at depth `step`",
-        "\n  decay: float = 0.999\n      in [0, 1]; 0 keeps the parameters themselves.\n",
+        "\n  decay: float = 0.999\n      d, in [0, 1]. With 0 the average is the parameters themselves.\n",
         "takes: enable\n  More: python -m ailab.help cfg.hooks",
         "Raises:\n    ConfigError: when `decay` is outside [0, 1].",
     ):
@@ -78,9 +78,9 @@ def test_the_page_of_each_hook_tells_its_depth(hook: str) -> None:
         ("CosineAnnealingLR", ["T_max: int\n      Maximum number of iterations"]),
         ("torch.nn.Linear", ["in_features: int\n      size of each input sample"]),
         ("ailab.hooks.EMAHook", ["EMAHook: ailab/hooks/step/ema.py"]),
-        ("MetricHook", ["\n  **metrics\n      each with `type`"]),
+        ("MetricHook", ["\n  **metrics\n      for each name a dict with `type`"]),
         ("Top1Accuracy", ["is called with: "]),
-        ("BatchShift", ["pixels: int\n      the largest shift either way."]),
+        ("BatchShift", ["pixels: int\n      Largest shift in each direction, in pixels."]),
         ("cfg", ["seed: int >= 0 = 0\n", "compile: 'auto' | bool"]),
         ("cfg.data", ["truncated: 'skip' | 'fill' = 'skip'"]),
         ("cfg.data.train", ["type: AudioClassificationDataset, ", "a name of torchvision.datasets"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ailab.core.criterion import Result, result_of
 from ailab.errors import ConfigError
 from ailab.types import VIEWS, WEIGHT, Aux, Batch, Buffers, Loss, Mean, Params, TrainState
 
+T = TypeVar("T")
 LOSS_PREFIX = "loss."  # of the criterion's own parameters and buffers
 Change = Callable[[nn.Module], None]  # alters classes and attributes of sub-modules; every tensor stays where it is
 
@@ -76,6 +77,15 @@ class _Held(AbstractContextManager[None]):
         done, _held = _held, self.before
         for put_back in reversed(done or ()):
             put_back()
+
+
+def _while_tracing(fn: Callable[..., T]) -> Callable[..., T]:
+    """Run a function while a graph is traced, and its result is a constant of the graph.
+
+    It is `torch.compiler.assume_constant_result`, which would import the compiler; what that sets is a private name.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
 
 
 class Functional:
@@ -154,7 +164,7 @@ class Functional:
         own = param.requires_grad and not torch.compiler.is_compiling() and gradient_hooks(param) == hooks
         return param if own or not param.requires_grad else _GradientHooks.apply(param, hooks)  # type: ignore[return-value]
 
-    @torch.compiler.assume_constant_result
+    @_while_tracing
     def _set_mode(self) -> bool:
         """Runs while a graph is traced, and not in it: the mode is fixed in the graph."""
         self.module.train(self.training)

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from ailab import tree
 from ailab.binding import Binding, name_outputs
@@ -276,21 +276,29 @@ def _tensors(values: Any) -> list[Tensor]:
     return [t for t in tree.leaves(values) if isinstance(t, Tensor)]
 
 
-# Random numbers by the name of their operator, and the constant that stands for them. bernoulli is kept: dropout keeps all.
-_DRAWN = {"bernoulli": 1.0, "rand": 0.5, "uniform": 0.5, "random": 0.0, "randn": 0.0, "normal": 0.0, "exponential": 1.0}
+_IDENTITY = {
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"),
+    "native_dropout",
+}
+# Functions that draw, and the constant that stands for what they draw. bernoulli is kept: stochastic depth keeps all.
+_DRAWN = {"bernoulli": 1.0, "rand": 0.5, "uniform": 0.5, "randn": 0.0, "normal": 0.0, "exponential": 1.0}
+_ATTENTION = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}  # where `dropout_p` stands
 
 
-class _Constants(TorchDispatchMode):
-    """Makes dropout the identity and random numbers constants, so that they do not depend on the number of rows."""
+class _Constants(TorchFunctionMode):
+    """Makes dropout the identity and random numbers constants, so that they do not depend on the number of rows.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        name = func._schema.name.removeprefix("aten::")
-        if name == "native_dropout":
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        takes = [argument.name for argument in func._schema.arguments]
-        if "dropout_p" in takes:  # fused attention
-            args, kwargs = (), {**dict(zip(takes, args, strict=False)), **kwargs, "dropout_p": 0.0}
+    What draws in another way keeps its numbers. Then two calls differ, and the loss counts as one that cannot be padded.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        if name in _IDENTITY:
+            return args[0] if args else kwargs["input"]
+        if name in _ATTENTION:
+            place = _ATTENTION[name]
+            args = (*args[:place], 0.0, *args[place + 1 :]) if len(args) > place else args
+            kwargs = kwargs if len(args) > place else {**kwargs, "dropout_p": 0.0}
         result = func(*args, **kwargs)
         constant = _DRAWN.get(name.removesuffix("_like").rstrip("_"))
         return result if constant is None else result.fill_(constant)
