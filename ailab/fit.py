@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,14 @@ from ailab.datasets.files.cache import little_memory, memory_held
 from ailab.dist import fingerprint, launcher
 from ailab.errors import AilabError, ConfigError, PeerError, Preempted
 from ailab.heap import keep_freed
-from ailab.hooks.observe.log import METRICS, LoggerHook, ProgressHook, RecordHook, is_reserved
+from ailab.hooks.observe.log import RESTART, LoggerHook, ProgressHook, RecordHook
 from ailab.job.assemble import Job, assemble
 from ailab.job.show import picture
-from ailab.signature import name_of
+from ailab.job.summary import closing, opening, results
+from ailab.signature import short_name
 from ailab.types import RunInfo, TrainState
 from ailab.workdir.bad_samples import BAD_SAMPLES, BadSampleLog
-from ailab.workdir.folder import lock
+from ailab.workdir.folder import is_run, lock
 
 _HEAR_RANK_0_S = 1.0  # how long the other ranks leave it to rank 0 to tell of a peer that is gone
 _KEPT = 1 << 30  # bytes of freed memory that the process holds on to
@@ -65,14 +65,31 @@ def _fit(load: Callable[[], Mapping[str, Any]]) -> Result:
         job = assemble(full, device, say=say, interrupted=signals, extra=_always(full, bar))
         work_dir = job.info.work_dir
         bar.reset(total=job.info.total_steps)
-        with lock(work_dir) if dist.rank() == 0 else nullcontext():
-            say(_opening(job))
+        with _held(job) if dist.rank() == 0 else nullcontext():
+            say(opening(job))
             for stream in job.streams.values():
                 stream.record_bad(BadSampleLog(work_dir / BAD_SAMPLES))
             state = _trained(job)
-            metrics = _results(job.info)
-        say(_closing(work_dir, metrics))
-        return Result(state, work_dir, {n: last for n, (last, _, _) in metrics.items()})
+            found = results(job.info)
+            say(closing(job, found))
+        return Result(state, work_dir, {r.name: r.last for r in found})
+
+
+@contextmanager
+def _held(job: Job) -> Generator[None]:
+    """The folders that the run writes its state to, each for this process alone: the work_dir, and that of the checkpoints.
+
+    Checkpoints in the work_dir of another run are held by its lock too.
+    """
+    mine = job.info.work_dir
+    folders = {mine.resolve(): mine}
+    for folder in dict.fromkeys(h.core["holds"] for hooks in job.hooks.values() for h in hooks if "holds" in h.core):
+        if folder.resolve() != mine.resolve() / "checkpoints":
+            folders |= {folder.resolve(): folder} | ({folder.resolve().parent: folder.parent} if is_run(folder.parent) else {})
+    with ExitStack() as stack:
+        for folder in folders.values():
+            stack.enter_context(lock(folder))
+        yield
 
 
 def _trained(job: Job) -> TrainState:
@@ -140,16 +157,11 @@ def _ended_by_launcher() -> Generator[None]:
 def _resuming(cfg: dict[str, Any]) -> dict[str, Any]:
     """The cfg, with a ResumeHook if the launcher has restarted a run that saves checkpoints and had begun."""
     rendezvous = dist.current_rendezvous()
-    kinds = {_kind(entry): entry for entry in cfg["hooks"].values() if entry["enable"]}
+    kinds = {short_name(entry["type"]): entry for entry in cfg["hooks"].values() if entry["enable"]}
     if rendezvous is None or "ResumeHook" in kinds or "CheckpointHook" not in kinds or not rendezvous.has_flag("begun"):
         return cfg
     entry = {"type": "ResumeHook", "save_dir": kinds["CheckpointHook"].get("save_dir"), "enable": True}
-    return {**cfg, "hooks": {**cfg["hooks"], "resume_after_restart": entry}}
-
-
-def _kind(entry: Mapping[str, Any]) -> str:
-    kind = entry["type"]
-    return (kind if isinstance(kind, str) else name_of(kind)).rpartition(".")[2]
+    return {**cfg, "hooks": {**cfg["hooks"], RESTART: entry}}
 
 
 class Signals:
@@ -202,62 +214,10 @@ def _always(cfg: Mapping[str, Any], bar: Any) -> Callable[[RunInfo], list[Any]]:
         hooks = RecordHook(_RECORD_EVERY, run=run)
         if bar is not None and not bar.disable:
             hooks = [*hooks, *ProgressHook(bar, run)]
-        has_logger = any(entry["type"] == "LoggerHook" or entry["type"] is LoggerHook for entry in cfg["hooks"].values())
+        has_logger = any(short_name(entry["type"]) == "LoggerHook" for entry in cfg["hooks"].values())
         return hooks if has_logger else [*hooks, *LoggerHook(run=run)]
 
     return extra
-
-
-def _opening(job: Job) -> str:
-    """The report at the start: model, parameters, data sizes, device, world size, precision, what is compiled."""
-    info, parts = job.info, job.parts
-    trained = sum(job.state.params[n].numel() for n in parts.trainable)
-    total = sum(p.numel() for p in job.state.params.values())
-    sizes = {phase: info.cfg["data"][f"{phase}_dataloader"]["batch_size"] for phase in job.streams}
-    data = ", ".join(f"{p} {len(parts.datasets[p])} samples in {n} steps of {sizes[p]}" for p, n in info.phase_steps.items())
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in job.state.params.values()})
-    amp = any(h.name == "amp" and h.depth == "loss" for hooks in job.hooks.values() for h in hooks)
-    precision = "/".join(dtypes) + (" with autocast" if amp else "")
-    processes = f", {info.world_size} processes ({job.plan.sync})" if info.world_size > 1 else ""
-    return "\n".join(
-        [
-            f"model     {type(parts.model).__name__}: {total:,} parameters, {trained:,} trained",
-            f"data      {data}",
-            f"device    {_device_name(info.device)}{processes}, torch {torch.__version__}, {precision}",
-            f"compile   {'the ' + job.plan.cut if job.plan.enabled else 'no'} ({job.plan.why})",
-            f"work_dir  {info.work_dir}",
-        ]
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
-
-
-def _results(info: RunInfo) -> dict[str, tuple[float, float, int]]:
-    """Last and best value of each result of this run's phases, and the epoch of the best, from metrics.jsonl."""
-    record = info.work_dir / METRICS
-    if info.rank != 0 or not record.exists():  # a finished run that is started again does not write one anew
-        return {}
-    rows = [json.loads(line) for line in record.read_text().splitlines()]
-    found: dict[str, tuple[float, float, int]] = {}
-    for row in (r for r in rows if r["final"] and r["phase"] in info.phase_steps):
-        for name, value in row.items():
-            if is_reserved(name) or not isinstance(value, float):
-                continue
-            key = f"{row['phase']}_{name}"
-            _, best, when = found.get(key, (value, value, row["epoch"]))
-            better = value < best if "loss" in name else value > best
-            found[key] = (value, value if better else best, row["epoch"] if better else when)
-    return found
-
-
-def _closing(work_dir: Path, metrics: Mapping[str, tuple[float, float, int]]) -> str:
-    rows = [f"  {name:<20} last {last:.4f}   best {best:.4f} (epoch {when})" for name, (last, best, when) in metrics.items()]
-    left = sorted(p.name for p in work_dir.iterdir() if not p.name.startswith("."))
-    return "\n".join(["done", *rows, f"  in {work_dir}: {', '.join(left)}"])
 
 
 def dry_run(cfg: Mapping[str, Any]) -> str:

@@ -93,6 +93,11 @@ def name_of(fn: Any) -> str:
     return str(getattr(fn, "__name__", None) or type(fn).__name__)
 
 
+def short_name(type_: Any) -> str:
+    """The last part of what a cfg names by `type`, be it a name, a dotted path or the object itself."""
+    return (type_ if isinstance(type_, str) else name_of(type_)).rpartition(".")[2]
+
+
 def name_list(names: Iterable[Any]) -> str:
     """Names for a message, separated by commas; of many, the first 24."""
     all_names = [str(n) for n in names]

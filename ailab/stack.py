@@ -14,6 +14,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 Depth = Literal["loss", "grad", "step", "host", "epoch", "run"]
 DEPTHS: tuple[Depth, ...] = ("loss", "grad", "step", "host", "epoch", "run")  # from the inside out
 TRACED: frozenset[str] = frozenset({"loss", "grad", "step"})  # below the compile line
+Role = Literal["observer", "end", "result"]
+ROLES: tuple[Role, ...] = ("observer", "end", "result")  # the last that a hook has counts
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,16 @@ class Middleware(Generic[F]):
     # Grad depth: whether it may read one gradient after it has asked for another; if none does, gradients are DDP's buckets.
     holds_grad: bool = True
 
+    # What of a run depends on it: "result", what is trained or reported; "end", no more than when the run ends; or nothing, of an
+    # "observer". A resumed run has the same results, and may have another end. None: see `role_of`.
+    role: Role | None = None
+
     # Checks before the first step. (fields, phase) -> problems.
     check: Callable[[Collection[str], str], list[str]] | None = None
     # Results that it needs, as "val_top1", by the path in the cfg that says so.
     reads: Mapping[str, str] = field(default_factory=dict)
+    # Results of which it needs to know whether lower or higher is better, by the path in the cfg that can say so.
+    ranks: Mapping[str, str] = field(default_factory=dict)
     # (some samples with the model's outputs, phase) -> names of results that it adds to those of the steps.
     reports: Callable[[Batch, str], Collection[str]] | None = None
 
@@ -85,6 +93,15 @@ def with_slots(state: TrainState, hooks: Iterable[Middleware[Any]]) -> TrainStat
             # A copy: memory that begins as the parameters themselves must not be theirs, for a step may write into both.
             state = state.with_slot(hook.name, clone(hook.init(state)))
     return state
+
+
+def role_of(hook: Middleware[Any]) -> Role:
+    """What a hook says of itself; else "result" below the compile line, "end" around the workflow, and "observer" elsewhere."""
+    if hook.role is not None:
+        return hook.role
+    if hook.depth in TRACED:
+        return "result"
+    return "end" if hook.depth == "epoch" and hook.phases is None else "observer"
 
 
 def core_settings(hooks: Iterable[Middleware[Any]], key: str) -> dict[str, Any]:

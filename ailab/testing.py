@@ -114,7 +114,7 @@ class TinyNet:
             seen.append(logs)
             return state, logs
 
-        bare_run = run_epochs(watched, lambda number, start: {"train": self.batches}, len(self.batches), 1)
+        bare_run = run_epochs(watched, lambda number, start: {"train": self.batches}, 1)
         state = stack(bare_run, at(self.hooks, "run"))(with_slots(self.state.clone(), [tally(names)]))
         assert len(seen) == 1, "a run hook leaves the epochs of the run as they are"
         return state, seen[0]

@@ -92,8 +92,19 @@ def lerp(start: dict[str, Tensor], end: dict[str, Tensor], weight: Tensor | floa
 
 
 def where(condition: Tensor, a: T, b: T) -> T:
-    """`a` if the condition, () bool, holds, else `b`. The device is not read."""
-    return map(lambda x, y: torch.where(condition, x, y), a, b)
+    """`a` if the condition, () bool, holds, else `b`. The device is read only if they differ in more than tensor values."""
+    return _chosen(condition, a, b)
+
+
+def _chosen(condition: Tensor, a: Any, b: Any) -> Any:
+    """For tensors the choice is an operation on the device. For a plain value or another structure it is made on the host."""
+    ours, theirs = _children(a), _children(b)
+    if ours is not None and theirs is not None and type(a) is type(b) and [n for n, _ in ours] == [n for n, _ in theirs]:
+        return _rebuild(a, [_chosen(condition, x, y) for (_, x), (_, y) in zip(ours, theirs, strict=True)])
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
+        return torch.where(condition, a, b)
+    alike = ours is None and theirs is None and type(a) is type(b) and not isinstance(a, Tensor) and a == b
+    return a if alike or bool(condition) else b
 
 
 def norm(tree: Any, order: float = 2.0) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ Batch: TypeAlias = dict[str, Any]  # fields by name; tensors have the samples al
 LOSS_SCALE = "_loss_scale"  # the reserved batch field: (), the loss is differentiated times this and gradients divided by it
 VIEWS = "_views"  # the reserved batch field: [(share, fields)], how often and with which other fields the criterion is asked
 OUTPUT = "@"  # prefix under which model outputs that a host hook reads travel beside the logs
+Direction: TypeAlias = Literal["min", "max"]  # which of two values of a result is better, the lower or the higher
 STOP = "_stop"  # the reserved batch field: (), 1 where this rank asks to end the run; comes out as how many ranks do
 WEIGHT = "_weight"  # the reserved batch field: (B,) float32, 1 for a sample that counts and 0 for padding
 SIZE = "_size"  # the reserved batch field: () float32, samples of the whole batch that this one is a part of
@@ -257,6 +258,14 @@ Run: TypeAlias = Callable[[TrainState], TrainState]
 
 
 @dataclass(frozen=True)
+class HostMemory:
+    """What a host hook gathers over an epoch outside of the state: a checkpoint in mid-epoch holds it beside the state."""
+
+    save: Callable[[], PyTree]  # tensors and plain values; None where there is nothing, or nothing that could be read again
+    restore: Callable[[PyTree], None]  # what `save` gave, before the first epoch of a resumed run
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """The facts of a run, fixed before the first step; a hook builder with a parameter `run` is given them."""
 
@@ -270,10 +279,21 @@ class RunInfo:
     phase_steps: Mapping[str, int]  # steps of one epoch, by phase, in the order of the workflow
     log_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what each step of a phase reports
     result_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what a phase of an epoch reports
+    directions: dict[str, Direction] = field(
+        default_factory=dict
+    )  # which is better, by result as "val_top1", where that is known
+    memories: dict[str, HostMemory] = field(default_factory=dict)  # of host hooks, by name
+    notes: list[str] = field(default_factory=list)  # lines that the log file is still to get
     phase_samples: Mapping[str, int] = field(default_factory=dict)  # of one epoch, over all ranks
     flops: dict[str, float] = field(default_factory=dict)  # of one sample in a step of a phase, where a hook asks (core)
     base_lrs: tuple[float, ...] = ()  # per parameter group, before any schedule
     say: Callable[[str], None] = print  # one line to the console, on rank 0
+    # What a resumed run has to have alike, by section; on rank 0. One dict for the whole run.
+    fingerprint: Callable[[], dict[str, Any]] = dict
+    # What the hooks remember at a state at which none of them was there before, by slot; and where each is in the cfg.
+    fresh_slots: Callable[[TrainState], dict[str, PyTree]] = lambda state: {}
+    slots: dict[str, tuple[str, str]] = field(default_factory=dict)  # slot: (path in the cfg, role of the hook)
+    late: tuple[str, ...] = ()  # entries of opt_state that only the first update makes
     # By the names of the user's module: the model as evaluation sees it.
     model_state: Callable[[TrainState], dict[str, Tensor]] = lambda state: state.params
     # As the torch.optim class would give it.

@@ -549,7 +549,7 @@ def test_an_evaluation_refuses_a_checkpoint_that_does_not_fit(tmp_path: Path, ca
     source = str(tmp_path / "run" / "checkpoints")
     lines = ["cfg['workflow'] = [{'phase': 'val'}]", "cfg['model']['width'] = 9", "cfg['work_dir'] += '2'"]
     code, message = told([cfg_file(tmp_path, *lines, hooks=f"resume=dict(type='ResumeHook', resume_from={source!r})")], capsys)
-    assert code == 5 and "params.first.weight: checkpoint has float32 (8, 4), run has float32 (9, 4)" in message
+    assert code == 5 and "cfg.model, parameter first.weight: checkpoint has float32 (8, 4), run has float32 (9, 4)" in message
     hooks = f"ema=dict(type='EMAHook'), resume=dict(type='ResumeHook', resume_from={source!r})"
     code, message = told([cfg_file(tmp_path, lines[0], lines[2], hooks=hooks)], capsys)
-    assert code == 5 and "slots.ema.first.weight: checkpoint has nothing" in message
+    assert code == 5 and "cfg.hooks.ema, its memory first.weight: checkpoint has nothing" in message

@@ -11,7 +11,7 @@ from ailab.config.load import copy_containers
 from ailab.config.schema import PHASES, Cfg, Compile, Criterion, Data, Dist, Loader, Model, Optimizer, Phase, Switch
 from ailab.errors import ConfigError
 from ailab.registry import COLLATES, DATASETS, HOOKS, LOSSES, MODELS, OPTIMIZERS, SAMPLERS, Registry
-from ailab.signature import Parameters, check_arguments, name_of, parameters
+from ailab.signature import Parameters, check_arguments, parameters, short_name
 
 _SHARDS = {
     "zero1": "every rank holds the whole TrainState, bit for bit the same, and rank 0 alone saves it; optimizer memory of a\n"
@@ -134,7 +134,7 @@ def _hooks(hooks: Any) -> Iterator[tuple[str, str, Any]]:
         yield str(name), f"cfg.hooks.{name}", entry
     for i, entry in enumerate(_list(hooks)):
         type_ = _dict(entry).get("type", str(i))
-        short = (type_ if isinstance(type_, str) else name_of(type_)).rpartition(".")[2].removesuffix("Hook").lower()
+        short = short_name(type_).removesuffix("Hook").lower()
         plain = {k: v for k, v in _dict(entry).items() if k != "name"} if isinstance(entry, dict) else entry
         yield str(_dict(entry).get("name", short)), f"cfg.hooks.{i}", plain
 

@@ -14,7 +14,7 @@ from ailab.types import STOP, Batch, Batches, Epoch, Logs, Mean, Step, TrainStat
 
 TOTALS = "totals"  # slot: the sums of the running epoch, (names, 2) float64, so that a resumed epoch reports exact means
 _AGREE_EVERY = 16  # steps of evaluation between two agreements of the ranks on whether to stop
-PROGRESS = "progress"  # slot: {"epoch": workflow epochs completed, "stop": whether a hook asked to end the run}
+PROGRESS = "progress"  # slot: {"epoch": workflow epochs completed, "began": step at which the running one began, "stop": ended}
 
 
 class Interrupted(Exception):
@@ -148,11 +148,7 @@ def workflow(phases: Mapping[str, Epoch]) -> Epoch:
             state, logs = run_phase(state, batches[phase])
             parts.append(logs.prefixed(f"{phase}_"))
         # Only now, with every phase done, is the epoch complete: a run resumed before this point reports it again, once.
-        progress = {**state.slots[PROGRESS], "epoch": state.slots[PROGRESS]["epoch"] + 1}
-        slots: dict[str, Any] = {**state.slots, PROGRESS: progress}
-        if TOTALS in slots:
-            slots[TOTALS] = torch.zeros_like(slots[TOTALS])
-        return state.replace(slots=slots), Logs.join(parts)
+        return epoch_ended(state), Logs.join(parts)
 
     return epoch
 
@@ -160,7 +156,20 @@ def workflow(phases: Mapping[str, Epoch]) -> Epoch:
 def fresh_progress(device: torch.device) -> dict[str, torch.Tensor]:
     """The progress of a run that has not begun."""
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    return {"epoch": zero, "stop": zero.clone()}
+    return {"epoch": zero, "began": zero.clone(), "stop": zero.clone()}
+
+
+def epoch_ended(state: TrainState) -> TrainState:
+    """The state after one more epoch, at which the next one begins."""
+    return begun_anew(state.with_slot(PROGRESS, {**state.slots[PROGRESS], "epoch": state.slots[PROGRESS]["epoch"] + 1}))
+
+
+def begun_anew(state: TrainState) -> TrainState:
+    """A state at which an epoch begins: what was counted of the last one is gone."""
+    slots: dict[str, Any] = {**state.slots, PROGRESS: {**state.slots[PROGRESS], "began": state.step.clone()}}
+    if TOTALS in slots:
+        slots[TOTALS] = torch.zeros_like(slots[TOTALS])
+    return state.replace(slots=slots)
 
 
 def epochs_done(state: TrainState) -> int:
@@ -168,6 +177,18 @@ def epochs_done(state: TrainState) -> int:
     return int(state.slots[PROGRESS]["epoch"])
 
 
-def ask_to_stop(state: TrainState) -> TrainState:
-    """A state after which the run ends; for epoch hooks (early stopping)."""
-    return state.with_slot(PROGRESS, {**state.slots[PROGRESS], "stop": torch.ones_like(state.slots[PROGRESS]["stop"])})
+def began(state: TrainState) -> int:
+    """At which step the running epoch began; one device read."""
+    return int(state.slots[PROGRESS]["began"])
+
+
+def ask_to_stop(state: TrainState, stop: bool = True) -> TrainState:
+    """A state after which the run ends, or goes on; for epoch hooks (early stopping)."""
+    return state.with_slot(
+        PROGRESS, {**state.slots[PROGRESS], "stop": torch.full_like(state.slots[PROGRESS]["stop"], int(stop))}
+    )
+
+
+def stopped(state: TrainState) -> bool:
+    """Whether a hook asked to end the run; one device read."""
+    return bool(state.slots[PROGRESS]["stop"])

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ailab.core.epoch import PROGRESS, epochs_done
+from ailab.core.epoch import began, epochs_done, stopped
 from ailab.types import Batches, Epoch, Run, TrainState
 
 
-def run_epochs(epoch: Epoch, batches: Callable[[int, int], Batches], steps_per_epoch: int, total_epochs: int) -> Run:
+def run_epochs(epoch: Epoch, batches: Callable[[int, int], Batches], total_epochs: int) -> Run:
     """Epochs `epochs_done(state) .. total_epochs - 1`, the first from the middle where the state says so.
 
     Args:
         epoch: one workflow epoch.
         batches: `batches(epoch, start)`: the batches of that epoch, training from step `start` on; nothing is replayed.
-        steps_per_epoch: training steps of an epoch.
         total_epochs: where the run ends.
     """
 
     def run(state: TrainState) -> TrainState:
-        while (done := epochs_done(state)) < total_epochs and not int(state.slots[PROGRESS]["stop"]):
-            state, _ = epoch(state, batches(done, state.at - done * steps_per_epoch))
+        while (done := epochs_done(state)) < total_epochs and not stopped(state):
+            state, _ = epoch(state, batches(done, state.at - began(state)))
         return state
 
     return run

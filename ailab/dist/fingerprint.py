@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import platform
 import types
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor
 import ailab
 from ailab import tree
 
+_HASHED = 1 << 20  # elements of a tensor that are hashed in full
 _SHOWN = 60  # characters: a longer value is hashed, so that a message can quote it
 
 
@@ -45,6 +46,33 @@ def of_parts(
     found["cfg.model"] = f"parameters {_hash(repr([(n, tuple(p.shape), p.dtype) for n, p in params.items()]))}"
     found["first samples"] = _hash(repr([(n, _content(v)) for n, v in tree.items(sample)]))
     return found
+
+
+def of_value(value: Any) -> str:
+    """A value as a short text that differs where the value does; of large tensors three parts are looked at.
+
+    1 and 1.0 are one value.
+    """
+    if isinstance(value, functools.partial):
+        held: Any = {"": value.func, "args": value.args, **value.keywords}
+        return f"partial({', '.join(f'{n}={of_value(v)}' for n, v in tree.items(held))})"
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} (hash {_hash_of(value)})"
+    if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+        return f"{value.dtype} {value.shape} (hash {hashlib.sha256(value.tobytes()).hexdigest()[:8]})"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return _describe(value)
+
+
+def _hash_of(tensor: Tensor) -> str:
+    if tensor.layout is not torch.strided:
+        return "?"
+    flat = tensor.detach().cpu().reshape(-1)
+    size, part = flat.numel(), _HASHED // 3
+    if size > _HASHED:
+        flat = torch.cat([flat[at : at + part] for at in (0, (size - part) // 2, size - part)])
+    return hashlib.sha256(flat.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:8]
 
 
 def _values(value: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -90,7 +118,7 @@ def _source(cls: Callable[..., Any]) -> str:
     return f"{cls.__qualname__} ({Path(file).name}, {_hash(Path(file).read_text())})"
 
 
-@cache
+@functools.cache
 def _package() -> str:
     files = sorted(Path(str(ailab.__file__)).parent.rglob("*.py"))
     return _hash("".join(f"{f.name}\n{f.read_text()}" for f in files))

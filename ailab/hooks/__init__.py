@@ -20,8 +20,8 @@ from ailab.hooks.observe.tensorboard import TensorboardHook as TensorboardHook
 from ailab.hooks.observe.throughput import ThroughputHook as ThroughputHook
 from ailab.hooks.observe.wandb import WandbHook as WandbHook
 from ailab.hooks.run.checkpoint import CheckpointHook as CheckpointHook
-from ailab.hooks.run.checkpoint import ResumeHook as ResumeHook
 from ailab.hooks.run.early_stop import EarlyStopHook as EarlyStopHook
+from ailab.hooks.run.resume import ResumeHook as ResumeHook
 from ailab.hooks.step.ema import EMAHook as EMAHook
 from ailab.hooks.step.lookahead import LookaheadHook as LookaheadHook
 from ailab.hooks.step.lr import LrSchedulerHook as LrSchedulerHook

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +26,9 @@ from ailab.job.plan import Plan, planned, verify_gradient
 from ailab.job.probe import asked_outputs, check_fields, check_reads, check_tails, notices, probe
 from ailab.optim.state_dict import torch_state_dict
 from ailab.registry import HOOKS
-from ailab.stack import Middleware, as_hooks, at, core_settings, stack, with_slots
-from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, Run, RunInfo, Step, TrainState
+from ailab.stack import ROLES, Middleware, as_hooks, at, core_settings, role_of, stack, with_slots
+from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, PyTree, Run, RunInfo, Step, TrainState
+from ailab.workdir import record
 
 Hook = Middleware[Any]
 
@@ -70,13 +72,28 @@ def assemble(
     rank, world = dist.rank(), dist.world_size()
     streams = {p["phase"]: build_stream(cfg, p, parts, device, rank, world, report=say) for p in cfg["workflow"]}
     views: list[Callable[[TrainState], TrainState]] = []
-    info = replace(_info(cfg, parts, streams, device, say), model_state=_model_state(parts, views))
+    keepers: list[Hook] = []  # hooks that keep memory
+
+    @functools.cache
+    def made_of() -> dict[str, Any]:
+        return record.of_run(
+            info, _roles(cfg, built), parts.datasets, f"{plan.cut if plan.enabled else 'no'}, sync {plan.sync}"
+        )
+
+    info = replace(
+        _info(cfg, parts, streams, device, say),
+        model_state=_model_state(parts, views),
+        fingerprint=made_of,
+        fresh_slots=lambda state: _memory_at(state, keepers),
+    )
     built = [("", h) for h in extra(info)] + _build_hooks(cfg, info)
     views += [h.core["eval_state"] for _, h in built if "eval_state" in h.core]
     hooks = {p["phase"]: _served(p, cfg["workflow"], built) for p in cfg["workflow"]}
     check_fields(hooks, parts)
     state = parts.state.with_slot(PROGRESS, fresh_progress(device))
     state = with_slots(state, [h for _, h in built])
+    keepers += [h for _, h in built if h.init is not None]
+    info.slots.update({h.name: (f"cfg.hooks.{n}", role_of(h)) for n, h in built if h.init is not None})
     parts = _without_frozen(parts, built)
     paths = {id(h): f"cfg.hooks.{n}" for n, h in built if n}
     for phase in streams:
@@ -84,7 +101,8 @@ def assemble(
     check_reads(built, info)
     check_tails(hooks, parts, streams, state)
     if "train" in streams:
-        state = with_slots(state, [tally(info.log_names["train"])])
+        keepers.append(tally(info.log_names["train"]))
+        state = with_slots(state, keepers[-1:])
     plan = planned(cfg, info, parts, core_settings(hooks.get("train", ()), "compile"))
     if plan.enabled and plan.cut != "loss" and "train" in streams:
         verify_gradient(parts, state)
@@ -145,6 +163,7 @@ def _info(
         base_lrs=tuple(float(g.hyper["lr"]) for g in optimizer.groups) if optimizer else (),
         say=say,
         optimizer_state=lambda state: torch_state_dict(optimizer, state.opt_state) if optimizer else {},
+        late=("state", "groups") if optimizer and not optimizer.traced else (),
     )
 
 
@@ -169,6 +188,17 @@ def _build_hooks(cfg: Mapping[str, Any], info: RunInfo) -> list[tuple[str, Hook]
         made = explained(lambda a=args, p=path, n=name: HOOKS.build(a, p, run=info, name=n), f"{path}: could not be built")
         built += [(name, h) for h in as_hooks(made, path)]
     return built
+
+
+def _roles(cfg: Mapping[str, Any], built: Sequence[tuple[str, Hook]]) -> dict[str, str]:
+    """The role of each hook of the cfg that is on; what has nothing to do here may have it on another machine: a "result"."""
+    found = {name: [role_of(h) for n, h in built if n == name] for name, entry in cfg["hooks"].items() if entry["enable"]}
+    return {name: max(roles, key=ROLES.index, default="result") for name, roles in found.items()}
+
+
+def _memory_at(state: TrainState, keepers: Sequence[Hook]) -> dict[str, PyTree]:
+    """What each hook would remember if it began at this state."""
+    return dict(with_slots(state.replace(slots={}), keepers).slots)
 
 
 def _served(entry: Mapping[str, Any], workflow: Sequence[Mapping[str, Any]], built: list[tuple[str, Hook]]) -> list[Hook]:
@@ -315,5 +345,5 @@ def _run(
     def batches(number: int, start: int) -> Batches:
         return {p: s.epoch(number, start if p == "train" else 0, lean=lean) for p, s in streams.items()}
 
-    run = stack(run_epochs(epoch, batches, info.steps_per_epoch, info.total_epochs), at(outer, "run"))
+    run = stack(run_epochs(epoch, batches, info.total_epochs), at(outer, "run"))
     return blame.run(run) if info.world_size > 1 else run

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ailab import dist, tree
 from ailab.core.grad import local_grad
@@ -15,8 +16,9 @@ from ailab.datasets import Stream
 from ailab.errors import ConfigError, nearest
 from ailab.job.build import Parts, explained
 from ailab.job.proof import check_tail
+from ailab.metrics.direction import direction_of, known
 from ailab.stack import Middleware, at, stack
-from ailab.types import RunInfo, TrainState, batch_size, seal
+from ailab.types import Aux, Batch, Buffers, Loss, Params, RunInfo, TrainState, batch_size, seal
 
 Hook = Middleware[Any]
 
@@ -42,6 +44,12 @@ def check_reads(built: Sequence[tuple[str, Hook]], info: RunInfo) -> None:
         for path, name in hook.reads.items()
         if name not in info.results
     ]
+    for _, hook in built:
+        for path, name in hook.ranks.items():
+            try:
+                known(None, name, info.directions, path)
+            except ConfigError as e:
+                problems += [str(e)] if name in info.results else []
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
@@ -55,7 +63,9 @@ def asked_outputs(hooks: Sequence[Hook], phase: str, parts: Parts) -> tuple[str,
 
 def probe(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, info: RunInfo) -> None:
     """Find out what a phase reports, by one shrunk, uncompiled, local step; its result is thrown away."""
-    loss, outputs = stack(parts.losses[phase], at(hooks, "loss", phase)), asked_outputs(hooks, phase, parts)
+    losses: dict[str, None] = {}
+    loss = stack(parts.losses[phase], [Middleware("names", _noting(losses), "loss"), *at(hooks, "loss", phase)])
+    outputs = asked_outputs(hooks, phase, parts)
     if phase == "train":
         assert parts.optimizer is not None
         grad = stack(local_grad(loss, parts.trainable), at(hooks, "grad"))
@@ -74,8 +84,26 @@ def probe(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, in
         if (reports := h.reports) is not None and phase in (h.phases or (phase,)):
             more += explained(lambda r=reports: r(fields, phase), f"hook {h.name!r} failed on the first samples")
     info.log_names[phase], info.result_names[phase] = seen.names, (*seen.names, *more)
+    metrics = {h.name: h.core["metric"] for h in hooks if "metric" in h.core and phase in (h.phases or (phase,))}
+    for name in info.result_names[phase]:
+        if (direction := direction_of(name, losses, metrics)) is not None:
+            info.directions[f"{phase}_{name}"] = direction
     if counter is not None:
         info.flops[phase] = counter.get_total_flops() / batch_size(sample)
+
+
+def _noting(names: dict[str, None]) -> Callable[[Loss], Loss]:
+    """Puts into `names` what the bare loss logs, before any hook adds to it: the loss and its parts."""
+
+    def wrap(loss: Loss) -> Loss:
+        def noted(params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
+            total, aux = loss(params, buffers, batch)
+            names.update(dict.fromkeys(aux.logs))
+            return total, aux
+
+        return noted
+
+    return wrap
 
 
 def _flop_counter() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -48,6 +49,7 @@ class Accuracy:
         ValueError: when `topk` is below 1 or empty.
     """
 
+    higher_is_better: ClassVar[bool] = True
     topk: int | Sequence[int] = 5
 
     def __post_init__(self) -> None:
@@ -71,6 +73,8 @@ class Accuracy:
 @dataclass(frozen=True)
 class Top1Accuracy:
     """Top-1 accuracy: the fraction of samples whose class has the highest score. Called as `Accuracy` is."""
+
+    higher_is_better: ClassVar[bool] = True
 
     def __call__(self, pred: Tensor, label: Tensor, weight: Tensor | None = None) -> Mean:
         """Correct samples and counted samples, as a `Mean`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class PSNR:
         ValueError: when `data_range` is not positive, or the shapes differ.
     """
 
+    higher_is_better: ClassVar[bool] = True
     data_range: float = 1.0
 
     def __post_init__(self) -> None:
@@ -60,6 +62,8 @@ class MeanIoU(LabBaseMetric):
     Raises:
         ValueError: for fewer than two classes.
     """
+
+    higher_is_better = True
 
     def __init__(self, num_classes: int, ignore_index: int | None = None):
         if num_classes < 2:

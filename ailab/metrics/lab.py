@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -11,6 +12,8 @@ class LabBaseMetric:
     `update` gets the fields that `mapping` names, without padding. For a metric that is a mean over samples, a function that
     returns a `Mean` is better: it is traced into the step, and exact over all ranks.
     """
+
+    higher_is_better: bool | Mapping[str, bool] | None = None  # of a dict of results, by name; None: the cfg has to say it
 
     def reset(self) -> None:
         """Clear all samples."""

@@ -63,4 +63,4 @@ def build_optimizer(
     # A user's class of the same name is another class.
     if cls.__name__ in ROWS and torch_classes().get(cls.__name__) is cls:
         return traced_optimizer(cls.__name__, groups, params)
-    return stateful_optimizer(cls, groups, params)
+    return stateful_optimizer(cls, groups, params, path)

@@ -106,6 +106,13 @@ def build_scheduler(cfg: Mapping[str, Any], optimizer: torch.optim.Optimizer, n:
         raise ConfigError(f"{path}: {cls.__name__} refuses {kwargs}: {error}") from error
 
 
+def follows_length(cfg: Mapping[str, Any]) -> bool:
+    """Whether the schedule, or a part of it, is given no length of its own and so has that of the run."""
+    nested = cast("Sequence[Mapping[str, Any]]", cfg.get("schedulers", ()))
+    takes = inspect.signature(LR_SCHEDULERS.get(cfg["type"])).parameters
+    return ("total_steps" in takes and not {"total_steps", "epochs"} & {*cfg}) or any(follows_length(part) for part in nested)
+
+
 def lr_table(
     cfg: Mapping[str, Any] | Factory,
     base_lrs: Sequence[float],

@@ -116,26 +116,40 @@ def load(path: Path) -> tuple[dict[str, Any], Checkpoint]:
     return content, checkpoint
 
 
-def restore(like: TrainState, saved: Any) -> TrainState:
+def restore(like: TrainState, saved: Any, words: Callable[[str], str] = str) -> TrainState:
     """A new state with the values of `saved`. Nothing is cast or broadcast.
 
     Args:
         like: a state of this run. It gives the devices and memory layouts.
         saved: the entry `state` of what `load` returns.
+        words: what a path is called in the message.
 
     Raises:
-        CheckpointError: a path, shape, dtype or type differs. The first 5 paths are named.
+        CheckpointError: a path, shape, dtype or type differs. The first 5 places are named.
     """
-    wanted, found = dict(tree.items(to_plain(like))), dict(tree.items(saved))
-    paths = [path for path in {**wanted, **found} if _spec(wanted, path) != _spec(found, path)]
-    if paths:
-        lines = [f"  {ascii(path)[1:-1]}: checkpoint {_spec(found, path)}, run {_spec(wanted, path)}" for path in paths[:5]]
-        raise CheckpointError(f"The checkpoint does not fit this run: {len(paths)} entries differ.\n" + "\n".join(lines))
+    if text := difference(like, saved, words):
+        raise CheckpointError(text)
+    wanted, found = dict(tree.items(like)), dict(tree.items(saved))
 
     def placed(path: str, leaf: Any) -> Any:
         return torch.empty_like(leaf).copy_(found[path]) if isinstance(leaf, Tensor) else found[path]
 
     return tree.unflatten(like, [placed(path, leaf) for path, leaf in wanted.items()])
+
+
+def difference(like: Any, saved: Any, words: Callable[[str], str] = str) -> str:
+    """The first 5 places where two trees differ, in the words for their paths; nothing where they fit."""
+    if not (paths := misfits(like, saved)):
+        return ""
+    wanted, found = dict(tree.items(_plain(like, lambda t: t))), dict(tree.items(saved))
+    lines = [f"  {ascii(words(p))[1:-1]}: checkpoint {_spec(found, p)}, run {_spec(wanted, p)}" for p in paths[:5]]
+    return "\n".join([f"The checkpoint does not fit this run: {len(paths)} entries differ.", *lines])
+
+
+def misfits(like: Any, saved: Any) -> list[str]:
+    """The paths at which two trees differ in shape, dtype, type or presence."""
+    wanted, found = dict(tree.items(_plain(like, lambda t: t))), dict(tree.items(saved))
+    return [path for path in {**wanted, **found} if _spec(wanted, path) != _spec(found, path)]
 
 
 def remove_module_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ailab.errors import CheckpointError, ConfigError
+from ailab.metrics.direction import known
+from ailab.types import Direction
 from ailab.workdir import durable
 from ailab.workdir.manifest import (
     MANIFEST,
@@ -33,6 +35,7 @@ from ailab.workdir.manifest import (
 )
 
 _STEP = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
+BEST = "best.json"  # beside the checkpoints
 _LEFTOVER = re.compile(r"\.(tmp|del)-[0-9]{8,}-[0-9]+")  # of a killed commit or retention
 
 
@@ -44,7 +47,7 @@ class Keep:
         last: how many of the newest ones; at least 2.
         best: how many of the best ones by `metric`.
         metric: the name of a metric in the manifests; needed if `best` is not 0.
-        mode: whether "max" or "min" is best.
+        mode: whether "max" or "min" is best. None: the run fills it in from its results.
 
     Raises:
         ConfigError: a value is out of range, or `metric` is missing.
@@ -53,14 +56,14 @@ class Keep:
     last: int = 2
     best: int = 0
     metric: str | None = None
-    mode: Literal["max", "min"] = "max"
+    mode: Direction | None = None
 
     def __post_init__(self) -> None:
         if self.last < 2:
             raise ConfigError(
                 f"keep.last is {self.last}. Use at least 2: if the newest checkpoint is damaged, the one before it is needed."
             )
-        if self.best < 0 or (self.best and not self.metric) or self.mode not in ("max", "min"):
+        if self.best < 0 or (self.best and not self.metric) or self.mode not in ("max", "min", None):
             raise ConfigError(
                 f"keep.best is {self.best}. It must be at least 0; give the name of a 'metric', and 'max' or 'min' as 'mode'."
             )
@@ -167,9 +170,7 @@ def retain(directory: Path, keep: Keep, protect: Iterable[Path] = ()) -> list[Pa
         CheckpointError: a checkpoint cannot be deleted.
     """
     held = list(_plausible(directory))
-    scored = [(score, c.step, c.path) for c in held if type(score := c.manifest["metrics"].get(keep.metric)) in (int, float)]
-    scored.sort(key=lambda row: (row[0] if keep.mode == "max" else -row[0], row[1]), reverse=True)
-    spared = {c.path.resolve() for c in held[: keep.last]} | {path.resolve() for _, _, path in scored[: keep.best]}
+    spared = {c.path.resolve() for c in [*held[: keep.last], *ranked(held, keep)[: keep.best]]}
     spared |= {Path(path).resolve() for path in protect}
     doomed = [c for c in reversed(held) if c.path.resolve() not in spared]
     with as_checkpoint_error(f"{directory}: an old checkpoint cannot be removed"):
@@ -178,6 +179,29 @@ def retain(directory: Path, keep: Keep, protect: Iterable[Path] = ()) -> list[Pa
             os.rename(checkpoint.path, trash)  # rename first: a kill must not leave half a checkpoint under its name
             shutil.rmtree(trash)
     return [c.path for c in doomed]
+
+
+def ranked(held: Iterable[Checkpoint], keep: Keep) -> list[Checkpoint]:
+    """Those that have a finite `keep.metric`, the best first, of equal ones the later. Raises `ConfigError` without a mode."""
+    scored = [(score, c) for c in held if type(score := c.manifest["metrics"].get(keep.metric)) in (int, float)]
+    sign = -1 if scored and known(keep.mode, str(keep.metric), {}, "keep.mode") == "min" else 1
+    return [c for _, c in sorted(scored, key=lambda row: (sign * row[0], row[1].step), reverse=True)]
+
+
+def record_best(directory: Path, keep: Keep) -> None:
+    """Let `best.json` name the best checkpoint that is there: path, step, epoch, metric, value and mode. Written in one piece.
+
+    It is there where `keep` holds a best one; a reader trusts it no more than the folder that it names.
+    """
+    best = next(iter(ranked(_plausible(directory), keep)), None) if keep.best else None
+    path = directory / BEST
+    if best is None:
+        path.unlink(missing_ok=True)
+        return
+    entry = {"path": best.path.name, "step": best.step, "epoch": best.epoch, "metric": keep.metric, "mode": keep.mode}
+    text = (durable.to_json({**entry, "value": best.manifest["metrics"][keep.metric]}) + "\n").encode("ascii")
+    if not path.exists() or path.read_bytes() != text:
+        durable.replace(path, text)
 
 
 def _trash_path(directory: Path, step: int) -> Path:

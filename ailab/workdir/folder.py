@@ -51,6 +51,11 @@ def lock(work_dir: Path) -> Generator[Path, None, None]:
         os.close(fd)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is the work_dir of some run, or was."""
+    return (folder / ".lock").is_file()
+
+
 class Lines:
     """A file of JSON objects, one per line. Every line is whole; after a kill the last one may be cut."""
 

@@ -22,7 +22,7 @@ from typing import Any, cast
 from ailab.errors import CheckpointError
 from ailab.workdir.durable import to_json
 
-FORMAT = 1  # a reader refuses a higher one
+FORMAT = 2  # a reader refuses a higher one
 MANIFEST, STATE = "manifest.json", "state.pt"
 _LIMIT = 16 << 20  # bytes of a manifest
 _FIELDS = {
@@ -162,6 +162,11 @@ def _decode_manifest(path: Path, data: bytes) -> dict[str, Any]:
     version = manifest.get("format")
     if type(version) is int and version > FORMAT:
         raise CheckpointError(f"{path}: its format {version} is newer than {FORMAT}, the newest known here. Update ailab.")
+    if type(version) is int and 0 < version < FORMAT:
+        raise CheckpointError(
+            f"{path}: its format is {version}, of an earlier ailab; this one reads format {FORMAT} alone.\n"
+            "  It does not say at which step its epoch began. The ailab that wrote it goes on with it; `model_state` can be loaded."
+        )
     if version != FORMAT or not _fits_schema(manifest):
         raise DamagedError(f"{path}: {MANIFEST} does not fit the schema of format {FORMAT}.")
     return manifest

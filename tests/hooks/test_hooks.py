@@ -14,6 +14,7 @@ from ailab import tree
 from ailab.build import loss_of
 from ailab.compile import compile
 from ailab.config import check
+from ailab.core.epoch import epoch_ended
 from ailab.core.grad import local_grad
 from ailab.core.loss import module_state
 from ailab.errors import ConfigError, NonFiniteError
@@ -134,12 +135,13 @@ def test_clipping_equals_torch() -> None:
 def test_schedules_equal_torch(by: str, tmp_path: Path) -> None:
     """The rate of every update is the one torch's scheduler had before it, by epoch and by step, bitwise."""
     cfg = dict(type="CosineAnnealingLR", T_max=3)
-    net = TinyNet([LrSchedulerHook(cfg, by=by, run=info(tmp_path))])
+    net = TinyNet(as_hooks(LrSchedulerHook(cfg, by=by, run=info(tmp_path)), "lr"))
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
     state, step = net.state, net.step()
     for i in range(6):
         state, _ = step(state, net.batches[i % 2])
+        state = epoch_ended(state) if i % 2 == 1 else state
         assert float(state.opt_state["lr"][0]) == optimizer.param_groups[0]["lr"]
         optimizer.step()
         if by == "step" or i % 2 == 1:
@@ -312,8 +314,8 @@ def test_accumulation_of_a_weighted_loss_is_the_full_batch(n: int) -> None:
 def test_a_long_schedule_equals_torch(accumulated: bool, tmp_path: Path) -> None:
     """Over 100 updates a cyclic schedule by step is torch's, bitwise; a batch in micro-batches is one update."""
     cfg = dict(type="OneCycleLR", max_lr=0.3, total_steps=101)
-    hook = LrSchedulerHook(cfg, by="step", run=info(tmp_path, total_epochs=50))
-    net = TinyNet([hook, *([GradAccumulateHook(3)] if accumulated else [])])
+    hooks = as_hooks(LrSchedulerHook(cfg, by="step", run=info(tmp_path, total_epochs=50)), "lr")
+    net = TinyNet([*hooks, *([GradAccumulateHook(3)] if accumulated else [])])
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=101)
     state, step = net.state, net.step()

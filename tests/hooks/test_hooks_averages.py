@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ailab import tree
+from ailab.core.epoch import epoch_ended
 from ailab.core.step import eval_step
 from ailab.errors import ConfigError
 from ailab.fit import fit
@@ -29,6 +30,7 @@ def along(net: TinyNet, average: AveragedModel | None = None, at_steps: Any = ()
     state, step = net.state.clone(), net.step()
     for i in range(1, STEPS + 1):
         state, _ = step(state, net.batches[i % 2])
+        state = epoch_ended(state) if i % 2 == 0 else state
         if average is not None and i in at_steps:
             net.model.load_state_dict({**state.params, **state.buffers})
             average.update_parameters(net.model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ailab.config import check
+from ailab.core.epoch import epoch_ended
 from ailab.core.grad import local_grad
 from ailab.errors import ConfigError
 from ailab.hooks import FreezeHook, GradAccumulateHook, GradClipHook, GradStatsHook, SAMHook
@@ -92,7 +93,8 @@ def frozen_along(hook: Any, optimizer: str = "SGD", **hyper: Any) -> list[TrainS
     state = net.state.replace(opt_state=net.optimizer.init(net.state.params)).clone()
     states, step = [state], net.step()
     for i in range(8):
-        states.append(step(states[-1], net.batches[i % 2])[0])
+        after, _ = step(states[-1], net.batches[i % 2])
+        states.append(epoch_ended(after) if i % 2 == 1 else after)
     return states
 
 

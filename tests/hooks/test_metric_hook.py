@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tiny import TOP1, newest_state, rows_of, tiny_cfg
 from torch import Tensor
 
 from ailab import tree
-from ailab.errors import ConfigError
+from ailab.errors import ConfigError, Preempted
 from ailab.fit import fit
 from ailab.metrics import LabBaseMetric
 from ailab.stack import Middleware
@@ -24,6 +25,8 @@ OWN_MAPPING = {"pred": "output", "label": "target"}
 
 class Count(LabBaseMetric):
     """Counts of correct samples and of samples, as plain numbers."""
+
+    higher_is_better = {"share": True}  # noqa: RUF012
 
     def reset(self) -> None:
         self.right, self.samples = 0, 0.0
@@ -46,6 +49,14 @@ class Hoarder(Count):
     def update(self, pred: Tensor, label: Tensor) -> None:
         super().update(pred, label)
         self.shown.append(label)
+
+
+class Opaque(Count):
+    """Gathers an object that no checkpoint can hold."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.shown = {1, 2}
 
 
 class Fails(Count):
@@ -121,7 +132,7 @@ def test_results_of_class_style_metrics_can_be_read_by_name(tmp_path: Path) -> N
     hooks = dict(
         logger=dict(type="LoggerHook", log_items=items),
         checkpoint=dict(type="CheckpointHook", keep=dict(last=2, best=1, metric="val_mine_share")),
-        stop=dict(type="EarlyStopHook", metric="val_mine_share", mode="max", patience=1, min_delta=1.0),
+        stop=dict(type="EarlyStopHook", metric="val_mine_share", patience=1, min_delta=1.0),
     )
     fit(metric_cfg(tmp_path / "run", dict(type=Count, mapping=OWN_MAPPING), **hooks))
     rows = [r for r in rows_of(tmp_path / "run") if r["final"]]
@@ -206,17 +217,24 @@ RESUMED: dict[str, dict[str, Any]] = {
     "numbers": dict(type=Count, mapping=OWN_MAPPING),
     "sums": dict(type="torchmetrics.classification.MulticlassF1Score", num_classes=3, mapping=MAPPING),
     "collection": dict(type=Collection, mapping=MAPPING),
+    "a list": dict(type=Hoarder, mapping=OWN_MAPPING),
+    "every sample": dict(
+        type="torchmetrics.classification.MulticlassAUROC", num_classes=3, mapping=MAPPING, probe=False, phases=["train"]
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize("first", ["metrics", "checkpoint"])
 @pytest.mark.parametrize("at", [7, 10])
-def test_an_epoch_resumed_in_the_middle_has_the_whole_result(kind: str, at: int, tmp_path: Path) -> None:
-    """The memory of a training metric is in the state: the same rows and the same bytes as a run that was never stopped."""
+def test_an_epoch_resumed_in_the_middle_has_the_whole_result(kind: str, at: int, first: str, tmp_path: Path) -> None:
+    """What a training metric has gathered is saved, in either order of the hooks: the rows and the bytes of a run never stopped."""
 
     def cfg(folder: str, **more: Any) -> dict[str, Any]:
         saves = dict(checkpoint=dict(type="CheckpointHook", every_steps=1), resume=dict(type="ResumeHook"))
-        return metric_cfg(tmp_path / folder, dict(RESUMED[kind]), **saves, **more)
+        made = metric_cfg(tmp_path / folder, dict(RESUMED[kind]), **saves, **more)
+        made["hooks"] = {first: made["hooks"][first], **made["hooks"]}
+        return made
 
     fit(cfg("whole"))
     with pytest.raises(Stop):
@@ -226,33 +244,49 @@ def test_an_epoch_resumed_in_the_middle_has_the_whole_result(kind: str, at: int,
     assert newest_state(tmp_path / "cut") == newest_state(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("at", [10, 15])
+def test_a_signal_in_the_validation_costs_no_result_of_the_training(at: int, tmp_path: Path) -> None:
+    """What a training metric has gathered is saved until its epoch is over, and so reported once, as by a run never stopped."""
+    from tiny import Die
+
+    def cfg(folder: str, **more: Any) -> dict[str, Any]:
+        saves = dict(checkpoint=dict(type="CheckpointHook"), resume=dict(type="ResumeHook"))
+        return metric_cfg(tmp_path / folder, dict(RESUMED["a list"]), **saves, **more)
+
+    fit(cfg("whole"))
+    with pytest.raises(Preempted):
+        fit(cfg("cut", die=dict(type=Die, epoch=at // 5, by=int(signal.SIGTERM))))
+    fit(cfg("cut"))
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+    assert newest_state(tmp_path / "cut") == newest_state(tmp_path / "whole")
+
+
 def test_a_memory_that_cannot_be_saved_gives_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A metric that keeps samples reports the steps after the resume only, and a warning says so, once."""
-    entry = dict(type=Hoarder, mapping=OWN_MAPPING)
+    """A metric that gathers objects has no result of an epoch resumed in its midst, rather than that of a part; said once."""
+    entry = dict(type=Opaque, mapping=OWN_MAPPING)
     saves = dict(checkpoint=dict(type="CheckpointHook", every_steps=1), resume=dict(type="ResumeHook"))
     with pytest.raises(Stop):
         fit(metric_cfg(tmp_path, dict(entry), **saves, raising=dict(type=raising, step=7)))
     capsys.readouterr()
     fit(metric_cfg(tmp_path, dict(entry), **saves))
     out = capsys.readouterr().out
-    assert out.count("warning: cfg.hooks.metrics.mine: this epoch's result is that of the steps after 7 only") == 1
-    finals = [r["mine_samples"] for r in rows_of(tmp_path) if r["final"] and r["phase"] == "train"]
-    assert finals == [50.0, 28.0, 50.0]
+    said = "warning: cfg.hooks.metrics.mine: no train result of this epoch: what it saw before step 6 is not saved"
+    assert out.count(said) == 1
+    finals = [r.get("mine_samples") for r in rows_of(tmp_path) if r["final"] and r["phase"] == "train"]
+    assert finals == [50.0, None, 50.0]
 
 
 def test_the_memory_of_a_metric_leaves_the_rest_of_the_state_alone(tmp_path: Path, aot_eager: None) -> None:
-    """A class-style metric changes its own slot and nothing else, compiled with donation too."""
+    """A class-style metric changes nothing of it, compiled with donation too."""
     compiled = dict(compile=True, total_epochs=1, workflow=[{"phase": "train"}])
     a = fit({**tiny_cfg(tmp_path / "a"), **compiled}).state
     b = fit({**metric_cfg(tmp_path / "b", dict(type=Count, mapping=OWN_MAPPING)), **compiled}).state
-    rest = b.replace(slots={n: v for n, v in b.slots.items() if n != "mine"})
-    for (path, x), (_, y) in zip(tree.items(a), tree.items(rest), strict=True):
+    for (path, x), (_, y) in zip(tree.items(a), tree.items(b), strict=True):
         assert torch.equal(x, y), path
-    assert int(b.slots["mine"]["seen"]) == 0
 
 
 def test_an_evaluation_takes_the_checkpoint_of_a_training(tmp_path: Path) -> None:
-    """An evaluation does not need the slots of training metrics. Its results are those of the last epoch."""
+    """An evaluation does not need what training metrics gathered. Its results are those of the last epoch."""
     saves = dict(checkpoint=dict(type="CheckpointHook"), resume=dict(type="ResumeHook"))
     fit(metric_cfg(tmp_path, dict(type=Count, mapping=OWN_MAPPING), **saves))
     cfg = metric_cfg(tmp_path, dict(type=Count, mapping=OWN_MAPPING), **saves)

@@ -773,8 +773,16 @@ def test_manifests_that_are_no_json_are_damaged(tmp_path: Path, forge: Callable[
 
 def test_a_newer_format_is_neither_read_nor_damaged(pair: tuple[Path, Path]) -> None:
     """A checkpoint of a newer ailab says so, is not renamed, and no older one is taken in its place."""
-    path = forged(pair[0].parent, packed(GOOD), format=2, novelty={})
-    with pytest.raises(CheckpointError, match="format 2 is newer"):
+    path = forged(pair[0].parent, packed(GOOD), format=manifest.FORMAT + 1, novelty={})
+    with pytest.raises(CheckpointError, match=f"format {manifest.FORMAT + 1} is newer"):
+        newest(pair[0].parent)
+    assert path.exists() and pair[1].exists()
+
+
+def test_an_earlier_format_is_said_and_left_as_it_is(pair: tuple[Path, Path]) -> None:
+    """A checkpoint of an earlier ailab is no damaged one: it is named with its format, not renamed, and no other is taken."""
+    path = forged(pair[0].parent, packed(GOOD), format=1)
+    with pytest.raises(CheckpointError, match="its format is 1, of an earlier ailab; this one reads format 2 alone"):
         newest(pair[0].parent)
     assert path.exists() and pair[1].exists()
 
@@ -795,8 +803,8 @@ SCORES = {1: 0.9, 2: float("nan"), 3: 0.1, 4: float("inf"), 5: 0.9, 6: 0.2, 7: 0
         (Keep(), (), [7, 8]),
         (Keep(last=3), (), [6, 7, 8]),
         (Keep(last=99), (), [1, 2, 3, 4, 5, 6, 7, 8]),
-        (Keep(best=1, metric="acc"), (), [5, 7, 8]),
-        (Keep(best=2, metric="acc"), (), [1, 5, 7, 8]),
+        (Keep(best=1, metric="acc", mode="max"), (), [5, 7, 8]),
+        (Keep(best=2, metric="acc", mode="max"), (), [1, 5, 7, 8]),
         (Keep(best=1, metric="acc", mode="min"), (), [3, 7, 8]),
         (Keep(best=1, metric="absent"), (), [7, 8]),
         (Keep(), (2, 4), [2, 4, 7, 8]),

@@ -60,4 +60,5 @@ def DDPHook(
     ddp = {"static_graph": static_graph, "find_unused_parameters": find_unused_parameters, "split_compiled": split_compiled}
     if gradient_as_bucket_view is not None:
         ddp["gradient_as_bucket_view"] = gradient_as_bucket_view
-    return Middleware(name, wrap, "run", core={"ddp": {**shared, **ddp}, "graph": shared})
+    role = "result" if compress else "observer"
+    return Middleware(name, wrap, "run", role=role, core={"ddp": {**shared, **ddp}, "graph": shared})

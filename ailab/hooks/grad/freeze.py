@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ailab import tree
+from ailab.core.epoch import PROGRESS
 from ailab.errors import ConfigError, nearest
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
@@ -44,12 +45,15 @@ def FreezeHook(
         raise ConfigError(f"{path}.until is {until}; it counts {by}s and must be at least 1.")
     if until is None:
         return [_freeze_always(params, path, name)]
-    steps, frozen_names = until * (run.steps_per_epoch if by == "epoch" else 1), set[str]()
+    frozen_names = set[str]()
+
+    def holds(state: TrainState) -> Tensor:
+        return (state.slots[PROGRESS]["epoch"] if by == "epoch" else state.step) < until
 
     def wrap_grad(grad: Grad) -> Grad:
         def held(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
             grads, aux = grad(state, batch)
-            frozen = state.step < steps
+            frozen = holds(state)
             return {n: torch.where(frozen, torch.zeros_like(g), g) if n in frozen_names else g for n, g in grads.items()}, aux
 
         return held
@@ -57,7 +61,7 @@ def FreezeHook(
     def wrap_step(step: Step) -> Step:
         def kept(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
             after, logs = step(state, batch)
-            frozen = state.step < steps
+            frozen = holds(state)
             params, memory = (
                 _keep_frozen(frozen, frozen_names, getattr(state, f), getattr(after, f)) for f in ("params", "opt_state")
             )
@@ -94,15 +98,14 @@ def _keep_frozen(frozen: Tensor, names: set[str], before: PyTree, after: PyTree)
     """`after`. Where `frozen` is true, the entries of these parameter names are those of `before`, in nested dicts too."""
     if not isinstance(after, dict):
         return after
-    entries = cast("dict[str, Any]", after).items()
-    return {
-        k: v
-        if k not in before
-        else tree.where(frozen, before[k], v)
-        if k in names
-        else _keep_frozen(frozen, names, before[k], v)
-        for k, v in entries
-    }
+    kept: dict[str, Any] = {}
+    for key, value in cast("dict[str, Any]", after).items():
+        if key not in before:  # the memory of an optimizer that makes it at the first update
+            kept |= {} if key in names and bool(frozen) else {key: value}
+        else:
+            old = before[key]
+            kept[key] = tree.where(frozen, old, value) if key in names else _keep_frozen(frozen, names, old, value)
+    return kept
 
 
 def matching_names(patterns: Sequence[str], names: Collection[str], path: str) -> set[str]:

@@ -44,7 +44,8 @@ def RematHook(modules: Sequence[str], name: str = "remat") -> Middleware[Loss]:
             if not hasattr(type(module), "rematerialized"):
                 module.__class__ = _rematerialized(type(module))
 
-    return Middleware(name, unchanged, "loss", bare=lambda loss: remodelled(loss, change), core={"compile": {"cut": "loss"}})
+    cut = {"compile": {"cut": "loss"}}
+    return Middleware(name, unchanged, "loss", role="observer", bare=lambda loss: remodelled(loss, change), core=cut)
 
 
 def _matching(model: nn.Module, patterns: Sequence[str], path: str) -> list[nn.Module]:

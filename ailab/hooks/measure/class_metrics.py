@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ailab import dist
 from ailab.binding import Binding
-from ailab.core.epoch import epochs_done
+from ailab.core.epoch import began
 from ailab.errors import AilabError, ConfigError
-from ailab.hooks.measure.metric_memory import Memory, memory_of, restore, same_shape
+from ailab.hooks.measure.metric_memory import memory_of, restore
 from ailab.hooks.observe.scalars import MAX_FAILURES
 from ailab.stack import Middleware
-from ailab.types import WEIGHT, Batch, Epoch, Logs, Mean, PyTree, RunInfo, Step, TrainState
+from ailab.types import WEIGHT, Batch, Epoch, HostMemory, Logs, Mean, PyTree, RunInfo, Step, TrainState
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Entry:
 def class_metric(entry: Entry, run: RunInfo) -> list[Middleware[Any]]:
     """The middlewares of a metric with `update`, `compute` and `reset`: a host and an epoch one for each phase.
 
-    In training its memory is a slot of the state, if it consists of tensors and numbers of fixed shape. Then an epoch that is
-    resumed in the middle has the result of the whole epoch. Otherwise a resumed run prints a warning.
+    In training a checkpoint in the middle of an epoch holds what the metric has gathered, lists of samples too. So a resumed epoch
+    has the result of the whole epoch. A metric that keeps other objects has no result in such an epoch, and a warning says so.
     """
     metric = entry.metric.to(run.device) if hasattr(entry.metric, "to") else entry.metric
     parts: list[Any] = list(metric.modules()) if isinstance(metric, torch.nn.Module) else [metric]
@@ -56,9 +56,10 @@ class _Counted:
         self.entry, self.metric, self.phase, self.run = entry, metric, phase, run
         self.seen = self.failures = 0
         self.spoilt = False  # in this epoch: a metric that missed a batch has no result
+        self.resumed: PyTree = None  # what a checkpoint in mid-epoch holds of it
         metric.reset()
-        kept = memory_of(metric, run.device) if phase == "train" and run.steps_per_epoch else None
-        self.empty: Memory | None = kept  # None: its memory is not in the state
+        if phase == "train":
+            run.memories[entry.path] = HostMemory(self._saved, self._resume)
 
     def hooks(self) -> list[Middleware[Any]]:
         """The middlewares of the metric in this phase."""
@@ -68,14 +69,16 @@ class _Counted:
         def check(found: Collection[str], phase: str) -> list[str]:
             return fields.check(found)
 
-        host = Middleware(key, self._update, "host", self._init, phases, check=check, core={"outputs": outputs})
-        if self.empty is None:
-            host = Middleware(key, self._update, "host", None, phases, check=check, core={"outputs": outputs})
-        return [host, Middleware(key, self._result, "epoch", None, phases, reports=self._probe)]
+        core = {"outputs": outputs, "metric": self.entry.metric}
+        host = Middleware(key, self._update, "host", None, phases, role="result", check=check, core=core)
+        return [host, Middleware(key, self._result, "epoch", None, phases, role="result", reports=self._probe)]
 
-    def _init(self, state: TrainState) -> PyTree:
-        assert self.empty is not None
-        return {"seen": torch.zeros_like(state.step), "memory": self.empty}
+    def _saved(self) -> PyTree:
+        memory = None if self.spoilt else memory_of(self.metric)
+        return None if memory is None else {"seen": self.seen, "memory": memory}
+
+    def _resume(self, saved: PyTree) -> None:
+        self.resumed = saved
 
     def _update(self, step: Step) -> Step:
         def measured(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
@@ -85,17 +88,9 @@ class _Counted:
             fields = {p: _gathered(v) for p, v in fields.items()}  # by every rank, also where this one's metric is off
             self._try(lambda: self.metric.update(**fields))
             self.seen += 1
-            return self._kept(state), logs
+            return state, logs
 
         return measured
-
-    def _kept(self, state: TrainState) -> TrainState:
-        if self.empty is None or self.failures >= MAX_FAILURES:
-            return state
-        now = memory_of(self.metric, self.run.device)
-        if self.spoilt or now is None or not same_shape(now, self.empty):
-            return state  # its slot stays behind, and a resumed run sees that
-        return state.with_slot(self.entry.key, {"seen": torch.full_like(state.step, self.seen), "memory": now})
 
     def _result(self, epoch: Epoch) -> Epoch:
         def computed(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
@@ -104,8 +99,6 @@ class _Counted:
             values: dict[str, Tensor] = {}
             if self.seen and not self.spoilt:
                 self._try(lambda: values.update(numbers(self.entry, self.metric.compute())[0]))
-            if self.empty is not None:
-                state = state.with_slot(self.entry.key, self._init(state))
             if not values:
                 return state, logs
             column = torch.stack([v.to(logs.packed.device) for v in values.values()])
@@ -118,15 +111,18 @@ class _Counted:
         """Reset the metric, or restore its memory in the middle of an epoch."""
         self.metric.reset()
         self.seen, self.spoilt = 0, self.failures >= MAX_FAILURES
-        done = state.at - epochs_done(state) * self.run.steps_per_epoch if self.phase == "train" else 0
+        done = state.at - began(state) if self.phase == "train" else 0
+        saved, self.resumed = self.resumed, None
         if not done:
             return
-        slot: PyTree = state.slots[self.entry.key] if self.empty is not None else {"seen": 0}
-        if int(slot["seen"]) == done:
-            restore(self.metric, slot["memory"])
+        if saved is not None and saved["seen"] == done:
+            restore(self.metric, saved["memory"], self.run.device)
             self.seen = done
         else:
-            self.run.say(f"warning: {self.entry.path}: this epoch's result is that of the steps after {state.at} only")
+            self.spoilt = True
+            self.run.say(
+                f"warning: {self.entry.path}: no train result of this epoch: what it saw before step {state.at} is not saved"
+            )
 
     def _try(self, call: Any) -> None:
         """Call, unless the metric has failed in this epoch. After three failures it is switched off."""

@@ -1,4 +1,4 @@
-"""The internal state of a class-style metric as a flat dict of tensors, for a slot of the state, and back."""
+"""The internal state of a class-style metric as a tree of tensors and plain values for a checkpoint, and back."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-_NUMBERS = (bool, int, float)  # by exact type
-_SETTINGS = (str, type(None), torch.dtype, torch.device)  # cannot change in place, and an update does not replace them
-Memory = dict[str, Tensor]
+from ailab import tree
+
+_PLAIN = (bool, int, float, str, type(None))  # by exact type
+_SETTINGS = (torch.dtype, torch.device)  # cannot change in place, and an update does not replace them
+Memory = dict[str, Any]
 
 
-def memory_of(metric: Any, device: torch.device) -> Memory | None:
-    """A copy of the internal state of `metric`, on `device`. None if it has anything but tensors, numbers and settings.
+def memory_of(metric: Any) -> Memory | None:
+    """A copy of the internal state of `metric`. None if it has anything but tensors, plain values, lists, tuples and dicts.
 
-    For torchmetrics objects and collections it is the states that they declare. A metric that keeps every sample has a list there.
-    For any other object it is all of its attributes.
+    For torchmetrics objects and collections it is the states that they declare, lists of samples too. For any other object it is
+    all of its attributes.
     """
     found: Memory = {}
     for prefix, part in _parts(metric):
@@ -25,29 +27,31 @@ def memory_of(metric: Any, device: torch.device) -> Memory | None:
             value = getattr(part, name)
             if type(value) in _SETTINGS:
                 continue
-            if not (isinstance(value, Tensor) or type(value) in _NUMBERS):
+            if not _plain(value):
                 return None
-            found[prefix + name] = torch.as_tensor(value, dtype=_wide(value), device=device).detach().clone()
+            found[prefix + name] = tree.clone(value)
     return found
 
 
-def restore(metric: Any, memory: Mapping[str, Tensor]) -> None:
-    """Put a memory back into a metric that has been reset."""
+def restore(metric: Any, memory: Mapping[str, Any], device: torch.device) -> None:
+    """Put a memory back into a metric that has been reset; a tensor where the one was that it replaces, else on `device`."""
     for prefix, part in _parts(metric):
         for name in _names(part):
             if prefix + name in memory:
-                old, saved = getattr(part, name), memory[prefix + name]
-                new = saved.clone().to(old.device, old.dtype) if isinstance(old, Tensor) else type(old)(saved.item())
-                setattr(part, name, new)
+                old = getattr(part, name)
+                home = old.device if isinstance(old, Tensor) else "cpu" if getattr(part, "compute_on_cpu", False) else device
+                setattr(part, name, tree.map(lambda t, home=home: t.detach().to(home, copy=True), memory[prefix + name]))
 
 
-def same_shape(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """Whether one memory can take the place of the other in the state."""
-    return a.keys() == b.keys() and all(a[n].shape == b[n].shape and a[n].dtype == b[n].dtype for n in a)
-
-
-def _wide(value: Any) -> torch.dtype | None:
-    return torch.float64 if type(value) is float else None
+def _plain(value: Any) -> bool:
+    """Whether a checkpoint gives a value back as it was."""
+    if isinstance(value, Tensor):
+        return type(value) is Tensor
+    if type(value) is dict:
+        return all(_plain(v) for pair in cast("dict[Any, Any]", value).items() for v in pair)
+    if type(value) in (list, tuple):
+        return all(map(_plain, cast("list[Any]", value)))
+    return type(value) in _PLAIN
 
 
 def _parts(metric: Any) -> list[tuple[str, Any]]:

@@ -92,4 +92,4 @@ def _pure(key: str, metric: Any, bound: Binding, phases: tuple[str, ...], path: 
     def check(fields: Collection[str], phase: str) -> list[str]:
         return bound.check(fields)
 
-    return Middleware(key, wrap, "loss", phases=phases, check=check)
+    return Middleware(key, wrap, "loss", phases=phases, check=check, core={"metric": metric})

@@ -6,11 +6,12 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ailab.config.load import snapshot
-from ailab.core.epoch import epochs_done
+from ailab.core.epoch import began, epochs_done
 from ailab.errors import ConfigError, NonFiniteError
 from ailab.hooks.observe.run_view import Item, RunView, check_items, read
 from ailab.hooks.observe.scalars import Report, guarded, observe, running
@@ -63,6 +64,8 @@ def LoggerHook(
         shown = {**report.means, **wall, **items_now}
         rate = clock.rate(report)
         rate = None if RATE in wall else rate
+        while run.notes:
+            append(run.notes.pop(0))
         line = _line(report, {n: v for n, v in shown.items() if v is not None}, rate, run)
         run.say(line)
         append(line)
@@ -107,6 +110,7 @@ def _number(value: Any) -> str:
 
 RATE = "samples_per_s"  # the name of the same value in a ThroughputHook; then the logger does not measure it
 METRICS, CONFIG = "metrics.jsonl", "config.json"  # in the work_dir
+RESTART = "resume_after_restart"  # the hook that a restart by the launcher adds to the cfg
 _KEYS = ("step", "epoch", "phase", "final", "lr")
 
 
@@ -131,12 +135,12 @@ def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
 
     def begin(state: TrainState) -> None:
         nonlocal lines
-        configure(run)
+        configure(state)
         lines = Lines(run.work_dir / METRICS)
         epoch, step = epochs_done(state), state.at
         training = run.steps_per_epoch > 0
         lines.rewind(lambda row: not training or row["epoch"] <= epoch or (not row["final"] and row["step"] < step))
-        if training and step > epoch * run.steps_per_epoch and step % interval == 0:
+        if training and step > began(state) and step % interval == 0:
             emit(running(state, run))  # on a GPU this line may not have been written before the checkpoint: values arrive later
 
     def write(report: Report) -> None:
@@ -145,7 +149,7 @@ def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
         if lines is not None:
             lines.append({**head, **report.means, "lr": list(report.lrs), **wall})
 
-    configure = guarded(_write_config, CONFIG, run)
+    configure = guarded(partial(_write_config, run=run), CONFIG, run)
     append = guarded(write, METRICS, run)  # with a full disk the check below still works
 
     def emit(report: Report) -> None:
@@ -166,12 +170,25 @@ def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
     return [*observe("record", emit, run, every=interval, begin=begin), Middleware("record", checked, "run")]
 
 
-def _write_config(run: RunInfo) -> None:
-    """Write the cfg of this run as JSON. An evaluation does not overwrite the file of the training."""
+def _write_config(state: TrainState, run: RunInfo) -> None:
+    """Write the cfg of this run as JSON. A run that continues with another cfg writes that beside it, with its step in the name.
+
+    An evaluation does not overwrite the file of the training.
+    """
     path = run.work_dir / CONFIG
-    text = json.dumps(snapshot(run.cfg), indent=1).encode() + b"\n"
-    if not path.exists() or (run.steps_per_epoch and path.read_bytes() != text):
+    hooks = {n: entry for n, entry in run.cfg["hooks"].items() if n != RESTART}
+    text = json.dumps(snapshot({**run.cfg, "hooks": hooks}), indent=1).encode() + b"\n"
+    if not path.exists():
         durable.replace(path, text)
+    elif run.steps_per_epoch:
+        latest = max(run.work_dir.glob(f"{path.stem}_step_*{path.suffix}"), key=_step_of, default=path) if state.at else path
+        if latest.read_bytes() != text:
+            durable.replace(path.with_name(f"{path.stem}_step_{state.at:08d}{path.suffix}") if state.at else path, text)
+
+
+def _step_of(path: Path) -> int:
+    step = path.stem.rpartition("_")[2]
+    return int(step) if step.isdecimal() else -1
 
 
 def ProgressHook(bar: Any, run: RunInfo) -> list[Middleware[Any]]:
@@ -187,7 +204,9 @@ def ProgressHook(bar: Any, run: RunInfo) -> list[Middleware[Any]]:
 
     def wrap_epoch(epoch: Epoch) -> Epoch:
         def named(state: TrainState, batches: Any) -> Any:
-            bar.set_description(f"epoch {epochs_done(state) + 1}/{run.total_epochs}", refresh=False)
+            done = epochs_done(state)
+            bar.set_description(f"epoch {done + 1}/{run.total_epochs}", refresh=False)
+            bar.total = began(state) + (run.total_epochs - done) * run.steps_per_epoch
             bar.initial = bar.initial or state.at  # a resumed run's rate counts its own steps
             return epoch(state, batches)
 

@@ -112,6 +112,7 @@ def observe(
             if begin is not None:
                 begin(state)
                 begin = None
+            pending.epoch = epochs_done(state) + 1
             state, logs = epoch(state, batches)
             pending.emit_ready(wait=True)
             for report in _phase_reports(state, logs, run):
@@ -121,7 +122,7 @@ def observe(
 
         return reported
 
-    return [Middleware(name, wrap, "host"), Middleware(name, wrap_epoch, "epoch")]
+    return [Middleware(name, wrap, "host"), Middleware(name, wrap_epoch, "epoch", role="observer")]
 
 
 class _PendingReports:
@@ -129,6 +130,7 @@ class _PendingReports:
 
     def __init__(self, emit: Emit, run: RunInfo):
         self.emit, self.run = emit, run
+        self.epoch = 1  # the running one
         self.queue: deque[tuple[int, Mapping[str, float], Tensor, torch.cuda.Event | None]] = deque()
 
     def fetch(self, state: TrainState, logs: Mapping[str, Mean]) -> None:
@@ -141,7 +143,7 @@ class _PendingReports:
             step, wall, values, event = self.queue.popleft()
             if event is not None:
                 event.synchronize()
-            self.emit(_running_report(step, values, self.run, wall))
+            self.emit(_running_report(step, self.epoch, values, self.run, wall))
 
 
 def _fetch(state: TrainState) -> tuple[Tensor, torch.cuda.Event | None]:
@@ -162,14 +164,13 @@ def running(state: TrainState, run: RunInfo) -> Report:
     values, event = _fetch(state)
     if event is not None:
         event.synchronize()
-    return _running_report(state.at, values, run, {})
+    return _running_report(state.at, epochs_done(state) + 1, values, run, {})
 
 
-def _running_report(step: int, values: Tensor, run: RunInfo, wall: Mapping[str, float]) -> Report:
+def _running_report(step: int, epoch: int, values: Tensor, run: RunInfo, wall: Mapping[str, float]) -> Report:
     names = run.log_names["train"]
     rows = values.tolist()
     means = {n: (total / weight if weight else 0.0) for n, (total, weight) in zip(names, rows, strict=False)}
-    epoch = (step - 1) // run.steps_per_epoch + 1
     return Report(step, epoch, "train", False, means, rows[0][1], tuple(r[0] for r in rows[len(names) :]), wall)
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from ailab.config.load import snapshot
-from ailab.core.epoch import epochs_done
+from ailab.core.epoch import began, epochs_done
 from ailab.errors import ConfigError
 from ailab.hooks.observe.pictures import SamplePictures, show_samples
 from ailab.hooks.observe.scalars import Failures, Report, guarded, observe
@@ -171,6 +171,7 @@ def _histograms(name: str, every: int, writer: _Writer, run: RunInfo) -> list[Mi
     """Return the gradients from the compiled step, keep those of the last step of an epoch, write them after the epoch."""
     emit = guarded(writer.histograms, name, run, writer.failures)
     newest: dict[str, Tensor] = {}
+    last = 0  # step of the running epoch
 
     def expose(grad: Grad) -> Grad:
         def exposed(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
@@ -183,7 +184,7 @@ def _histograms(name: str, every: int, writer: _Writer, run: RunInfo) -> list[Mi
     def keep(step: Step) -> Step:
         def kept(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
             state, logs = step(state, batch)
-            if state.at % run.steps_per_epoch == 0 and isinstance(logs, Logs):
+            if state.at == last and isinstance(logs, Logs):
                 newest.clear()
                 newest.update(logs.outputs[_GRADS])
             return state, logs
@@ -192,6 +193,8 @@ def _histograms(name: str, every: int, writer: _Writer, run: RunInfo) -> list[Mi
 
     def write(epoch: Epoch) -> Epoch:
         def written(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
+            nonlocal last
+            last = began(state) + run.steps_per_epoch
             state, logs = epoch(state, batches)
             if epochs_done(state) % every == 0:
                 emit((state, dict(newest)))
@@ -202,7 +205,7 @@ def _histograms(name: str, every: int, writer: _Writer, run: RunInfo) -> list[Mi
 
     first = run.rank == 0  # the other ranks compile the same graph and write nothing
     return [
-        Middleware(name, expose, "grad", core={"gives": (_GRADS,)}),
+        Middleware(name, expose, "grad", role="observer", core={"gives": (_GRADS,)}),
         Middleware(name, keep if first else unchanged, "host", core={"outputs": (_GRADS,)}),
-        *([Middleware(name, write, "epoch")] if first else []),
+        *([Middleware(name, write, "epoch", role="observer")] if first else []),
     ]

@@ -9,6 +9,7 @@ import torch
 from ailab import dist
 from ailab.core.epoch import ask_to_stop, epochs_done
 from ailab.errors import ConfigError
+from ailab.metrics.direction import is_better, known
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import Epoch, Logs, PyTree, RunInfo, TrainState
@@ -17,7 +18,7 @@ from ailab.types import Epoch, Logs, PyTree, RunInfo, TrainState
 @HOOKS.register_module()
 def EarlyStopHook(
     metric: str = "val_loss",
-    mode: Literal["min", "max"] = "min",
+    mode: Literal["min", "max"] | None = None,
     patience: int = 10,
     min_delta: float = 0.0,
     *,
@@ -29,38 +30,41 @@ def EarlyStopHook(
     The best value and the count are in the state. So a resumed run stops at the same epoch as a run that was not interrupted. The
     CheckpointHook saves the last epoch. NaN is not an improvement.
 
+    A run that was stopped stays stopped if the same cfg is started again. With more epochs, with other settings of this hook or
+    without it, the run continues. If the count has reached `patience` by then, it starts again at 0.
+
     Args:
         metric: the result to monitor, such as "val_loss".
-        mode: "min" if lower is better, "max" if higher is better.
+        mode: "min" if lower is better, "max" if higher is better. None: a loss goes down, and a metric says it itself.
         patience: workflow epochs without an improvement, at least 1.
         min_delta: smallest change that counts as an improvement, in the units of the metric, at least 0.
 
     Raises:
-        ConfigError: for a setting out of range, or a metric that no epoch of this run reports.
+        ConfigError: for a setting out of range, a metric that no epoch of this run reports, or one of which is not known which
+            is better.
     """
-    if patience < 1 or not min_delta >= 0 or mode not in ("min", "max"):
+    if patience < 1 or not min_delta >= 0 or mode not in ("min", "max", None):
         raise ConfigError(
             f"cfg.hooks.{name}: patience={patience}, min_delta={min_delta}, mode={mode!r}.\n"
             "  patience must be at least 1, min_delta at least 0, and mode 'min' or 'max'."
         )
     if not run.steps_per_epoch:
         return []  # nothing is trained
-    sign = 1.0 if mode == "max" else -1.0
+    path = f"cfg.hooks.{name}"
 
     def init(state: TrainState) -> PyTree:
-        worst = torch.full((), -sign * float("inf"), dtype=torch.float64, device=state.step.device)
-        return {"best": worst, "bad": torch.zeros_like(state.step)}
+        none_yet = torch.full((), float("nan"), dtype=torch.float64, device=state.step.device)
+        return {"best": none_yet, "bad": torch.zeros_like(state.step)}
 
     def wrap(epoch: Epoch) -> Epoch:
         def watched(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
+            went_on = int(state.slots[name]["bad"]) >= patience  # after it had been ended
             state, logs = epoch(state, batches)
             if metric not in logs:
-                raise ConfigError(
-                    f"cfg.hooks.{name}.metric: epoch {epochs_done(state)} has no {metric!r}; it has {', '.join(logs)}."
-                )
+                raise ConfigError(f"{path}.metric: epoch {epochs_done(state)} has no {metric!r}; it has {', '.join(logs)}.")
             memory = state.slots[name]
-            value, best, bad = float(logs[metric].value), float(memory["best"]), int(memory["bad"])
-            better = sign * (value - best) > min_delta
+            value, best, bad = float(logs[metric].value), float(memory["best"]), 0 if went_on else int(memory["bad"])
+            better = is_better(value, best, known(mode, metric, run.directions, f"{path}.mode"), min_delta)
             best, bad = (value, 0) if better else (best, bad + 1)
             after = {"best": torch.full_like(memory["best"], best), "bad": torch.full_like(memory["bad"], bad)}
             state = state.with_slot(name, after)
@@ -71,4 +75,5 @@ def EarlyStopHook(
 
         return watched
 
-    return [Middleware(name, wrap, "epoch", init, reads={f"cfg.hooks.{name}.metric": metric})]
+    ranks = {} if mode else {f"{path}.mode": metric}
+    return [Middleware(name, wrap, "epoch", init, role="end", reads={f"{path}.metric": metric}, ranks=ranks)]

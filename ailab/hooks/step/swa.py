@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ailab import tree
+from ailab.core.epoch import PROGRESS
 from ailab.errors import ConfigError
 from ailab.hooks.step.eval_state import evaluated, holding, tensors_of
 from ailab.registry import HOOKS
@@ -48,7 +49,6 @@ def SWAHook(
     end = run.total_epochs if by == "epoch" else run.total_steps
     if run.steps_per_epoch and start > end:
         raise ConfigError(f"cfg.hooks.{name}.start is {start}, and the run ends after {end} {by}s: there would be no average.")
-    unit = max(run.steps_per_epoch, 1) if by == "epoch" else 1
 
     def init(state: TrainState) -> dict[str, Any]:
         count = torch.zeros((), dtype=torch.int64, device=state.step.device)
@@ -57,8 +57,11 @@ def SWAHook(
     def wrap(step: Step) -> Step:
         def averaged(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
             state, logs = step(state, batch)
-            memory, since = state.slots[name], state.step - start * unit
-            due = (since >= 0) & (since % (every * unit) == 0)
+            memory, progress = state.slots[name], state.slots[PROGRESS]
+            since = (state.step if by == "step" else progress["epoch"] + 1) - start
+            due = (since >= 0) & (since % every == 0)
+            if by == "epoch":
+                due = due & (state.step - progress["began"] == run.steps_per_epoch)  # its last step
             n = memory["n"] + due
             weight = torch.where(due, n.to(torch.float64).clamp(min=1).reciprocal(), 0.0)  # the first sample replaces
             mean = tree.lerp(memory["mean"], tensors_of(state, use_buffers), weight)
