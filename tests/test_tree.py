@@ -123,10 +123,12 @@ def test_lerp_is_torch_lerp(weight: float, seed: int) -> None:
 
 
 def test_where_picks_the_whole_tree() -> None:
-    """`where` is one of its two trees, bitwise, also where the other one is NaN; plain leaves are those of the first."""
-    a, b = {"x": torch.tensor([1.0, 2.0]), "k": "a"}, {"x": torch.tensor([float("nan"), 3.0]), "k": "b"}
-    assert same(tree.where(torch.tensor(True), a, b), a)
-    assert torch.equal(tree.where(torch.tensor(False), b, a)["x"], a["x"])
+    """`where` is one of its two trees, bitwise, also where the other one is NaN, has other plain values, or another structure."""
+    a = {"x": torch.tensor([1.0, 2.0]), "k": "a", "n": 3, "l": [torch.ones(2)], "late": {}}
+    b = {"x": torch.tensor([float("nan"), 3.0]), "k": "b", "n": 3, "l": [torch.ones(2), None], "late": {"m": torch.ones(1)}}
+    for chosen, other in ((a, b), ({**b, "x": torch.zeros(2)}, a)):
+        assert same(tree.where(torch.tensor(True), chosen, other), chosen)
+        assert same(tree.where(torch.tensor(False), other, chosen), chosen)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 99))

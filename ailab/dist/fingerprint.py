@@ -59,10 +59,31 @@ def of_value(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} (hash {_hash_of(value)})"
     if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+        if not value.shape:
+            return of_value(value.item())
         return f"{value.dtype} {value.shape} (hash {hashlib.sha256(value.tobytes()).hexdigest()[:8]})"
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
-    return _describe(value)
+    text = _describe(value)
+    if text != f"a {type(value).__qualname__}" or type(value).__repr__ is object.__repr__:
+        return text
+    said = repr(value)  # of a dtype, an enum, a dataclass, a module: what it is made of
+    return text if " at 0x" in said else said if len(said) <= _SHOWN else f"{text} (hash {_hash(said)})"
+
+
+def of_code(*classes: Callable[..., Any]) -> str:
+    """A hash of the source of classes and functions, one by one, that are neither ailab's nor of a library; "" for none."""
+    texts = [_own_source(cls) for cls in classes]
+    return _hash("".join(texts)) if any(texts) else ""
+
+
+def _own_source(cls: Callable[..., Any]) -> str:
+    if str(getattr(cls, "__module__", "")).partition(".")[0] == "ailab" or not _source(cls):
+        return ""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
 
 
 def _hash_of(tensor: Tensor) -> str:

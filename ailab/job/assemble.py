@@ -76,9 +76,8 @@ def assemble(
 
     @functools.cache
     def made_of() -> dict[str, Any]:
-        return record.of_run(
-            info, _roles(cfg, built), parts.datasets, f"{plan.cut if plan.enabled else 'no'}, sync {plan.sync}"
-        )
+        compiled = f"{plan.cut if plan.enabled else 'no'}, sync {plan.sync}"
+        return record.of_run(info, _roles(cfg, built), parts.model, parts.datasets, compiled)
 
     info = replace(
         _info(cfg, parts, streams, device, say),

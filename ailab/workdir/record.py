@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ailab import tree
 from ailab.config.load import snapshot
@@ -25,15 +26,19 @@ _GIVEN = {"run", "name", "self", "params"}  # arguments that come from the frame
 STEPS = "training steps of an epoch"
 
 
-def of_run(run: RunInfo, roles: Mapping[str, str], datasets: Mapping[str, Any], compiled: str) -> dict[str, Any]:
-    """The fingerprint of a run: texts by key, in three sections.
+def of_run(
+    run: RunInfo, roles: Mapping[str, str], model: nn.Module, datasets: Mapping[str, Any], compiled: str
+) -> dict[str, Any]:
+    """The fingerprint of a run: texts by key, in sections.
 
-    "results": what the results depend on: the cfg with all its defaults, and the data. "end": when it ends. "bits": what changes
-    no more than the last digits. Observers, workers, intervals and paths are in none. Secrets of the cfg are "***".
+    "results": what the results depend on: the cfg with all its defaults, and the data. "end": when it ends. "code": the source of
+    the user's own components. "bits": what changes no more than the last digits. Observers, workers, intervals and paths are in
+    none. Secrets of the cfg are "***".
 
     Args:
         run: the facts of the run.
         roles: of the hooks of the cfg that are on, by name: "result", "end" or "observer".
+        model: the user's module.
         datasets: by phase.
         compiled: what is compiled, and how gradients are synchronised.
     """
@@ -49,6 +54,7 @@ def of_run(run: RunInfo, roles: Mapping[str, str], datasets: Mapping[str, Any], 
     return {
         "results": {**dict(_flat(found, "cfg")), **texts, STEPS: str(run.steps_per_epoch)},
         "end": dict(_flat(ends, "cfg")),
+        "code": _code(cfg, results, model, datasets),
         "bits": _bits(run, compiled),
         "slots": {slot: list(where) for slot, where in run.slots.items()},  # whose memory is in the state, and its role
         "accepted": [],  # [step, [changes]] of each time that the run went on with a changed cfg
@@ -59,6 +65,16 @@ def _bits(run: RunInfo, compiled: str) -> dict[str, str]:
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
     threads, processes = str(torch.get_num_threads()), str(run.world_size)
     return {"torch": str(torch.__version__), "device": device, "threads": threads, "processes": processes, "compile": compiled}
+
+
+def _code(cfg: Mapping[str, Any], hooks: Sequence[str], model: nn.Module, datasets: Mapping[str, Any]) -> dict[str, str]:
+    modules = sorted({type(m) for m in model.modules()}, key=lambda cls: cls.__qualname__)
+    found = {"cfg.model": fingerprint.of_code(*modules)}
+    found |= {f"cfg.data.{phase}": fingerprint.of_code(type(dataset)) for phase, dataset in datasets.items()}
+    entries = {"cfg.loss": (LOSSES, cfg["loss"]), "cfg.optimizer": (OPTIMIZERS, cfg["optimizer"])}
+    entries |= {f"cfg.hooks.{n}": (HOOKS, cfg["hooks"][n]) for n in hooks}
+    found |= {path: fingerprint.of_code(registry.get(entry["type"])) for path, (registry, entry) in entries.items() if entry}
+    return {path: text for path, text in found.items() if text}
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
@@ -95,6 +111,8 @@ def _flat(value: Any, path: str, key: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping) and value:
         for name, item in cast("Mapping[Any, Any]", value).items():
             yield from _flat(item, f"{path}.{name}", str(name))
+    elif isinstance(value, (set, frozenset)):
+        yield from _flat(sorted(cast("set[Any]", value), key=str), path, key)
     elif isinstance(value, (list, tuple)) and value:
         items = cast("list[Any]", value)
         texts = [text for i, item in enumerate(items) for text in _flat(item, f"{path}.{i}", key)]

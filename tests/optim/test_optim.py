@@ -369,6 +369,50 @@ def test_other_classes_equal_themselves(cls: Any) -> None:
         assert all(torch.equal(p, q) for p, q in zip(params.values(), history[2][1].values(), strict=True))
 
 
+class Forgetful(Lion):
+    """Counts its steps where nobody looks."""
+
+    def __init__(self, params: Any, lr: float = 1e-3):
+        super().__init__(params, lr)
+        self.steps = 0
+
+    def step(self, closure: Any = None) -> None:
+        self.steps += 1
+        super().step()
+
+
+class Opaque(Lion):
+    """Keeps an object."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["seen"] = {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("cls", "said"), [(Forgetful, "remembers 'steps' as attributes"), (Opaque, "keeps at '0.a.weight.seen'")]
+)
+def test_memory_that_no_checkpoint_would_hold_is_refused(cls: Any, said: str) -> None:
+    """A class that counts in an attribute of its own, or gathers objects, is refused at its first update, in a sentence."""
+    params = make("Lion")
+    opt = build_optimizer(cls, params)
+    with pytest.raises(ConfigError, match=rf"^cfg\.optimizer\.type: {cls.__name__} {said}"), torch.no_grad():
+        opt.update(make("Lion", seed=1), opt.init(params), params)
+
+
+def test_hyper_parameters_of_other_classes_are_those_of_the_cfg() -> None:
+    """What a class changes in its groups is memory; what it leaves alone is what it was built with, in a resumed run too."""
+    params = make("Lion")
+    one, other = (build_optimizer(Lion, params, beta=beta) for beta in (0.9, 0.5))
+    with torch.no_grad():
+        _, state = one.update(make("Lion", seed=1), one.init(params), params)
+        assert state["groups"] == [{"count": 1}]
+        same, _ = one.update(make("Lion", seed=2), state, params)
+        new, _ = other.update(make("Lion", seed=2), state, params)
+    assert any(not torch.equal(new[n], same[n]) for n in params)
+
+
 def test_lbfgs_equals_torch() -> None:
     """LBFGS through closure_update equals torch's, bitwise, over several steps; plain update says what to call."""
     params = {"w": torch.tensor([3.0, -2.0])}

@@ -108,6 +108,7 @@ class _Change:
     other: bool  # the run is another one on purpose: it starts from the checkpoint
     results: list[str]  # `key: old -> new`
     end: list[str]
+    code: list[str]
     bits: list[str]
     slots: Mapping[str, tuple[str, str]]  # of the checkpoint: where in the cfg its hook was, and its role
 
@@ -122,11 +123,12 @@ def _compared(saved: Checkpoint, run: RunInfo, *, accept: bool, other: bool, new
 
     def compare() -> str:
         new = run.fingerprint()
-        return json.dumps([record.changes(old.get(s, {}), new.get(s, {})) for s in ("results", "end", "bits")])
+        return json.dumps([record.changes(old.get(s, {}), new.get(s, {})) for s in ("results", "end", "code", "bits")])
 
-    results, end, bits = json.loads(_from_first(run, compare))
+    results, end, code, bits = json.loads(_from_first(run, compare))
     results = [line for line in results if not (new_lr and _LR.match(line))]
-    return _Change(saved.path, accept, other, results, end, bits, {n: (p, r) for n, (p, r) in old.get("slots", {}).items()})
+    slots = {n: (p, r) for n, (p, r) in old.get("slots", {}).items()}
+    return _Change(saved.path, accept, other, results, end, code, bits, slots)
 
 
 def _hold(saved: Mapping[str, Any], state: TrainState, change: _Change, run: RunInfo, path: str) -> None:
@@ -164,6 +166,9 @@ def _tell(change: _Change, saved: Checkpoint, run: RunInfo, rate: Any) -> None:
             f"follows the schedule from the cfg's {run.base_lrs[0]:g} on" if SCHEDULE in run.slots else "goes on as it was"
         )
         lines.append(f"  The learning rate {follows} (resume_lr='keep').")
+    if change.code:
+        where = ", ".join(line.partition(": ")[0] for line in change.code)
+        lines.append(f"warning: the code of {where} is not the one that the run was begun with")
     if change.bits:
         lines.append(f"not bit for bit: {', '.join(change.bits)}")
     for line in lines:
@@ -197,7 +202,7 @@ def _taken(content: Mapping[str, Any], state: TrainState, change: _Change, run: 
             f"epoch {epochs_done(state) + 1} is begun anew at step {state.at}: {made} steps of it were made as they were before"
         )
         return begun_anew(state)
-    for name, memory in content["memories"].items():
+    for name, memory in content.get("memories", {}).items():
         if name in run.memories:
             run.memories[name].restore(memory)
     return state
