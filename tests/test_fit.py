@@ -352,6 +352,20 @@ def test_the_record_has_every_result_under_its_name(tmp_path: Path) -> None:
     assert rows[-1]["best"] == rows[-1]["top1"]
 
 
+def test_only_what_has_a_direction_has_a_best(tmp_path: Path, capsys: Cap) -> None:
+    """The report at the end calls the lowest loss and the highest accuracy best; of what says nothing it has the last value."""
+    from test_metric_hook import Count
+
+    cfg = tiny_cfg(tmp_path / "run")
+    cfg["hooks"]["metrics"]["mine"] = dict(type=Count, mapping={"pred": "output", "label": "target"}, phases=["val"])
+    fit(cfg)
+    told = {line.split()[0]: line for line in capsys.readouterr().out.partition("\ndone\n")[2].splitlines()}
+    rows = [r for r in rows_of(tmp_path / "run") if r["phase"] == "val"]
+    for name, pick in (("loss", min), ("top1", max), ("mine_share", max)):
+        assert f"best {pick(r[name] for r in rows):.4f} (epoch" in told[f"val_{name}"]
+    assert told["val_mine_samples"].split() == ["val_mine_samples", "last", "20.0000"]
+
+
 def test_the_record_has_running_means_in_between(tmp_path: Path) -> None:
     """Every 50 steps a line that is not final has the mean over the epoch so far."""
     cfg = tiny_cfg(tmp_path / "run") | {"total_epochs": 2}

@@ -69,6 +69,21 @@ def test_the_number_of_ranks_may_change(ranks: Any, sync: str, tmp_path: Any) ->
     assert distance(third[0]["state"].slots["ema"], whole["state"].slots["ema"]) < 1e-9
 
 
+@pytest.mark.parametrize("change", [dict(lr=0.9), dict(seed=9), dict(resume_from="nowhere")])
+def test_all_ranks_refuse_another_run_alike(ranks: Any, change: dict[str, Any], tmp_path: Any) -> None:
+    """Rank 0 compares; every rank raises the same error, and none waits for another."""
+    saves = dict(checkpoint=dict(type="CheckpointHook"), resume=dict(type="ResumeHook"))
+    cfg = config(workflow=[dict(phase="train")], hooks=saves) | {"work_dir": str(tmp_path)}
+    ranks(2)(until, cfg, 5)
+    changed = {"optimizer": {**cfg["optimizer"], **change}} if "lr" in change else change
+    ranks(2).send(trained, {**cfg, **changed})
+    errors = [ranks(2).answer(rank, limit=30) for rank in range(2)]
+    wanted = "CheckpointError" if "resume_from" in change else "ConfigError"
+    assert {type(e).__name__ for e in errors} == {wanted}
+    said = "there is no checkpoint there" if "resume_from" in change else "cfg.optimizer.lr: " if "lr" in change else "cfg.seed: 3 -> 9"
+    assert all(said in str(e) for e in errors)
+
+
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("batch_size", [7, 8, 11])
 def test_batches_lie_at_even_addresses(world: int, batch_size: int) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_hooks import info
-from tiny import tiny_cfg
+from tiny import rows_of, tiny_cfg
 
 from ailab.core.epoch import PROGRESS
 from ailab.errors import ConfigError
@@ -119,6 +120,21 @@ def test_a_plateau_resumes_wherever_it_stands(order: tuple[str, ...], tmp_path: 
     assert torch.equal(resumed.opt_state["lr"][0], whole.opt_state["lr"][0])
     for name, p in whole.params.items():
         assert torch.equal(p, resumed.params[name]), name
+
+
+@pytest.mark.parametrize(("metric", "mode"), [("val_top1", "max"), ("val_loss", "min")])
+def test_a_plateau_asks_the_result_which_is_better(metric: str, mode: str, tmp_path: Path) -> None:
+    """Without a mode the rate of each epoch is that of torch's scheduler with the right one."""
+    scheduler = dict(type="ReduceLROnPlateau", patience=0, threshold=0.5, factor=0.5)
+    hooks = dict(lr_scheduler=dict(type="LrSchedulerHook", metric=metric, scheduler=scheduler))
+    fit({**tiny_cfg(tmp_path, **hooks), "total_epochs": 8})
+    rows = [r for r in rows_of(tmp_path) if r["final"] and r["phase"] == "val"]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    oracle = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode, patience=0, threshold=0.5, factor=0.5)
+    for row, after in itertools.pairwise(rows):
+        oracle.step(row[metric.removeprefix("val_")])
+        assert after["lr"] == [optimizer.param_groups[0]["lr"]]
+    assert rows[-1]["lr"] != [0.01]
 
 
 @pytest.mark.parametrize(

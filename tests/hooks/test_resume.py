@@ -225,7 +225,7 @@ def test_resume_lr_keeps_or_restarts_the_schedule(resume_lr: Any, expected: list
 
 @pytest.mark.parametrize(("resume_lr", "expected"), [("keep", 0.01), ("initial", 0.02), (0.3, 0.3)])
 def test_resume_lr_without_a_schedule(resume_lr: Any, expected: float, tmp_path: Path) -> None:
-    """The rate of the checkpoint, if that is accepted, of the new cfg, or the one that is said, in the hook or as a key of the cfg."""
+    """The rate of the checkpoint, if that is accepted, of the new cfg, or the one that is said; as a key of the cfg too."""
     fit(tiny_cfg(tmp_path / "a", **SaveDict()) | {"total_epochs": 1})
     cfg = tiny_cfg(tmp_path / "a", **SaveDict()) | {"total_epochs": 2, "resume_lr": resume_lr}
     cfg["optimizer"]["lr"] = 0.02
