@@ -78,9 +78,11 @@ def test_all_ranks_refuse_another_run_alike(ranks: Any, change: dict[str, Any], 
     changed = {"optimizer": {**cfg["optimizer"], **change}} if "lr" in change else change
     ranks(2).send(trained, {**cfg, **changed})
     errors = [ranks(2).answer(rank, limit=30) for rank in range(2)]
-    wanted = "CheckpointError" if "resume_from" in change else "ConfigError"
-    assert {type(e).__name__ for e in errors} == {wanted}
-    said = "there is no checkpoint there" if "resume_from" in change else "cfg.optimizer.lr: " if "lr" in change else "cfg.seed: 3 -> 9"
+    kind, said = (
+        ("CheckpointError", "there is no checkpoint there") if "resume_from" in change else ("ConfigError", "cfg.seed: 3 -> 9")
+    )
+    said = "cfg.optimizer.lr: " if "lr" in change else said
+    assert {type(e).__name__ for e in errors} == {kind}
     assert all(said in str(e) for e in errors)
 
 
