@@ -161,7 +161,7 @@ def cfg_file(folder: Path, *changes: str) -> str:
         "from ranks import config",
         "from test_ranks_restart import Signal",
         f"hooks = dict({saves!r}, signal=dict(type=Signal, plan={str(folder / 'plan')!r}))",
-        f"cfg = config(hooks=hooks, model=dict(norm=True, double=False)) | dict(work_dir={str(folder / 'run')!r})",
+        f"cfg = config(20, hooks=hooks, model=dict(norm=True, double=False)) | dict(work_dir={str(folder / 'run')!r})",
     ]
     file.write_text("\n".join([*lines, *changes]) + "\n")
     return str(file)
