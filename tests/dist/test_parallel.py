@@ -110,7 +110,7 @@ def test_a_run_that_was_cut_in_two_has_the_same_bytes(ranks: Any, sync: str, wor
     """A run that is stopped in mid-epoch and resumed from a checkpoint ends with the same bytes as without the stop."""
     hooks = dict(checkpoint=dict(type="CheckpointHook"), resume=dict(type="ResumeHook"), ema=dict(type="EMAHook"))
     hooks |= dict(ddp=dict(type="DDPHook", bucket_cap_mb=1e-4))  # several buckets
-    cfg = config(20, model=dict(norm=True, double=False), sync=sync, hooks=hooks) | {"work_dir": str(tmp_path / "cut")}
+    cfg = config(22, model=dict(norm=True, double=False), sync=sync, hooks=hooks) | {"work_dir": str(tmp_path / "cut")}
     whole = ranks(world)(trained, {**cfg, "work_dir": str(tmp_path / "whole")})
     with pytest.raises(AilabError, match="stopped by a signal at step 4"):
         ranks(world)(trained, cfg, stop_at=7)  # 3 of training and 3 of evaluation, and 1; the next batch is a full one
