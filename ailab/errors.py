@@ -7,6 +7,7 @@ is for ailab's own invariants only.
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -63,6 +64,15 @@ class Preempted(AilabError):
     """A signal stopped the run. With a CheckpointHook the state was saved first."""
 
     exit_code = 143
+
+
+class StopNow(KeyboardInterrupt):
+    """A signal ends what is going on. It is no `Exception`, so that user code does not take it for an error of its own."""
+
+    def __init__(self, number: int, *, waits: bool = False):
+        super().__init__(f"stopped at once by {signal.Signals(number).name}; checkpoints that were saved are whole.")
+        self.number = number
+        self.waits = waits  # whether it came while a batch was awaited, so that no step is in flight
 
 
 class DonatedError(AilabError, RuntimeError):

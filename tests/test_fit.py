@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import TESTS, cfg_file, ended, files_of, launch, newest_content, rows_of, tiny_cfg
+from tiny import TESTS, cfg_file, ended, epochs_of, files_of, launch, newest_content, rows_of, tiny_cfg
 from torch import nn
 
 from ailab.errors import ConfigError
@@ -476,10 +476,22 @@ def test_an_observer_can_be_switched_off_for_a_phase(tmp_path: Path) -> None:
         cfg = tiny_cfg(tmp_path / str(off), logger=dict(type="LoggerHook", interval=2))
         cfg["workflow"][off]["logger"] = {"enable": False}
         fit(cfg)
-        lines = (tmp_path / str(off) / "train.log").read_text().splitlines()
+        lines = epochs_of(tmp_path / str(off) / "train.log")
         assert sorted({line.split()[2] for line in lines}) == phases
         assert len(lines) == (3 if phases == ["val"] else 10)
         assert len(rows_of(tmp_path / str(off))) == 6
+
+
+def test_the_log_is_the_console(tmp_path: Path, capsys: Cap, monkeypatch: pytest.MonkeyPatch) -> None:
+    """train.log has every line of the console: the report at the start, the warnings before it and after, the results."""
+    cfg = tiny_cfg(tmp_path / "run", metric=dict(type="LoggerHook", log_items={"broken": lambda report: 1 / 0}))
+    monkeypatch.setattr("ailab.fit.little_memory", lambda kind: "little memory")
+    fit(cfg)
+    printed, logged = capsys.readouterr().out, (tmp_path / "run" / "train.log").read_text()
+    first = logged.splitlines()
+    assert [line.split()[0] for line in first[:6]] == ["warning:", "model", "data", "device", "compile", "work_dir"]
+    assert logged.count("warning: hook 'metric' failed: ZeroDivisionError") == 3
+    assert logged == printed
 
 
 def test_log_items_read_the_run_by_path_or_by_call(tmp_path: Path, capsys: Cap) -> None:
@@ -491,7 +503,7 @@ def test_log_items_read_the_run_by_path_or_by_call(tmp_path: Path, capsys: Cap) 
         "double": lambda report: float(2 * report.step),
     }
     fit(tiny_cfg(tmp_path / "run", logger=dict(type="LoggerHook", interval=5, log_dir=str(tmp_path / "logs"), log_items=items)))
-    lines = (tmp_path / "logs" / "train.log").read_text().splitlines()
+    lines = epochs_of(tmp_path / "logs" / "train.log")
     rows = rows_of(tmp_path / "run")
     assert "rate 0.0100" in lines[0] and "double 10.0000" in lines[0] and "val 0" not in lines[0]
     assert f"avg {rows[0]['top1']:.4f}" in lines[1]

@@ -52,6 +52,7 @@ def assemble(
     device: torch.device,
     *,
     say: Callable[[str], None] = print,
+    log_to: Callable[[Path, Callable[[str], None]], bool] = lambda file, write: False,
     interrupted: Callable[[], bool] = lambda: False,
     extra: Callable[[RunInfo], list[Hook]] = lambda run: [],
 ) -> Job:
@@ -61,6 +62,7 @@ def assemble(
         cfg: as `check.complete` returns it.
         device: where the state and the batches live.
         say: one line to the console.
+        log_to: see `RunInfo`.
         interrupted: asked after each step; True ends the run there.
         extra: hooks that every run has, put inside those of the cfg.
 
@@ -81,6 +83,7 @@ def assemble(
 
     info = replace(
         _info(cfg, parts, streams, device, say),
+        log_to=log_to,
         model_state=_model_state(parts, views),
         fingerprint=made_of,
         fresh_slots=lambda state: _memory_at(state, keepers),

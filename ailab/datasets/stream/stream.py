@@ -139,6 +139,11 @@ class Stream:
         """
         self._bad.record = record
 
+    def close(self) -> None:
+        """Kill the worker processes, if there are any."""
+        if self._tensors is None:
+            self._workers.close()
+
     @property
     def steps(self) -> int:
         """Number of steps of one epoch."""

@@ -33,6 +33,8 @@ def LoggerHook(
 ) -> list[Middleware[Any]]:
     """Log one line every `interval` steps and at the end of each phase, to the console and to `log_dir/train.log`.
 
+    The file has every other line of the console too: the report at the start, warnings, results at the end.
+
     Args:
         interval: optimizer steps between two lines, at least 1.
         log_dir: folder of the log file. The work_dir by default.
@@ -48,6 +50,7 @@ def LoggerHook(
     file = Path(log_dir or run.work_dir) / "train.log"
     latest: dict[str, float] = {}
     clock = _Clock()
+    console = False  # whether the console gives its lines, which are those of this hook too
 
     def write(line: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -68,9 +71,14 @@ def LoggerHook(
             append(run.notes.pop(0))
         line = _line(report, {n: v for n, v in shown.items() if v is not None}, rate, run)
         run.say(line)
-        append(line)
+        if not console:
+            append(line)
 
-    hooks = observe(name, emit, run, every=interval)
+    def begin(state: TrainState) -> None:
+        nonlocal console
+        console = run.log_to(file, append)
+
+    hooks = observe(name, emit, run, every=interval, begin=begin)
 
     def checked(run_all: Run) -> Run:
         check_items(items, run, f"cfg.hooks.{name}.log_items")
