@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class AilabError(Exception):
@@ -77,6 +80,34 @@ class StopNow(KeyboardInterrupt):
 
 class DonatedError(AilabError, RuntimeError):
     """A `TrainState` was read after a compiled step had reused its memory."""
+
+
+class Together:
+    """Collects the errors of parts that do not depend on each other, to raise them as one.
+
+    together = Together()
+    model, loss = together(build_model), together(build_loss)  # None for one that failed
+    together.raise_errors()
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[ConfigError | DataError] = []
+
+    def __call__(self, make: Callable[[], T]) -> T | None:
+        """The result of `make`, or None if it raises a ConfigError or DataError."""
+        try:
+            return make()
+        except (ConfigError, DataError) as e:
+            self.errors.append(e)
+            return None
+
+    def raise_errors(self) -> None:
+        """Raise what was collected: a lone error as it is, several as one ConfigError, or DataError if all are."""
+        if len(self.errors) > 1:
+            kind = DataError if all(isinstance(e, DataError) for e in self.errors) else ConfigError
+            raise kind("\n".join(dict.fromkeys(map(str, self.errors)))) from self.errors[0]
+        if self.errors:
+            raise self.errors[0]
 
 
 def nearest(name: str, offered: Iterable[str]) -> str:

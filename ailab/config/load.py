@@ -181,9 +181,9 @@ def is_secret(key: str) -> bool:
 def snapshot(cfg: Any) -> Any:
     """A copy of a cfg for JSON, without secrets.
 
-    Objects become their qualified names. Tensors and arrays become lists, large ones their shape and dtype. Non-finite floats become
-    strings. The value of a key that names a secret becomes "***", also in the query of a URL; the user and password of a URL are
-    removed.
+    Objects become their qualified names. Tensors and arrays become lists, large ones their shape and dtype. Non-finite floats
+    become strings. The value of a key that names a secret becomes "***", also in the query of a URL; the user and password of a
+    URL are removed.
     """
     if isinstance(cfg, Mapping):
         items = cast("Mapping[Any, Any]", cfg).items()

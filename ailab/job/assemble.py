@@ -19,7 +19,7 @@ from ailab.core.run import run_epochs
 from ailab.core.step import eval_step, given, split_step, train_step
 from ailab.datasets import Stream
 from ailab.dist import fingerprint
-from ailab.errors import ConfigError
+from ailab.errors import ConfigError, Together
 from ailab.job.build import Parts, build_parts, build_stream, explained
 from ailab.job.guard import guarded
 from ailab.job.plan import Plan, planned, verify_gradient
@@ -72,7 +72,12 @@ def assemble(
     """
     parts = _alike(_built(cfg, device))
     rank, world = dist.rank(), dist.world_size()
-    streams = {p["phase"]: build_stream(cfg, p, parts, device, rank, world, report=say) for p in cfg["workflow"]}
+    together = Together()
+    made = {
+        p["phase"]: together(lambda p=p: build_stream(cfg, p, parts, device, rank, world, report=say)) for p in cfg["workflow"]
+    }
+    together.raise_errors()
+    streams = {phase: stream for phase, stream in made.items() if stream is not None}
     views: list[Callable[[TrainState], TrainState]] = []
     keepers: list[Hook] = []  # hooks that keep memory
 
@@ -182,14 +187,14 @@ def _model_state(parts: Parts, views: Sequence[Callable[[TrainState], TrainState
 
 
 def _build_hooks(cfg: Mapping[str, Any], info: RunInfo) -> list[tuple[str, Hook]]:
-    built: list[tuple[str, Hook]] = []
-    for name, entry in cfg["hooks"].items():
-        if not entry["enable"]:
-            continue
+    def build(name: str, entry: Mapping[str, Any]) -> list[Hook]:
         args, path = {k: v for k, v in entry.items() if k != "enable"}, f"cfg.hooks.{name}"
-        made = explained(lambda a=args, p=path, n=name: HOOKS.build(a, p, run=info, name=n), f"{path}: could not be built")
-        built += [(name, h) for h in as_hooks(made, path)]
-    return built
+        return as_hooks(explained(lambda: HOOKS.build(args, path, run=info, name=name), f"{path}: could not be built"), path)
+
+    together = Together()
+    built = {name: together(lambda n=name, e=entry: build(n, e)) for name, entry in cfg["hooks"].items() if entry["enable"]}
+    together.raise_errors()
+    return [(name, hook) for name, hooks in built.items() for hook in hooks or ()]
 
 
 def _roles(cfg: Mapping[str, Any], built: Sequence[tuple[str, Hook]]) -> dict[str, str]:
