@@ -231,15 +231,15 @@ class Registry:
         builder = self.get(cfg["type"], f"{path}.type")
         if isinstance(builder, nn.Module):
             return builder
-        given = {k: v for k, v in cfg.items() if k != "type"}
+        takes = parameters(builder).types
+        given = {k: converted(v, takes.get(k)) for k, v in cfg.items() if k != "type"}
         if self._is_component(builder, given):
             function = functools.partial(builder, **given)
             function.__name__ = name_of(builder)  # type: ignore[attr-defined]
             return function
-        takes = parameters(builder).types
         extra = {k: v for k, v in injected.items() if k in takes}
         try:
-            return builder(**{k: converted(v, takes.get(k)) for k, v in given.items()}, **extra)
+            return builder(**given, **extra)
         except (ConfigError, DataError) as e:
             located = ConfigError if isinstance(e, ConfigError) else DataError
             raise located(_located(str(e), path, name_of(builder), takes)) from e.__cause__

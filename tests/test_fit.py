@@ -523,13 +523,13 @@ def test_log_items_read_the_run_by_path_or_by_call(tmp_path: Path, capsys: Cap) 
 
 @pytest.mark.parametrize("phase", ["val", "test"])
 def test_a_workflow_that_only_evaluates_needs_no_optimizer(phase: str, tmp_path: Path) -> None:
-    """It runs once, reports its phase at step 0, and without a loss reports the metrics alone."""
+    """It runs once, reports its phase at step 0 of epoch 0, and without a loss reports the metrics alone."""
     cfg = tiny_cfg(tmp_path / "run", checkpoint=dict(type="CheckpointHook"), ema=dict(type="EMAHook"))
     cfg["data"]["test"] = cfg["data"]["val"]
     del cfg["optimizer"]
     result = fit(cfg | {"workflow": [{"phase": phase}]})
     (row,) = rows_of(tmp_path / "run")
-    assert (row["step"], row["epoch"], row["phase"]) == (0, 1, phase) and row["lr"] == []
+    assert (row["step"], row["epoch"], row["phase"]) == (0, 0, phase) and row["lr"] == []
     assert result.metrics == {f"{phase}_loss": row["loss"], f"{phase}_top1": row["top1"]}
     assert not (tmp_path / "run" / "checkpoints").exists()
     del cfg["loss"]
@@ -559,11 +559,12 @@ def test_a_finished_run_can_be_tested_in_its_own_folder(tmp_path: Path) -> None:
     after = files_of(tmp_path / "run")
     assert {p for p in after if after[p] != before.get(p)} == {"metrics.jsonl", "train.log"}
     assert after["metrics.jsonl"].startswith(before["metrics.jsonl"])
-    assert rows_of(tmp_path / "run")[-1]["step"] == 15
+    assert (rows_of(tmp_path / "run")[-1]["step"], rows_of(tmp_path / "run")[-1]["epoch"]) == (15, 3)  # those of the model
     plain = _evaluated(cfg, work_dir=str(tmp_path / "plain"), hooks={**cfg["hooks"], "ema": {**hooks["ema"], "enable": False}})
     cfg["hooks"]["resume"]["resume_from"] = str(tmp_path / "run" / "checkpoints" / "step_00000010")
     earlier = _evaluated(cfg, work_dir=str(tmp_path / "earlier"))()
     (row,) = (r for r in rows_of(tmp_path / "run") if r["phase"] == "val" and r["step"] == 10)
+    assert [(r["step"], r["epoch"]) for r in rows_of(tmp_path / "earlier")] == [(10, 2)]
     assert earlier == {"test_loss": row["loss"], "test_top1": row["top1"]}
     assert plain() != tested
 

@@ -148,7 +148,10 @@ def eval_epoch(step: Step, names: Sequence[str], interrupted: Callable[[], bool]
 
 
 def workflow(phases: Mapping[str, Epoch]) -> Epoch:
-    """The phases in order as one epoch over `{phase: batches}`; log names get the phase as prefix: "val_top1"."""
+    """The phases in order as one epoch over `{phase: batches}`; log names get the phase as prefix: "val_top1".
+
+    Without a training phase it is no epoch of the model: the state stays.
+    """
 
     def epoch(state: TrainState, batches: Batches) -> tuple[TrainState, Logs]:
         parts: list[Logs] = []
@@ -156,7 +159,7 @@ def workflow(phases: Mapping[str, Epoch]) -> Epoch:
             state, logs = run_phase(state, batches[phase])
             parts.append(logs.prefixed(f"{phase}_"))
         # Only now, with every phase done, is the epoch complete: a run resumed before this point reports it again, once.
-        return epoch_ended(state), Logs.join(parts)
+        return epoch_ended(state) if "train" in phases else state, Logs.join(parts)
 
     return epoch
 

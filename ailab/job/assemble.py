@@ -15,7 +15,7 @@ from ailab.compile import Compiled, compile, lift
 from ailab.core.epoch import PROGRESS, eval_epoch, fresh_progress, tally, train_epoch, workflow
 from ailab.core.grad import Core, ddp_grad, graph_grad, local_core, local_grad
 from ailab.core.loss import state_dict_of, unless_empty
-from ailab.core.run import run_epochs
+from ailab.core.run import run_epochs, run_once
 from ailab.core.step import eval_step, given, split_step, train_step
 from ailab.datasets import Stream
 from ailab.dist import fingerprint
@@ -352,5 +352,6 @@ def _run(
     def batches(number: int, start: int) -> Batches:
         return {p: s.epoch(number, start if p == "train" else 0, lean=lean) for p, s in streams.items()}
 
-    run = stack(run_epochs(epoch, batches, info.total_epochs), at(outer, "run"))
+    bare = run_epochs(epoch, batches, info.total_epochs) if "train" in streams else run_once(epoch, batches)
+    run = stack(bare, at(outer, "run"))
     return blame.run(run) if info.world_size > 1 else run

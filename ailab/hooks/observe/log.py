@@ -106,7 +106,7 @@ class _Clock:
 def _line(report: Report, shown: Mapping[str, Any], rate: float | None, run: RunInfo) -> str:
     values = "  ".join(f"{n} {_number(v)}" for n, v in shown.items())
     speed = f"  {rate:,.0f} samples/s" if rate else ""
-    where = f"epoch {report.epoch}/{run.total_epochs}"
+    where = f"epoch {report.epoch}" + (f"/{run.total_epochs}" if run.steps_per_epoch else "")
     return f"{where}  {report.phase:<5}{'' if report.final else f' step {report.step}'}  {values}{speed}"
 
 
@@ -213,7 +213,8 @@ def ProgressHook(bar: Any, run: RunInfo) -> list[Middleware[Any]]:
     def wrap_epoch(epoch: Epoch) -> Epoch:
         def named(state: TrainState, batches: Any) -> Any:
             done = epochs_done(state)
-            bar.set_description(f"epoch {done + 1}/{run.total_epochs}", refresh=False)
+            if run.steps_per_epoch:
+                bar.set_description(f"epoch {done + 1}/{run.total_epochs}", refresh=False)
             bar.total = began(state) + (run.total_epochs - done) * run.steps_per_epoch
             bar.initial = bar.initial or state.at  # a resumed run's rate counts its own steps
             return epoch(state, batches)

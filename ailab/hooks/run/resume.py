@@ -291,6 +291,8 @@ def _named(source: str, run: RunInfo) -> Path:
 
 
 def _to_evaluate(saved: Mapping[str, Any], like: TrainState) -> Mapping[str, Any]:
-    """What of a saved state is needed to evaluate it: what the model and its hooks read."""
+    """What of a saved state is needed to evaluate it: what the model and its hooks read, and the epoch that it is of."""
     slots = {n: v for n, v in saved["slots"].items() if n in like.slots}
-    return {**saved, "opt_state": {}, "slots": {**slots, PROGRESS: like.slots[PROGRESS]}}
+    mine = saved["slots"][PROGRESS]
+    progress = {**mine, "epoch": mine["epoch"] + (saved["step"] > mine["began"]), "stop": like.slots[PROGRESS]["stop"]}
+    return {**saved, "opt_state": {}, "slots": {**slots, PROGRESS: progress}}
