@@ -26,7 +26,7 @@ from ailab.job.proof import Itself, prove_pure, row_wise
 from ailab.optim import Optimizer, build_optimizer
 from ailab.registry import DATASETS, LOSSES, MODELS, OPTIMIZERS, SAMPLERS
 from ailab.rng import mix
-from ailab.types import Aux, Batch, Buffers, Loss, Params, TrainState
+from ailab.types import Aux, Batch, Buffers, Loss, Params, TrainState, batch_size
 
 T = TypeVar("T")
 _NO_MAPPING: Mapping[str, str] = MappingProxyType({})
@@ -167,7 +167,14 @@ def _sample(cfg: Mapping[str, Any], datasets: Mapping[str, Any], device: torch.d
         max_bad_frac=1.0,
         **reading_of(cfg),
     )
-    return tree.to(next(iter(stream.epoch(0))), device)
+    batch = next(iter(stream.epoch(0)))
+    try:
+        batch_size(batch)
+    except ConfigError as e:
+        raise ConfigError(
+            f"cfg.data.{phase}: {e}\n  A sample needs a tensor, an array or a number, such as its index: {{'index': i, ...}}."
+        ) from e
+    return tree.to(batch, device)
 
 
 def _losses(

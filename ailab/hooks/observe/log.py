@@ -172,7 +172,9 @@ def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
     def checked(run_all: Run) -> Run:
         taken = sorted({n for names in run.result_names.values() for n in names if is_reserved(n)})
         if taken:
-            raise ConfigError(f"the key {taken[0]!r} of metrics.jsonl is reserved; give that metric or loss another name.")
+            raise ConfigError(
+                f"cfg.hooks: the key {taken[0]!r} of metrics.jsonl is reserved; give that metric or loss another name."
+            )
         return run_all
 
     return [*observe("record", emit, run, every=interval, begin=begin), Middleware("record", checked, "run")]
