@@ -7,7 +7,11 @@ is for ailab's own invariants only.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import signal
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class AilabError(Exception):
@@ -65,8 +69,45 @@ class Preempted(AilabError):
     exit_code = 143
 
 
+class StopNow(KeyboardInterrupt):
+    """A signal ends what is going on. It is no `Exception`, so that user code does not take it for an error of its own."""
+
+    def __init__(self, number: int, *, waits: bool = False):
+        super().__init__(f"stopped at once by {signal.Signals(number).name}; checkpoints that were saved are whole.")
+        self.number = number
+        self.waits = waits  # whether it came while a batch was awaited, so that no step is in flight
+
+
 class DonatedError(AilabError, RuntimeError):
     """A `TrainState` was read after a compiled step had reused its memory."""
+
+
+class Together:
+    """Collects the errors of parts that do not depend on each other, to raise them as one.
+
+    together = Together()
+    model, loss = together(build_model), together(build_loss)  # None for one that failed
+    together.raise_errors()
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[ConfigError | DataError] = []
+
+    def __call__(self, make: Callable[[], T]) -> T | None:
+        """The result of `make`, or None if it raises a ConfigError or DataError."""
+        try:
+            return make()
+        except (ConfigError, DataError) as e:
+            self.errors.append(e)
+            return None
+
+    def raise_errors(self) -> None:
+        """Raise what was collected: a lone error as it is, several as one ConfigError, or DataError if all are."""
+        if len(self.errors) > 1:
+            kind = DataError if all(isinstance(e, DataError) for e in self.errors) else ConfigError
+            raise kind("\n".join(dict.fromkeys(map(str, self.errors)))) from self.errors[0]
+        if self.errors:
+            raise self.errors[0]
 
 
 def nearest(name: str, offered: Iterable[str]) -> str:

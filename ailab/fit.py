@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ailab import __version__, dist, tree
 from ailab.config import check
 from ailab.config.load import load as load_cfg
+from ailab.console import Console
 from ailab.core.epoch import Interrupted
 from ailab.datasets.files.cache import little_memory, memory_held
 from ailab.dist import fingerprint, launcher
-from ailab.errors import AilabError, ConfigError, PeerError, Preempted
+from ailab.errors import AilabError, ConfigError, PeerError, Preempted, StopNow
 from ailab.heap import keep_freed
 from ailab.hooks.observe.log import RESTART, LoggerHook, ProgressHook, RecordHook
 from ailab.job.assemble import Job, assemble
 from ailab.job.show import picture
 from ailab.job.summary import closing, opening, results
+from ailab.signals import Signals
 from ailab.signature import short_name
 from ailab.types import RunInfo, TrainState
 from ailab.workdir.bad_samples import BAD_SAMPLES, BadSampleLog
@@ -36,6 +37,7 @@ from ailab.workdir.folder import is_run, lock
 
 _HEAR_RANK_0_S = 1.0  # how long the other ranks leave it to rank 0 to tell of a peer that is gone
 _KEPT = 1 << 30  # bytes of freed memory that the process holds on to
+_QUIT = 130  # the exit code of a process that Ctrl-C ended
 _RECORD_EVERY = 50  # steps between two lines of metrics.jsonl
 
 
@@ -58,13 +60,13 @@ def fit(cfg: Mapping[str, Any]) -> Result:
 
 
 def _fit(load: Callable[[], Mapping[str, Any]]) -> Result:
-    with _started(load) as (full, device, warnings), _console() as (bar, say), Signals() as signals:
+    with _started(load) as (full, device, warnings), Console() as say, Signals() as signals:
         for line in warnings:
             say(f"warning: {line}")
         # Everything is built before the first byte is written: what does not fit harms no work_dir.
-        job = assemble(full, device, say=say, interrupted=signals, extra=_always(full, bar))
+        job = assemble(full, device, say=say, log_to=say.log_to, interrupted=signals, extra=_always(full, say.bar))
         work_dir = job.info.work_dir
-        bar.reset(total=job.info.total_steps)
+        say.bar.reset(total=job.info.total_steps)
         with _held(job) if dist.rank() == 0 else nullcontext():
             say(opening(job))
             for stream in job.streams.values():
@@ -97,13 +99,17 @@ def _trained(job: Job) -> TrainState:
         return job.run(job.state)
     except Interrupted as stop:  # a CheckpointHook would have caught it
         raise Preempted(f"stopped by a signal at step {stop.state.at}; there is no CheckpointHook, nothing is saved.") from None
+    except KeyboardInterrupt:
+        for stream in job.streams.values():
+            stream.close()
+        raise
 
 
 def ailab_train(cfg: Mapping[str, Any]) -> Result:
     """`fit` for a script of one's own: errors end the process with one message and their exit code, as on the command line."""
     try:
         return fit(cfg)
-    except AilabError as e:
+    except (AilabError, KeyboardInterrupt) as e:
         sys.exit(_report_error(e))
 
 
@@ -164,49 +170,6 @@ def _resuming(cfg: dict[str, Any]) -> dict[str, Any]:
     return {**cfg, "hooks": {**cfg["hooks"], RESTART: entry}}
 
 
-class Signals:
-    """Whether SIGTERM or SIGINT came; asked at step boundaries. The handler sets one flag, for it may fire inside autograd."""
-
-    def __init__(self) -> None:
-        self.came = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.came and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.came = True
-
-    def __call__(self) -> bool:
-        """Whether a signal came to this process; the ranks agree on what follows in their next step."""
-        return self.came
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _console() -> Generator[tuple[Any, Callable[[str], None]]]:
-    """A progress bar where there is a terminal, and a way to print a line above it; silent on all ranks but 0."""
-    first = dist.rank() == 0
-    bar: Any = tqdm(total=0, unit="step", disable=None if first else True, dynamic_ncols=True, smoothing=0.05)
-
-    def say(line: str) -> None:
-        if first:
-            tqdm.write(line)
-            sys.stdout.flush()
-
-    try:
-        yield bar, say
-    finally:
-        bar.close()
-
-
 def _always(cfg: Mapping[str, Any], bar: Any) -> Callable[[RunInfo], list[Any]]:
     """The hooks that every run has: the record, the bar, and a logger unless the cfg has one."""
 
@@ -260,8 +223,12 @@ def show(cfg: Mapping[str, Any]) -> str:
         return picture(assemble(full, device, extra=_always(full, None)))
 
 
-def _report_error(e: AilabError) -> int:
+def _report_error(e: AilabError | KeyboardInterrupt) -> int:
     """Print an error once, however many ranks make it, and return its exit code."""
+    if isinstance(e, KeyboardInterrupt):
+        if os.environ.get("RANK", "0") == "0":
+            print(e if isinstance(e, StopNow) else "stopped at once by SIGINT.", file=sys.stderr, flush=True)
+        return _QUIT
     rank, rendezvous, text = int(os.environ.get("RANK", "0")), dist.current_rendezvous(), f"{type(e).__name__}: {e}"
     if isinstance(e, PeerError) and not e.on_all_ranks and rendezvous is not None:
         if first := rendezvous.first_failure():
@@ -297,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(text)
         else:
             _fit(lambda: load_cfg(args.cfg, args.overrides))
-    except AilabError as e:
+    except (AilabError, KeyboardInterrupt) as e:
         if args.debug:
             raise
         return _report_error(e)

@@ -21,8 +21,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from ailab.errors import AilabError, ConfigError, more, nearest
-from ailab.signature import Parameters, check_arguments, name_list, name_of, parameters
+from ailab.errors import AilabError, ConfigError, DataError, more, nearest
+from ailab.signature import Parameters, check_arguments, converted, name_list, name_of, parameters
 
 T = TypeVar("T", bound=Callable[..., Any])
 _NO_KEYS: Mapping[str, Any] = MappingProxyType({})
@@ -214,6 +214,8 @@ class Registry:
     def build(self, cfg: Mapping[str, Any], path: str, **injected: Any) -> Any:
         """Build a component: call the builder of `cfg["type"]` with the other entries of `cfg` as keyword arguments.
 
+        Names of dtypes and numbers are converted where the builder is annotated with a dtype or a tensor. `cfg` keeps them.
+
         Args:
             cfg: `dict(type=..., **arguments)`; it is not changed.
             path: of `cfg`, for messages.
@@ -221,6 +223,7 @@ class Registry:
 
         Raises:
             ConfigError: the arguments do not fit, or the constructor raises a TypeError or ValueError.
+            AilabError: what the constructor raises, with the path in front.
         """
         problems = self.check(cfg, path, injected=injected)
         if problems:
@@ -228,19 +231,37 @@ class Registry:
         builder = self.get(cfg["type"], f"{path}.type")
         if isinstance(builder, nn.Module):
             return builder
-        given = {k: v for k, v in cfg.items() if k != "type"}
+        takes = parameters(builder).types
+        given = {k: converted(v, takes.get(k)) for k, v in cfg.items() if k != "type"}
         if self._is_component(builder, given):
             function = functools.partial(builder, **given)
             function.__name__ = name_of(builder)  # type: ignore[attr-defined]
             return function
-        takes = parameters(builder).types
         extra = {k: v for k, v in injected.items() if k in takes}
         try:
             return builder(**given, **extra)
+        except (ConfigError, DataError) as e:
+            located = ConfigError if isinstance(e, ConfigError) else DataError
+            raise located(_located(str(e), path, name_of(builder), takes)) from e.__cause__
         except AilabError:
             raise
         except (TypeError, ValueError) as e:
             raise ConfigError(f"{path}: {name_of(builder)} could not be built: {e}") from e
+
+
+def _located(text: str, path: str, what: str, takes: Collection[str]) -> str:
+    """A message of a component with its path in the cfg: "transform.3: ..." as "cfg.data.train.transform.3: ..."."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        said = line.removeprefix(f"{what}: ").removeprefix(f"{what}.")
+        argument = re.match(r"\w+(?=[.:\[])", said)
+        if line.startswith(("cfg.", " ")) or (lines and not argument):
+            lines.append(line)
+        elif argument and argument[0] in takes:
+            lines.append(f"{path}.{said}")
+        else:
+            lines.append(f"{path}: {line}" if not lines else line)
+    return "\n".join(lines)
 
 
 def _module(name: str, path: str) -> Any:

@@ -1,4 +1,7 @@
-"""The parameters of a callable, and checks of names and values against them. Nothing is dropped or cast."""
+"""The parameters of a callable, and checks of names and values against them. Nothing is dropped.
+
+A cfg can be text alone, so two things are converted: the name of a dtype, and numbers where a tensor is asked for.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
+import torch
 from torch import Tensor, nn
 
 from ailab.errors import ConfigError, more, nearest
 
 _SHOWN = 24  # names listed in one message
+_DTYPES = {n: d for n, d in vars(torch).items() if isinstance(d, torch.dtype)}
 
 
 @dataclass(frozen=True)
@@ -139,8 +144,50 @@ def mismatch(value: Any, annotation: Any, path: str) -> list[str]:
         return []
     came = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     kind = "" if value is None or isinstance(value, bool) else f"{type(value).__name__} "
-    hint = nearest(value, _literals(annotation)) if isinstance(value, str) else ""
+    dtypes = torch.dtype in _members(annotation)
+    wrong = next((v for v in _texts(value) if not (dtypes and v.removeprefix("torch.") in _DTYPES)), "")
+    hint = nearest(wrong.removeprefix("torch."), [*_literals(annotation), *(_DTYPES if dtypes else ())])
     return [f"{path}: expected {described(annotation)}, got {kind}{came}." + (f"\n {hint}" if hint else "")]
+
+
+def converted(value: Any, annotation: Any) -> Any:
+    """A value of a cfg as its annotation asks for it: "float32" as `torch.float32`, [1, 2] as a float32 tensor.
+
+    That is so where a dtype or a `Tensor` is asked for, and no text or list; also in the values of a dict. Any other value is
+    unchanged.
+    """
+    members = _members(annotation)
+    if isinstance(value, str):
+        return _DTYPES.get(value.removeprefix("torch."), value) if torch.dtype in members and str not in members else value
+    if isinstance(value, (list, tuple)):
+        plain = any(get_origin(m) in (list, tuple, Sequence) or m in (list, tuple, Sequence) for m in members)
+        return torch.tensor(value, dtype=torch.float32) if Tensor in members and not plain and _numbers(value) else value
+    if isinstance(value, dict):
+        inner = [get_args(m)[1] for m in members if get_origin(m) in (dict, Mapping) and len(get_args(m)) == 2]
+        return {k: converted(v, inner[0]) for k, v in cast("dict[Any, Any]", value).items()} if inner else value
+    return value
+
+
+def _numbers(value: Any) -> bool:
+    """Whether a value is a number, or a list of numbers or of such lists of one length."""
+    if not isinstance(value, (list, tuple)):
+        return _number(value, numbers.Real)
+    items = list(cast("Sequence[Any]", value))
+    lengths = {len(cast("Sequence[Any]", v)) if isinstance(v, (list, tuple)) else -1 for v in items}
+    return len(lengths) == 1 and all(map(_numbers, items))
+
+
+def _texts(value: Any) -> list[str]:
+    """A text, or the texts in a dict."""
+    values: list[Any] = list(cast("dict[Any, Any]", value).values()) if isinstance(value, dict) else [value]
+    return [v for v in values if isinstance(v, str)]
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; of any other annotation, itself."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(m for a in get_args(annotation) for m in _members(a))
+    return _members(get_args(annotation)[0]) if get_origin(annotation) is Annotated else (annotation,)
 
 
 def _check_of(annotation: Any) -> CheckedBy | None:
@@ -194,7 +241,8 @@ _RULES: dict[Any, Callable[[Any, tuple[Any, ...]], bool]] = {
     float: lambda v, _: _number(v, numbers.Real),
     str: lambda v, _: isinstance(v, str),
     Path: lambda v, _: isinstance(v, (str, os.PathLike)),
-    Tensor: lambda v, _: not isinstance(v, (str, bool)),  # without it `float | Tensor` would accept any string
+    Tensor: lambda v, _: _numbers(v) if isinstance(v, (list, tuple)) else not isinstance(v, (str, bool, dict)),
+    torch.dtype: lambda v, _: isinstance(v, torch.dtype) or (isinstance(v, str) and v.removeprefix("torch.") in _DTYPES),
     list: _sequence,
     Sequence: _sequence,
     tuple: _tuple,

@@ -89,7 +89,7 @@ def with_slots(state: TrainState, hooks: Iterable[Middleware[Any]]) -> TrainStat
     for hook in hooks:
         if hook.init is not None:
             if hook.name in state.slots:
-                raise ConfigError(f"two hooks keep state under the name {hook.name!r}; give one another `name`")
+                raise ConfigError(f"cfg.hooks: two hooks keep state under the name {hook.name!r}; give one another `name`.")
             # A copy: memory that begins as the parameters themselves must not be theirs, for a step may write into both.
             state = state.with_slot(hook.name, clone(hook.init(state)))
     return state

@@ -288,6 +288,8 @@ class RunInfo:
     flops: dict[str, float] = field(default_factory=dict)  # of one sample in a step of a phase, where a hook asks (core)
     base_lrs: tuple[float, ...] = ()  # per parameter group, before any schedule
     say: Callable[[str], None] = print  # one line to the console, on rank 0
+    # (file, write): give every line of the console to `write`, which appends it to the file; False where there is no console.
+    log_to: Callable[[Path, Callable[[str], None]], bool] = lambda file, write: False
     # What a resumed run has to have alike, by section; on rank 0. One dict for the whole run.
     fingerprint: Callable[[], dict[str, Any]] = dict
     # What the hooks remember at a state at which none of them was there before, by slot; and where each is in the cfg.

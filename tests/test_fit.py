@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import TESTS, cfg_file, ended, files_of, launch, newest_content, rows_of, tiny_cfg
+import torch
+from tiny import TESTS, cfg_file, ended, epochs_of, files_of, launch, newest_content, rows_of, tiny_cfg
 from torch import nn
 
 from ailab.errors import ConfigError
@@ -45,6 +46,19 @@ class Wide(nn.Module):
 class Loud(nn.Module):
     def forward(self, output: Any, target: Any) -> Any:
         return "big"
+
+
+class Unlucky(nn.Module):
+    def __init__(self) -> None:
+        raise ValueError("no such loss")
+
+
+class Texts:
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> Any:
+        return {"text": str(index), "more": {"label": "b"}}
 
 
 class NoFile:
@@ -142,6 +156,47 @@ BAD: dict[str, tuple[str, int, str]] = {
         2,
         "the key 'epoch' of metrics.jsonl is reserved",
     ),
+    "samples without a tensor": (
+        "cfg['data']['train'] = dict(type='test_fit.Texts')",
+        2,
+        r"cfg\.data\.train: no field of the batch is a tensor with one row per sample\. Fields: text, more\.\n  A sample needs",
+    ),
+    "a list of optimizers": (
+        "cfg['optimizer'] = [dict(type='SGD', lr=0.1), dict(type='Adam')]",
+        2,
+        r"cfg\.optimizer: 2 optimizers, and a cfg has one\. Compose several optimizers in Python.*\n.*README",
+    ),
+    "optimizers by name": (
+        "cfg['optimizer'] = dict(G=dict(type='Adam'), D=dict(type='Adam'))",
+        2,
+        r"^ConfigError: cfg\.optimizer: 2 optimizers, .*\n.*'Several optimizers'[^\n]*\n$",
+    ),
+    "an optimizer that is text": ("cfg['optimizer'] = 'SGD'", 2, r"cfg\.optimizer: expected dict\[str, Any\] \| None, got str"),
+    "a retention of one": (
+        "cfg['hooks']['save'] = dict(type='CheckpointHook', keep=dict(last=1))",
+        2,
+        r"^ConfigError: cfg\.hooks\.save\.keep\.last: at least 2, got 1: ",
+    ),
+    "a misspelt retention": (
+        "cfg['hooks']['save'] = dict(type='CheckpointHook', keep=dict(lst=3))",
+        2,
+        r"cfg\.hooks\.save\.keep\.lst: keep takes no 'lst'\.\n  Did you mean 'last'",
+    ),
+    "a collate function that refuses its arguments": (
+        "cfg['data']['val_dataloader']['collate_fn'] = dict(type='PadCollate', max_size={'input': 0})",
+        2,
+        r"^ConfigError: cfg\.data\.val_dataloader\.collate_fn\.max_size\.input: expected sizes of at least 1, got 0",
+    ),
+    "a sampler without its numbers": (
+        "cfg['data']['train_dataloader']['sampler'] = dict(type='LengthSampler')",
+        3,
+        r"^DataError: cfg\.data\.train_dataloader\.sampler: LengthSampler\.lengths: TensorDataset has no 'lengths'",
+    ),
+    "a schedule that refuses its arguments": (
+        "cfg['hooks']['rate'] = dict(type='LrSchedulerHook', scheduler=dict(type='StepLR', step_size='x', gamma=0.1))",
+        2,
+        r"^ConfigError: cfg\.hooks\.rate\.scheduler",
+    ),
     "no data for a phase": ("cfg['data']['val'] = None", 2, "the phase 'val' needs cfg.data.val"),
     "a missing loss": ("cfg['loss'] = None", 2, "the phase 'train' needs cfg.loss"),
 }
@@ -180,6 +235,71 @@ def test_several_mistakes_are_told_at_once(tmp_path: Path, capsys: Cap) -> None:
     assert code == 2 and not (tmp_path / "run").exists()
     for path in ("cfg.sead", "cfg.model.widht", "cfg.loss.type", "cfg.total_epochs", "cfg.hooks.metrics.top1.topk"):
         assert f"{path}: " in message
+
+
+def test_mistakes_found_while_building_are_told_at_once(tmp_path: Path, capsys: Cap) -> None:
+    """Data sets of all phases, model, loss, optimizer and loaders are each tried; so are hooks, and then streams, by themselves."""
+    lines = [
+        "cfg['data']['train'] = cfg['data']['val'] = dict(type='test_fit.NoFile', path='nowhere.csv')",
+        "cfg['model'], cfg['loss'] = dict(type='test_fit.Refuses'), dict(type='test_fit.Unlucky')",
+        "cfg['optimizer'] = dict(type='SGD', lr=-1.0)",
+        "cfg['data']['val_dataloader']['collate_fn'] = dict(type='PadCollate', multiple_of=0)",
+    ]
+    code, message = told([cfg_file(tmp_path, *lines)], capsys)
+    assert code == 2 and message.startswith("ConfigError: ")
+    said = (
+        "data.train: ",
+        "data.val: ",
+        "model: ",
+        "loss: ",
+        "optimizer: SGD refuses",
+        "data.val_dataloader.collate_fn.multiple_of",
+    )
+    for path in said:
+        assert len(re.findall(rf"^(?:ConfigError: )?cfg\.{path}", message, re.MULTILINE)) == 1, message
+    code, message = told([cfg_file(tmp_path, lines[0])], capsys)
+    assert code == 3 and message.startswith("DataError: cfg.data.train: ") and "\ncfg.data.val: " in message
+    code, message = told([cfg_file(tmp_path, "cfg['data']['train']['n'] = cfg['data']['val']['n'] = 0")], capsys)
+    assert code == 3 and "cfg.data.train: the dataset" in message
+    hooks = "a=dict(type='test_fit.Broken'), b=dict(type='CheckpointHook', interval=0), c=dict(type='test_fit.Broken')"
+    code, message = told([cfg_file(tmp_path, hooks=hooks)], capsys)
+    assert code == 2 and all(f"cfg.hooks.{n}: " in message for n in "abc")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_to_resume_from_is_called_what_it_is(tmp_path: Path, capsys: Cap) -> None:
+    """A state dict, any other file and a checkpoint's own file are refused with what would do, before anything is written."""
+    fit(tiny_cfg(tmp_path / "first", checkpoint=dict(type="CheckpointHook")))
+    own = tmp_path / "first" / "checkpoints" / "step_00000015" / "state.pt"
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "text.pth").write_text("no archive")
+    hooks = "resume=dict(type='ResumeHook', resume_from={!r})"
+    for file, pattern in (
+        (
+            tmp_path / "weights.pth",
+            r"weights\.pth is a state dict of 2 tensors, and no folder of checkpoints.*\n.*load_state_dict",
+        ),
+        (tmp_path / "text.pth", r"text\.pth is a file, and no folder of checkpoints"),
+        (own, r"state\.pt is a file of a checkpoint; give its folder, .*step_00000015\.\n"),
+    ):
+        code, message = told([cfg_file(tmp_path, hooks=hooks.format(str(file)))], capsys)
+        assert code == 2 and re.match(r"ConfigError: cfg\.hooks\.resume\.resume_from: .*" + pattern, message), message
+    line = f"cfg['resume_from'] = {str(tmp_path / 'weights.pth')!r}"
+    code, message = told([cfg_file(tmp_path, line, hooks="resume=dict(type='ResumeHook')")], capsys)
+    assert code == 2 and message.startswith("ConfigError: cfg.resume_from: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_class_weights_on_the_command_line_train_and_are_recorded(tmp_path: Path) -> None:
+    """Numbers for a tensor train what the tensor trains, and config.json has the numbers in both cases."""
+    found = []
+    for name, given in (("line", [1, 2.5, 0.5]), ("tensor", torch.tensor([1, 2.5, 0.5]))):
+        cfg = tiny_cfg(tmp_path / name) | {"loss": dict(type="CrossEntropyLoss", weight=given)}
+        found.append(fit(cfg).metrics)
+        assert json.loads((tmp_path / name / "config.json").read_text())["loss"]["weight"] == [1, 2.5, 0.5]
+    assert main([cfg_file(tmp_path), "loss.weight=[1, 2.5, 0.5]"]) == 0
+    assert found[0] == found[1] != fit(tiny_cfg(tmp_path / "plain")).metrics
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "line")
 
 
 def test_the_command_line_itself_can_be_wrong(tmp_path: Path, capsys: Cap) -> None:
@@ -476,10 +596,22 @@ def test_an_observer_can_be_switched_off_for_a_phase(tmp_path: Path) -> None:
         cfg = tiny_cfg(tmp_path / str(off), logger=dict(type="LoggerHook", interval=2))
         cfg["workflow"][off]["logger"] = {"enable": False}
         fit(cfg)
-        lines = (tmp_path / str(off) / "train.log").read_text().splitlines()
+        lines = epochs_of(tmp_path / str(off) / "train.log")
         assert sorted({line.split()[2] for line in lines}) == phases
         assert len(lines) == (3 if phases == ["val"] else 10)
         assert len(rows_of(tmp_path / str(off))) == 6
+
+
+def test_the_log_is_the_console(tmp_path: Path, capsys: Cap, monkeypatch: pytest.MonkeyPatch) -> None:
+    """train.log has every line of the console: the report at the start, the warnings before it and after, the results."""
+    cfg = tiny_cfg(tmp_path / "run", metric=dict(type="LoggerHook", log_items={"broken": lambda report: 1 / 0}))
+    monkeypatch.setattr("ailab.fit.little_memory", lambda kind: "little memory")
+    fit(cfg)
+    printed, logged = capsys.readouterr().out, (tmp_path / "run" / "train.log").read_text()
+    first = logged.splitlines()
+    assert [line.split()[0] for line in first[:6]] == ["warning:", "model", "data", "device", "compile", "work_dir"]
+    assert logged.count("warning: hook 'metric' failed: ZeroDivisionError") == 3
+    assert logged == printed
 
 
 def test_log_items_read_the_run_by_path_or_by_call(tmp_path: Path, capsys: Cap) -> None:
@@ -491,7 +623,7 @@ def test_log_items_read_the_run_by_path_or_by_call(tmp_path: Path, capsys: Cap) 
         "double": lambda report: float(2 * report.step),
     }
     fit(tiny_cfg(tmp_path / "run", logger=dict(type="LoggerHook", interval=5, log_dir=str(tmp_path / "logs"), log_items=items)))
-    lines = (tmp_path / "logs" / "train.log").read_text().splitlines()
+    lines = epochs_of(tmp_path / "logs" / "train.log")
     rows = rows_of(tmp_path / "run")
     assert "rate 0.0100" in lines[0] and "double 10.0000" in lines[0] and "val 0" not in lines[0]
     assert f"avg {rows[0]['top1']:.4f}" in lines[1]
@@ -511,13 +643,13 @@ def test_log_items_read_the_run_by_path_or_by_call(tmp_path: Path, capsys: Cap) 
 
 @pytest.mark.parametrize("phase", ["val", "test"])
 def test_a_workflow_that_only_evaluates_needs_no_optimizer(phase: str, tmp_path: Path) -> None:
-    """It runs once, reports its phase at step 0, and without a loss reports the metrics alone."""
+    """It runs once, reports its phase at step 0 of epoch 0, and without a loss reports the metrics alone."""
     cfg = tiny_cfg(tmp_path / "run", checkpoint=dict(type="CheckpointHook"), ema=dict(type="EMAHook"))
     cfg["data"]["test"] = cfg["data"]["val"]
     del cfg["optimizer"]
     result = fit(cfg | {"workflow": [{"phase": phase}]})
     (row,) = rows_of(tmp_path / "run")
-    assert (row["step"], row["epoch"], row["phase"]) == (0, 1, phase) and row["lr"] == []
+    assert (row["step"], row["epoch"], row["phase"]) == (0, 0, phase) and row["lr"] == []
     assert result.metrics == {f"{phase}_loss": row["loss"], f"{phase}_top1": row["top1"]}
     assert not (tmp_path / "run" / "checkpoints").exists()
     del cfg["loss"]
@@ -547,11 +679,12 @@ def test_a_finished_run_can_be_tested_in_its_own_folder(tmp_path: Path) -> None:
     after = files_of(tmp_path / "run")
     assert {p for p in after if after[p] != before.get(p)} == {"metrics.jsonl", "train.log"}
     assert after["metrics.jsonl"].startswith(before["metrics.jsonl"])
-    assert rows_of(tmp_path / "run")[-1]["step"] == 15
+    assert (rows_of(tmp_path / "run")[-1]["step"], rows_of(tmp_path / "run")[-1]["epoch"]) == (15, 3)  # those of the model
     plain = _evaluated(cfg, work_dir=str(tmp_path / "plain"), hooks={**cfg["hooks"], "ema": {**hooks["ema"], "enable": False}})
     cfg["hooks"]["resume"]["resume_from"] = str(tmp_path / "run" / "checkpoints" / "step_00000010")
     earlier = _evaluated(cfg, work_dir=str(tmp_path / "earlier"))()
     (row,) = (r for r in rows_of(tmp_path / "run") if r["phase"] == "val" and r["step"] == 10)
+    assert [(r["step"], r["epoch"]) for r in rows_of(tmp_path / "earlier")] == [(10, 2)]
     assert earlier == {"test_loss": row["loss"], "test_top1": row["top1"]}
     assert plain() != tested
 

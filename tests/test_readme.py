@@ -11,7 +11,7 @@ from ailab.config.load import load as load_cfg
 from ailab.fit import fit
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
-CFG, DATASET, PLAIN, HOOKS = BLOCKS
+CFG, DATASET, PLAIN, SEVERAL, HOOKS = BLOCKS
 
 
 def written(text: str, folder: Path, name: str) -> Path:
@@ -47,6 +47,33 @@ def test_the_pieces_compose_without_a_cfg() -> None:
     assert names["state"].at == 20
     assert list(names["logs"]) == ["loss", "grad_norm"]
     assert torch.isfinite(names["logs"]["loss"].value)
+
+
+def test_several_optimizers_are_those_of_torch() -> None:
+    """The README's two optimizers train what two optimizers of torch.optim train in a plain loop."""
+    names: dict[str, Any] = {}
+    torch.manual_seed(3)
+    exec(SEVERAL, names)
+    names_of, bce = (names["generator"], names["critic"]), torch.nn.BCEWithLogitsLoss()
+    torch.manual_seed(3)
+    generator = torch.nn.Linear(8, 2)
+    critic = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+    assert all(torch.equal(a, b) for a, b in zip(names_of[0].parameters(), generator.parameters(), strict=True))
+    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-2) for m in (critic, generator)]
+    for _ in range(20):
+        real, noise = torch.randn(64, 2) + 3, torch.randn(64, 8)
+        fields = torch.cat([real, generator(noise).detach()]), torch.cat([names["one"], names["zero"]])
+        for model, optimizer, (x, y) in zip(
+            (critic, lambda z: critic(generator(z))), optimizers, (fields, (noise, names["one"])), strict=True
+        ):
+            optimizer.zero_grad()
+            bce(model(x), y).backward()
+            optimizer.step()
+    for n, p in [
+        *((f"0.{n}", p) for n, p in generator.named_parameters()),
+        *((f"1.{n}", p) for n, p in critic.named_parameters()),
+    ]:
+        assert torch.allclose(names["g_state"].params[n], p, atol=1e-5), n
 
 
 def test_the_hooks_run_at_their_depths(tmp_path: Path) -> None:

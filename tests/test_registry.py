@@ -1,5 +1,6 @@
 """Laws of the registries: a name finds one builder, an argument is taken or refused, and nothing is dropped."""
 
+import copy
 import subprocess
 import sys
 from types import ModuleType
@@ -8,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from ailab.errors import ConfigError
-from ailab.registry import LOSSES, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS, Registry
+from ailab.errors import ConfigError, DataError
+from ailab.registry import LOSSES, LR_SCHEDULERS, METRICS, MODELS, OPTIMIZERS, TRANSFORMS, Registry
 from ailab.signature import fits, parameters
 
 
@@ -180,6 +181,71 @@ def test_what_a_constructor_raises_comes_with_the_path_and_the_cause():
     assert isinstance(e.value.__cause__, ValueError)
     with pytest.raises(KeyError):
         MODELS.build({"type": picky, "n": 0}, "cfg.model")
+
+
+def test_what_a_component_says_of_an_argument_has_the_whole_path(things):
+    """Its own errors, and those of what is built inside it, begin with the path in the cfg; DataErrors stay DataErrors."""
+
+    @things.register_module()
+    class Picky:
+        def __init__(self, keep: dict, files: int = 0):
+            if files:
+                raise DataError("no.csv: the split is empty.\n  It has no row.")
+            raise ConfigError("Picky: keep.last: at least 2, got 1.\n  More.\nfiles.0: as bad\nthe end" if keep else "odd")
+
+    def said(**given):
+        with pytest.raises((ConfigError, DataError)) as e:
+            things.build({"type": "Picky", **given}, "cfg.hooks.save")
+        return type(e.value), str(e.value)
+
+    whole = "cfg.hooks.save.keep.last: at least 2, got 1.\n  More.\ncfg.hooks.save.files.0: as bad\nthe end"
+    assert said(keep={"last": 1}) == (ConfigError, whole)
+    assert said(keep={}) == (ConfigError, "cfg.hooks.save: odd")
+    assert said(keep={}, files=1) == (DataError, "cfg.hooks.save: no.csv: the split is empty.\n  It has no row.")
+
+
+def test_names_of_dtypes_and_numbers_become_what_the_annotation_asks_for(things):
+    """A text is a dtype where one is asked for, [1, 2] a float32 tensor where a Tensor is; nothing else is converted."""
+
+    @things.register_module()
+    def made(
+        dtype: torch.dtype | dict[str, torch.dtype | None] | None = None,
+        weight: torch.Tensor | None = None,
+        text: str | torch.dtype = "",
+        numbers: list[float] | torch.Tensor = (),
+        free=None,
+    ):
+        return dtype, weight, text, numbers, free
+
+    cfg = dict(type="made", dtype="torch.float16", weight=[1, 2.5], text="float32", numbers=[1], free=["float32", [1]])
+    before = copy.deepcopy(cfg)
+    dtype, weight, *rest = things.build(cfg, "cfg.x")
+    assert cfg == before
+    assert dtype is torch.float16 and torch.equal(weight, torch.tensor([1, 2.5])) and weight.dtype is torch.float32
+    assert rest == ["float32", [1], ["float32", [1]]]
+    assert things.build(dict(type="made", dtype={"image": "uint8", "mask": None}), "x")[0] == {
+        "image": torch.uint8,
+        "mask": None,
+    }
+    assert things.build(dict(type="made", weight=[[1, 2], [3, 4]]), "x")[1].shape == (2, 2)
+    given = torch.ones(2, dtype=torch.float64)
+    assert things.build(dict(type="made", weight=given, dtype=torch.int8), "x")[:2] == (torch.int8, given)
+    for wrong in ({"dtype": "torch.flaot32"}, {"dtype": {"image": "flaot32"}}):
+        (said,) = things.check({"type": "made", **wrong}, "cfg.x")
+        assert said.startswith("cfg.x.dtype: expected dtype | ") and said.endswith("Did you mean 'float32'?")
+    for wrong in ([1, "2"], [[1], [2, 3]], "1", True):
+        assert len(things.check({"type": "made", "weight": wrong}, "cfg.x")) == 1
+
+
+def test_class_weights_and_dtypes_of_torch_can_be_written_in_a_cfg():
+    """A weighted cross-entropy and torchvision's ToDtype as text are those that torch makes of tensors and dtypes."""
+    loss = LOSSES.build({"type": "CrossEntropyLoss", "weight": [1, 2, 0.5]}, "cfg.loss")
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
+    assert torch.equal(loss(x, y), nn.CrossEntropyLoss(torch.tensor([1, 2, 0.5]))(x, y))
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    ours = TRANSFORMS.build({"type": "ToDtype", "dtype": "float32", "scale": True}, "cfg.x")
+    image = torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8)
+    assert torch.equal(ours(image), v2.ToDtype(torch.float32, scale=True)(image)) and ours(image).dtype is torch.float32
 
 
 def test_a_built_module_is_used_as_it_is():

@@ -126,6 +126,11 @@ def rows_of(work_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("wall_")} for line in lines]
 
 
+def epochs_of(log: Path) -> list[str]:
+    """The lines of a train.log about steps and epochs."""
+    return [line for line in log.read_text().splitlines() if line.startswith("epoch ")]
+
+
 def newest_state(work_dir: Path) -> bytes:
     return max((work_dir / "checkpoints").glob("step_*")).joinpath("state.pt").read_bytes()
 

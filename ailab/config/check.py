@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from ailab.binding import bind, has_forward
 from ailab.config.load import copy_containers
-from ailab.config.schema import PHASES, Cfg, Compile, Criterion, Data, Dist, Loader, Model, Optimizer, Phase, Switch
+from ailab.config.schema import PHASES, Cfg, Compile, Criterion, Data, Dist, Loader, Model, Optimizer, Phase, Switch, is_several
 from ailab.errors import ConfigError
 from ailab.registry import COLLATES, DATASETS, HOOKS, LOSSES, MODELS, OPTIMIZERS, SAMPLERS, Registry
 from ailab.signature import Parameters, check_arguments, parameters, short_name
@@ -107,7 +107,7 @@ def _check_data(value: Any) -> list[str]:
 
 
 def _component(registry: Registry, section: type, cfg: Mapping[str, Any], key: str) -> list[str]:
-    if not isinstance(cfg.get(key), dict):
+    if not isinstance(cfg.get(key), dict) or is_several(cfg[key]):
         return []
     entry, path = _dict(cfg[key]), f"cfg.{key}"
     problems = registry.check(entry, path, keys=parameters(section).types)

@@ -156,6 +156,7 @@ def _replaced(node: Any, keys: Sequence[str], value: Any, path: str) -> Any:
     raise ConfigError(f"{path} is {type(node).__name__} {node!r}; it has no '{key}' to set.")
 
 
+_FEW = 4096  # numbers of a tensor that a snapshot holds
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _ALWAYS = re.compile(r"secrets?|passw.*|passphrases?|pwd|creds?|credentials?|cookies?|auth|authorization|bearer|apikeys?")
 _GUARDED = {"api", "access", "private", "auth", "license", "encryption", "signing", "ssh"}  # before `keys`, these make a secret
@@ -180,8 +181,9 @@ def is_secret(key: str) -> bool:
 def snapshot(cfg: Any) -> Any:
     """A copy of a cfg for JSON, without secrets.
 
-    Objects become their qualified names. Tensors and arrays become their shape and dtype. Non-finite floats become strings. The
-    value of a key that names a secret becomes "***", also in the query of a URL; the user and password of a URL are removed.
+    Objects become their qualified names. Tensors and arrays become lists, large ones their shape and dtype. Non-finite floats
+    become strings. The value of a key that names a secret becomes "***", also in the query of a URL; the user and password of a
+    URL are removed.
     """
     if isinstance(cfg, Mapping):
         items = cast("Mapping[Any, Any]", cfg).items()
@@ -218,6 +220,8 @@ def _scalar(value: Any) -> Any:
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
     if hasattr(value, "shape") and hasattr(value, "dtype"):
+        if math.prod(value.shape) <= _FEW and hasattr(value, "tolist") and not getattr(value, "is_meta", False):
+            return snapshot(value.tolist())
         return f"{type(value).__name__}(shape={tuple(value.shape)}, dtype={value.dtype})"
     return _qualified(value if hasattr(value, "__qualname__") else type(value))
 

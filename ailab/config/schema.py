@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ailab.binding import OUTPUT_KEYS
-from ailab.signature import AtLeast
+from ailab.signature import AtLeast, CheckedBy, mismatch
 
 PHASES = ("train", "val", "test")
 Count = Annotated[int, AtLeast(0)]
@@ -168,6 +168,23 @@ class Optimizer:
     freeze: list[str] = field(default_factory=list[str])
 
 
+def is_several(value: Any) -> bool:
+    """Whether an entry for one component has several: a list of entries, or a dict of them by name."""
+    entries: list[Any] = (
+        list(value.values() if isinstance(value, dict) else value) if isinstance(value, (dict, list, tuple)) else []
+    )
+    return bool(entries) and all(isinstance(e, dict) and "type" in e for e in entries)
+
+
+def _check_optimizer(value: Any, path: str) -> list[str]:
+    if is_several(value):
+        return [
+            f"{path}: {len(value)} optimizers, and a cfg has one. Compose several optimizers in Python, a state and a step for\n"
+            "  each: the README's example is under 'Several optimizers'. For rates that differ by parameter: param_groups."
+        ]
+    return mismatch(value, dict[str, Any] | None, path)
+
+
 @dataclass
 class Switch:
     """A hook, `dict(type=..., **arguments)`: the key that its builder does not get, and all that a phase can say about a hook.
@@ -209,7 +226,7 @@ class Cfg:
     workflow: list[dict[str, Any]] | None = None
     total_epochs: Positive = 1
     loss: dict[str, Any] | None = None
-    optimizer: dict[str, Any] | None = None
+    optimizer: Annotated[dict[str, Any], CheckedBy(_check_optimizer)] | None = None
     hooks: dict[str, Any] | list[dict[str, Any]] = field(default_factory=dict[str, Any])
     compile: Literal["auto"] | bool | dict[str, Any] = "auto"
     resume_from: str | Path | None = None

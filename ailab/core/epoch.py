@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ailab import dist
+from ailab.errors import StopNow
 from ailab.stack import Middleware
 from ailab.types import STOP, Batch, Batches, Epoch, Logs, Mean, Step, TrainState, seal
 
@@ -56,15 +57,19 @@ def train_epoch(step: Step, names: Sequence[str], interrupted: Callable[[], bool
     The totals start from what the state holds, so an epoch that was cut in two reports what a whole one would.
 
     Raises:
-        Interrupted: after a step at which `interrupted()` held on any rank; carries the state.
+        Interrupted: after a step at which `interrupted()` held on any rank, or at a signal while it waits for a batch; carries
+            the state.
     """
     stop = Stop(interrupted)
 
     def epoch(state: TrainState, batches: Iterable[Batch]) -> tuple[TrainState, Logs]:
-        for batch in batches:
-            state, logs = step(state, stop.with_flag(batch, state.step.device))
-            if stop.agreed(logs):
-                raise Interrupted(state)
+        try:
+            for batch in batches:
+                state, logs = step(state, stop.with_flag(batch, state.step.device))
+                if stop.agreed(logs):
+                    raise Interrupted(state)
+        except StopNow as signal:
+            raise Interrupted(state) if signal.waits else signal from None
         return state, Logs(tuple(names), state.slots[TOTALS].clone())
 
     return epoch
@@ -129,18 +134,24 @@ def eval_epoch(step: Step, names: Sequence[str], interrupted: Callable[[], bool]
         zeros = torch.zeros(len(names), 2, dtype=torch.float64, device=state.step.device)
         working = state.replace(opt_state={}, slots={**state.slots, TOTALS: zeros})
         flag = False
-        for i, batch in enumerate(batches, 1):
-            working, _ = step(working, batch)
-            flag = interrupted() or flag
-            if (dist.world_size() == 1 or i % _AGREE_EVERY == 0) and dist.any_rank(flag, state.step.device):
-                raise Interrupted(state)
+        try:
+            for i, batch in enumerate(batches, 1):
+                working, _ = step(working, batch)
+                flag = interrupted() or flag
+                if (dist.world_size() == 1 or i % _AGREE_EVERY == 0) and dist.any_rank(flag, state.step.device):
+                    raise Interrupted(state)
+        except StopNow as signal:
+            raise Interrupted(state) if signal.waits else signal from None
         return state, Logs(tuple(names), dist.all_reduce(working.slots[TOTALS]))
 
     return epoch
 
 
 def workflow(phases: Mapping[str, Epoch]) -> Epoch:
-    """The phases in order as one epoch over `{phase: batches}`; log names get the phase as prefix: "val_top1"."""
+    """The phases in order as one epoch over `{phase: batches}`; log names get the phase as prefix: "val_top1".
+
+    Without a training phase it is no epoch of the model: the state stays.
+    """
 
     def epoch(state: TrainState, batches: Batches) -> tuple[TrainState, Logs]:
         parts: list[Logs] = []
@@ -148,7 +159,7 @@ def workflow(phases: Mapping[str, Epoch]) -> Epoch:
             state, logs = run_phase(state, batches[phase])
             parts.append(logs.prefixed(f"{phase}_"))
         # Only now, with every phase done, is the epoch complete: a run resumed before this point reports it again, once.
-        return epoch_ended(state), Logs.join(parts)
+        return epoch_ended(state) if "train" in phases else state, Logs.join(parts)
 
     return epoch
 

@@ -23,3 +23,17 @@ def run_epochs(epoch: Epoch, batches: Callable[[int, int], Batches], total_epoch
         return state
 
     return run
+
+
+def run_once(epoch: Epoch, batches: Callable[[int, int], Batches]) -> Run:
+    """One workflow epoch that does not train, whatever epoch the state is of.
+
+    Args:
+        epoch: the workflow epoch.
+        batches: as for `run_epochs`.
+    """
+
+    def run(state: TrainState) -> TrainState:
+        return epoch(state, batches(0, 0))[0]
+
+    return run

@@ -15,11 +15,11 @@ from ailab.compile import Compiled, compile, lift
 from ailab.core.epoch import PROGRESS, eval_epoch, fresh_progress, tally, train_epoch, workflow
 from ailab.core.grad import Core, ddp_grad, graph_grad, local_core, local_grad
 from ailab.core.loss import state_dict_of, unless_empty
-from ailab.core.run import run_epochs
+from ailab.core.run import run_epochs, run_once
 from ailab.core.step import eval_step, given, split_step, train_step
 from ailab.datasets import Stream
 from ailab.dist import fingerprint
-from ailab.errors import ConfigError
+from ailab.errors import ConfigError, Together
 from ailab.job.build import Parts, build_parts, build_stream, explained
 from ailab.job.guard import guarded
 from ailab.job.plan import Plan, planned, verify_gradient
@@ -52,6 +52,7 @@ def assemble(
     device: torch.device,
     *,
     say: Callable[[str], None] = print,
+    log_to: Callable[[Path, Callable[[str], None]], bool] = lambda file, write: False,
     interrupted: Callable[[], bool] = lambda: False,
     extra: Callable[[RunInfo], list[Hook]] = lambda run: [],
 ) -> Job:
@@ -61,6 +62,7 @@ def assemble(
         cfg: as `check.complete` returns it.
         device: where the state and the batches live.
         say: one line to the console.
+        log_to: see `RunInfo`.
         interrupted: asked after each step; True ends the run there.
         extra: hooks that every run has, put inside those of the cfg.
 
@@ -70,7 +72,12 @@ def assemble(
     """
     parts = _alike(_built(cfg, device))
     rank, world = dist.rank(), dist.world_size()
-    streams = {p["phase"]: build_stream(cfg, p, parts, device, rank, world, report=say) for p in cfg["workflow"]}
+    together = Together()
+    made = {
+        p["phase"]: together(lambda p=p: build_stream(cfg, p, parts, device, rank, world, report=say)) for p in cfg["workflow"]
+    }
+    together.raise_errors()
+    streams = {phase: stream for phase, stream in made.items() if stream is not None}
     views: list[Callable[[TrainState], TrainState]] = []
     keepers: list[Hook] = []  # hooks that keep memory
 
@@ -81,6 +88,7 @@ def assemble(
 
     info = replace(
         _info(cfg, parts, streams, device, say),
+        log_to=log_to,
         model_state=_model_state(parts, views),
         fingerprint=made_of,
         fresh_slots=lambda state: _memory_at(state, keepers),
@@ -179,14 +187,14 @@ def _model_state(parts: Parts, views: Sequence[Callable[[TrainState], TrainState
 
 
 def _build_hooks(cfg: Mapping[str, Any], info: RunInfo) -> list[tuple[str, Hook]]:
-    built: list[tuple[str, Hook]] = []
-    for name, entry in cfg["hooks"].items():
-        if not entry["enable"]:
-            continue
+    def build(name: str, entry: Mapping[str, Any]) -> list[Hook]:
         args, path = {k: v for k, v in entry.items() if k != "enable"}, f"cfg.hooks.{name}"
-        made = explained(lambda a=args, p=path, n=name: HOOKS.build(a, p, run=info, name=n), f"{path}: could not be built")
-        built += [(name, h) for h in as_hooks(made, path)]
-    return built
+        return as_hooks(explained(lambda: HOOKS.build(args, path, run=info, name=name), f"{path}: could not be built"), path)
+
+    together = Together()
+    built = {name: together(lambda n=name, e=entry: build(n, e)) for name, entry in cfg["hooks"].items() if entry["enable"]}
+    together.raise_errors()
+    return [(name, hook) for name, hooks in built.items() for hook in hooks or ()]
 
 
 def _roles(cfg: Mapping[str, Any], built: Sequence[tuple[str, Hook]]) -> dict[str, str]:
@@ -344,5 +352,6 @@ def _run(
     def batches(number: int, start: int) -> Batches:
         return {p: s.epoch(number, start if p == "train" else 0, lean=lean) for p, s in streams.items()}
 
-    run = stack(run_epochs(epoch, batches, info.total_epochs), at(outer, "run"))
+    bare = run_epochs(epoch, batches, info.total_epochs) if "train" in streams else run_once(epoch, batches)
+    run = stack(bare, at(outer, "run"))
     return blame.run(run) if info.world_size > 1 else run

@@ -21,12 +21,12 @@ from ailab.core.loss import Functional, kind_of, module_state
 from ailab.datasets import Stream
 from ailab.datasets.files.cache import run_cache
 from ailab.datasets.stream.collate import build_collate
-from ailab.errors import AilabError, ConfigError, DataError, nearest
+from ailab.errors import AilabError, ConfigError, DataError, Together, nearest
 from ailab.job.proof import Itself, prove_pure, row_wise
 from ailab.optim import Optimizer, build_optimizer
 from ailab.registry import DATASETS, LOSSES, MODELS, OPTIMIZERS, SAMPLERS
 from ailab.rng import mix
-from ailab.types import Aux, Batch, Buffers, Loss, Params, TrainState
+from ailab.types import Aux, Batch, Buffers, Loss, Params, TrainState, batch_size
 
 T = TypeVar("T")
 _NO_MAPPING: Mapping[str, str] = MappingProxyType({})
@@ -59,16 +59,18 @@ def build_parts(cfg: Mapping[str, Any], device: torch.device) -> Parts:
     """
     torch.manual_seed(mix(cfg["seed"]))  # the first weights: the same on every rank
     phases = [p["phase"] for p in cfg["workflow"]]
-    datasets = {p: build_dataset(cfg["data"][p], f"cfg.data.{p}") for p in phases}
-    model, criterion = _modules(cfg, device)
+    together = Together()
+    datasets = {p: together(lambda p=p: build_dataset(cfg["data"][p], f"cfg.data.{p}")) for p in phases}
+    model, criterion = together(lambda: _model(cfg, device)), together(lambda: _criterion(cfg, device))
+    _ = [together(lambda p=p: _loader(cfg, p)) for p in phases]
+    if together.errors:  # what depends on them may have mistakes of its own
+        together(lambda: _try_optimizer(cfg, model))
+    together.raise_errors()
+    assert model is not None
     state = module_state(model, criterion if isinstance(criterion, nn.Module) else None)
     state = state.replace(step=state.step.to(device))
-    trainable = _trainable(state, cfg["optimizer"])
-    optimizer = None
-    if "train" in phases:
-        if not trainable:
-            raise ConfigError("cfg.model: there is nothing to train: no parameter requires grad and is not frozen.")
-        optimizer = _optimizer(cfg["optimizer"], state, trainable)
+    optimizer, trainable = _trained(cfg, state) if "train" in phases else (None, _trainable(state, cfg["optimizer"]))
+    if optimizer is not None:
         state = state.replace(opt_state=optimizer.init(state.params))
     sample = _sample(cfg, datasets, device)
     fields, losses, pad, kind = _losses(cfg, model, criterion, state, sample, phases)
@@ -85,18 +87,37 @@ def build_dataset(entry: Mapping[str, Any], path: str) -> Any:
         raise DataError(f"{path}: the dataset could not be opened: {_describe(e)}") from e
 
 
-def _modules(cfg: Mapping[str, Any], device: torch.device) -> tuple[nn.Module, Any]:
+def _model(cfg: Mapping[str, Any], device: torch.device) -> nn.Module:
     entry = {k: v for k, v in cfg["model"].items() if k not in ("mapping", "output_keys")}
     model = explained(lambda: MODELS.build(entry, "cfg.model"), "cfg.model: could not be built")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"cfg.model.type: expected a torch.nn.Module, got {type(model).__name__}.")
+    return model.to(device)
+
+
+def _criterion(cfg: Mapping[str, Any], device: torch.device) -> Any:
     if cfg["loss"] is None:
-        return model.to(device), None
+        return None
     criterion = explained(
         lambda: LOSSES.build({k: v for k, v in cfg["loss"].items() if k != "mapping"}, "cfg.loss"),
         "cfg.loss: could not be built",
     )
-    return model.to(device), criterion.to(device) if isinstance(criterion, nn.Module) else criterion
+    return criterion.to(device) if isinstance(criterion, nn.Module) else criterion
+
+
+def _trained(cfg: Mapping[str, Any], state: TrainState) -> tuple[Optimizer | None, frozenset[str]]:
+    """The optimizer, and the names of the parameters that it trains."""
+    trainable = _trainable(state, cfg["optimizer"])
+    if not trainable:
+        raise ConfigError("cfg.model: there is nothing to train: no parameter requires grad and is not frozen.")
+    return _optimizer(cfg["optimizer"], state, trainable), trainable
+
+
+def _try_optimizer(cfg: Mapping[str, Any], model: nn.Module | None) -> None:
+    """Build the optimizer where the model or the loss could not be built: for the mistakes that do not depend on names."""
+    if cfg["optimizer"]:
+        state = module_state(nn.Linear(1, 1) if model is None or not list(model.parameters()) else model)
+        _optimizer({**cfg["optimizer"], "param_groups": []}, state, frozenset(state.params))
 
 
 def _trainable(state: TrainState, optimizer: Mapping[str, Any] | None) -> frozenset[str]:
@@ -118,10 +139,16 @@ def _optimizer(cfg: Mapping[str, Any], state: TrainState, trainable: frozenset[s
     return build_optimizer(cls, state.params, param_groups=cfg["param_groups"], frozen=frozen, **hyper)
 
 
+def _loader(cfg: Mapping[str, Any], phase: str) -> tuple[Any, Any]:
+    """The collate function and the sampler of a phase."""
+    entry, path = cfg["data"][f"{phase}_dataloader"], f"cfg.data.{phase}_dataloader"
+    sampler = None if entry["sampler"] is None else SAMPLERS.build(entry["sampler"], f"{path}.sampler")
+    return build_collate(entry["collate_fn"], f"{path}.collate_fn"), sampler
+
+
 def _sample(cfg: Mapping[str, Any], datasets: Mapping[str, Any], device: torch.device) -> Batch:
     """A few real samples of the first phase, read as its stream will read them."""
     phase, dataset = next(iter(datasets.items()))
-    collate = build_collate(cfg["data"][f"{phase}_dataloader"]["collate_fn"], f"cfg.data.{phase}_dataloader.collate_fn")
 
     def quiet(line: str) -> None:
         """Bad samples are reported when the run reads them."""
@@ -134,13 +161,20 @@ def _sample(cfg: Mapping[str, Any], datasets: Mapping[str, Any], device: torch.d
         seed=cfg["seed"],
         pad=False,
         iters=1,
-        collate_fn=collate,
+        collate_fn=_loader(cfg, phase)[0],
         name=f"cfg.data.{phase}",
         report=quiet,
         max_bad_frac=1.0,
         **reading_of(cfg),
     )
-    return tree.to(next(iter(stream.epoch(0))), device)
+    batch = next(iter(stream.epoch(0)))
+    try:
+        batch_size(batch)
+    except ConfigError as e:
+        raise ConfigError(
+            f"cfg.data.{phase}: {e}\n  A sample needs a tensor, an array or a number, such as its index: {{'index': i, ...}}."
+        ) from e
+    return tree.to(batch, device)
 
 
 def _losses(
@@ -241,15 +275,13 @@ def build_stream(
     """The batches of one workflow entry on this rank."""
     phase = entry["phase"]
     loader = dict(cfg["data"][f"{phase}_dataloader"])
-    loader["collate_fn"] = build_collate(loader["collate_fn"], f"cfg.data.{phase}_dataloader.collate_fn")
+    loader["collate_fn"], loader["sampler"] = _loader(cfg, phase)
     if loader["shuffle"] is None:
         loader["shuffle"] = phase == "train"
     if loader["persistent_workers"] is None:
         loader["persistent_workers"] = loader["num_workers"] > 0
     optional = ("prefetch_factor", "multiprocessing_context")
     loader = {k: v for k, v in loader.items() if k not in optional or (v and loader["num_workers"])}
-    if loader["sampler"] is not None:
-        loader["sampler"] = SAMPLERS.build(loader["sampler"], f"cfg.data.{phase}_dataloader.sampler")
     return Stream(
         parts.datasets[phase],
         seed=cfg["seed"],

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ailab.errors import CheckpointError, ConfigError
 from ailab.metrics.direction import known
+from ailab.signature import check_arguments, mismatch, parameters
 from ailab.types import Direction
 from ailab.workdir import durable
 from ailab.workdir.manifest import (
@@ -61,12 +62,28 @@ class Keep:
     def __post_init__(self) -> None:
         if self.last < 2:
             raise ConfigError(
-                f"keep.last is {self.last}. Use at least 2: if the newest checkpoint is damaged, the one before it is needed."
+                f"keep.last: at least 2, got {self.last}: if the newest checkpoint is damaged, the one before it is needed."
             )
-        if self.best < 0 or (self.best and not self.metric) or self.mode not in ("max", "min", None):
-            raise ConfigError(
-                f"keep.best is {self.best}. It must be at least 0; give the name of a 'metric', and 'max' or 'min' as 'mode'."
-            )
+        if self.best < 0:
+            raise ConfigError(f"keep.best: at least 0, got {self.best}.")
+        if self.best and not self.metric:
+            raise ConfigError(f"keep.metric: best={self.best} needs the name of a result, such as 'val_loss'.")
+        if self.mode not in ("max", "min", None):
+            raise ConfigError(f"keep.mode: 'max' or 'min', got {self.mode!r}.")
+
+
+def check_keep(value: Any, path: str) -> list[str]:
+    """The problems of `keep` in a cfg, as messages."""
+    if not isinstance(value, Mapping):
+        return mismatch(value, dict[str, Any] | None, path)
+    given = cast("Mapping[str, Any]", value)
+    if problems := check_arguments(parameters(Keep), given, path, "keep"):
+        return problems
+    try:
+        Keep(**given)
+    except ConfigError as e:
+        return [path.removesuffix("keep") + str(e)]
+    return []
 
 
 def step_path(directory: Path, step: int) -> Path:

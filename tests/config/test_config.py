@@ -9,6 +9,7 @@ import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -264,7 +265,7 @@ def test_no_secret_survives_in_urls():
 
 
 def test_objects_have_readable_stand_ins():
-    """Classes and functions by qualified name, tensors by shape and dtype, non-finite floats as strings."""
+    """Classes and functions by qualified name, small tensors as lists, large ones by shape and dtype, non-finite as strings."""
     assert snapshot({"type": nn.Linear, 1: nn.ReLU(), "f": example, "d": torch.float16, "p": Path("a/b")}) == {
         "type": "torch.nn.modules.linear.Linear",
         "1": "torch.nn.modules.activation.ReLU",
@@ -272,8 +273,10 @@ def test_objects_have_readable_stand_ins():
         "d": "torch.float16",
         "p": "a/b",
     }
-    assert snapshot([torch.ones(2, 3), math.inf, math.nan, (1, {2})]) == [
-        "Tensor(shape=(2, 3), dtype=torch.float32)",
+    assert snapshot([torch.ones(100, 100), torch.tensor([1.5, math.inf]), np.arange(2), math.inf, math.nan, (1, {2})]) == [
+        "Tensor(shape=(100, 100), dtype=torch.float32)",
+        [1.5, "inf"],
+        [0, 1],
         "inf",
         "nan",
         [1, [2]],

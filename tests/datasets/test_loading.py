@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,28 @@ def test_a_lost_worker_is_replaced_at_the_same_place(how: str, times: int, says:
     assert [line for line in lines if says not in line or "The workers are replaced" not in line] == []
     assert equal(list(ours.epoch(1)), list(stream(Noisy(40)).epoch(1)))
     assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+
+
+def _own_workers(others: set[int | None]) -> list[int]:
+    return [w.pid for w in multiprocessing.active_children() if w.pid and w.pid not in others]
+
+
+@pytest.mark.parametrize("how", ["killed", "slow", "hangs"])
+def test_a_worker_lost_between_two_epochs_is_replaced_and_a_slow_one_awaited(how: str) -> None:
+    """A persistent worker that died or hangs between two passes is replaced, one that is slow is waited for; same batches."""
+    lines: list[str] = []
+    others = {w.pid for w in multiprocessing.active_children()}
+    ours = stream(Noisy(11), num_workers=2, persistent_workers=True, timeout=2 if how == "hangs" else 60, report=lines.append)
+    list(ours.epoch(0))
+    before = _own_workers(others)
+    os.kill(before[0], signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    if how == "slow":
+        threading.Timer(1.5, os.kill, (before[0], signal.SIGCONT)).start()
+    assert equal(list(ours.epoch(1)), list(stream(Noisy(11)).epoch(1)))
+    says = {"killed": "was killed by SIGKILL", "hangs": "no data worker gave a batch for 2 s"}
+    assert len(lines) == (how != "slow") and all(says[how] in line and "step 0 of epoch 1" in line for line in lines)
+    assert (_own_workers(others) == before) == (how == "slow")
+    assert equal(list(ours.epoch(2)), list(stream(Noisy(11)).epoch(2)))
 
 
 def test_workers_that_die_again_and_again_end_the_run(tmp_path: Path) -> None:

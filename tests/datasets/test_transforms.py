@@ -343,3 +343,23 @@ def test_a_transform_has_to_give_a_dict() -> None:
     with pytest.raises(TypeError, match="Mosaic mixes samples"):
         build_transform(Mosaic(8))({})  # type: ignore[misc]
     assert build_transform(None) is build_transform([]) is None
+
+
+def test_a_transform_is_named_with_its_whole_path() -> None:
+    """What one of several transforms refuses, also a nested one, begins with its place in the cfg; dtypes can be text."""
+    flips: list[Any] = [dict(type="RandomHorizontalFlip"), dict(type="RandomHorizontalFlip", p=3.0)]
+    entry = dict(type="WrappedDataset", dataset=[1], fields={"image": "image"}, transform=flips)
+    with pytest.raises(ConfigError, match=r"^cfg\.data\.train\.transform\.1: RandomHorizontalFlip could not be built: "):
+        DATASETS.build(entry, "cfg.data.train")
+    entry["transform"] = [dict(type="RandomApply", transforms=flips)]
+    with pytest.raises(ConfigError, match=r"^cfg\.data\.train\.transform\.0\.transforms\.1: RandomHorizontalFlip could not"):
+        DATASETS.build(entry, "cfg.data.train")
+    entry["transform"] = [dict(type="ToDtype", dtype="flaot32", scale=True)]
+    with pytest.raises(
+        ConfigError, match=r"^cfg\.data\.train\.transform\.0\.dtype: expected dtype .*\n  Did you mean 'float32'"
+    ):
+        DATASETS.build(entry, "cfg.data.train")
+    pipeline = build_transform([dict(type="ToDtype", dtype="torch.float32", scale=True)])
+    assert pipeline is not None
+    image = torch.full((3, 2, 2), 255, dtype=torch.uint8)
+    assert torch.equal(apply_transform(pipeline, {"image": image}, {"image": "image"})["image"], torch.ones(3, 2, 2))

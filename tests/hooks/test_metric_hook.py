@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TOP1, newest_state, rows_of, tiny_cfg
+from tiny import TOP1, epochs_of, newest_state, rows_of, tiny_cfg
 from torch import Tensor
 
 from ailab import tree
@@ -136,7 +136,7 @@ def test_results_of_class_style_metrics_can_be_read_by_name(tmp_path: Path) -> N
     )
     fit(metric_cfg(tmp_path / "run", dict(type=Count, mapping=OWN_MAPPING), **hooks))
     rows = [r for r in rows_of(tmp_path / "run") if r["final"]]
-    lines = (tmp_path / "run" / "train.log").read_text().splitlines()
+    lines = epochs_of(tmp_path / "run" / "train.log")
     assert len(rows) == 4  # stopped after the second epoch: no metric improves by 1 twice
     assert f"share {rows[1]['mine_share']:.4f}" in lines[1] and f"now {rows[1]['mine_share']:.4f}" in lines[1]
     assert f"share {rows[1]['mine_share']:.4f}" in lines[2] and f"now {rows[2]['mine_share']:.4f}" in lines[2]

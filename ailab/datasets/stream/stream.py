@@ -19,7 +19,7 @@ from ailab.datasets.files.cache import Cache
 from ailab.datasets.files.image import ImageSettings
 from ailab.datasets.stream.bad import BadSampleTracker
 from ailab.datasets.stream.loading import Fetcher, SampleSettings, narrow
-from ailab.datasets.stream.order import Order
+from ailab.datasets.stream.order import Order, Plan
 from ailab.datasets.stream.prefetch import on_device
 from ailab.datasets.stream.workers import Workers
 from ailab.errors import DataError
@@ -93,7 +93,7 @@ class Stream:
         **dataloader_kwargs: Any,
     ):
         size = _length(dataset, name)
-        plan = sampler.plan(dataset, size, batch_size) if sampler is not None else None
+        plan = _planned(sampler, dataset, size, batch_size, name) if sampler is not None else None
         count = plan.count if plan else size
         lap = count // batch_size if drop_last else math.ceil(count / batch_size)
         if not lap:
@@ -138,6 +138,11 @@ class Stream:
                 True for a damaged sample that is used.
         """
         self._bad.record = record
+
+    def close(self) -> None:
+        """Kill the worker processes, if there are any."""
+        if self._tensors is None:
+            self._workers.close()
 
     @property
     def steps(self) -> int:
@@ -255,6 +260,14 @@ def _length(dataset: Any, name: str) -> int:
     if not len(dataset):
         raise DataError(f"{name}: the dataset ({type(dataset).__name__}) is empty.")
     return len(dataset)
+
+
+def _planned(sampler: Any, dataset: Any, size: int, batch_size: int, name: str) -> Plan:
+    """The plan of a sampler; what it refuses is said with the place of the sampler in the cfg."""
+    try:
+        return sampler.plan(dataset, size, batch_size)
+    except DataError as error:
+        raise DataError(f"{name}_dataloader.sampler: {error}") from error
 
 
 def _in_memory(dataset: Any, device: torch.device) -> dict[str, Tensor] | None:

@@ -14,9 +14,11 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ailab import tree
 from ailab.datasets.stream.loading import BatchKey, Fetcher, LoadedBatch
@@ -65,8 +67,10 @@ class Workers:
         self.order, self.name, self.report, self.timeout = order, name, report, timeout
         self._keys = _KeySampler(order)
         self._processes, self._pin = num_workers, pin_memory
+        self._sources = WeakSet[Any]()  # the iterators with workers, as long as they live
         self._make_loader = partial(
-            DataLoader[LoadedBatch],
+            _PatientLoader,
+            timeout,
             _SendingFetcher(fetcher) if num_workers else fetcher,
             batch_size=None,
             sampler=self._keys,  # pyright: ignore[reportArgumentType]  # it has no length
@@ -74,8 +78,6 @@ class Workers:
             generator=torch.Generator(),  # otherwise each epoch would draw from the global generator
             worker_init_fn=partial(init_worker, worker_init_fn),
             num_workers=num_workers,
-            # The poll interval, not the user's limit: `_next` asks again after each timeout.
-            timeout=min(_POLL_S, timeout or _POLL_S) if num_workers else 0,
             **settings,
         )
         self._loader, self._receiver = self._make_loader(), BatchReceiver(pin_memory)
@@ -88,14 +90,19 @@ class Workers:
         """
         lost: list[str] = []
         while True:
-            source, receiver = self._start(epoch, start)
-            while (loaded := self._next(source)) is not None:
-                if isinstance(loaded, str):
-                    break
-                yield self._unpacked(loaded, receiver)
-                start += 1
-            else:
-                return
+            source, receiver = None, self._receiver if self._loader.persistent_workers else BatchReceiver(self._pin)
+            try:
+                source = self._start(epoch, start)
+                while (loaded := source if isinstance(source, str) else self._next(source)) is not None:
+                    if isinstance(loaded, str):
+                        break
+                    yield self._unpacked(loaded, receiver)
+                    start += 1
+                else:
+                    return
+            except KeyboardInterrupt:  # the run ends: its workers need not finish a sample that may take minutes
+                self.close()
+                raise
             lost.append(loaded)
             self._discard(source)
             del source, receiver
@@ -116,46 +123,92 @@ class Workers:
             return loaded._replace(batch=receiver.unpack(loaded.batch))
         return loaded._replace(batch=tree.map(torch.Tensor.pin_memory, loaded.batch)) if self._pin else loaded
 
-    def _start(self, epoch: int, start: int) -> tuple[Iterator[LoadedBatch], BatchReceiver]:
+    def close(self) -> None:
+        """Kill all workers."""
+        for source in list(self._sources):
+            kill_workers(source._workers)
+
+    def _start(self, epoch: int, start: int) -> Iterator[LoadedBatch] | str:
+        """An iterator over the batches from step `start` on, or a text about what happened to persistent workers meanwhile."""
         self._keys.epoch, self._keys.start = epoch, start
         with signals_blocked(), _sigchld_restored():
-            source = iter(self._loader)
-        if workers := getattr(source, "_workers", ()):
-            Finalize(source, kill_workers, (workers,), exitpriority=100)  # before multiprocessing joins the rest
-        if not self._loader.persistent_workers:
-            return source, BatchReceiver(self._pin)  # a new one frees the shared memory of the epoch before
-        return source, self._receiver
+            if (source := getattr(self._loader, "_iterator", None)) is None:
+                source = iter(self._loader)
+                if workers := getattr(source, "_workers", ()):
+                    self._sources.add(source)
+                    Finalize(source, kill_workers, (workers,), exitpriority=100)  # before multiprocessing joins the rest
+                return source
+        try:
+            return iter(self._loader)  # it waits until each worker has ended its last pass
+        except Exception as error:  # a dying worker can raise any class
+            return self._failure(source, error)
 
     def _next(self, source: Iterator[LoadedBatch]) -> LoadedBatch | str | None:
         """The next batch, None at the end, or a text about what happened to the workers."""
+        try:
+            return next(source)
+        except StopIteration:
+            return None
+        except Exception as error:  # a dying worker can raise any class
+            if not self._processes:
+                raise
+            return self._failure(source, error)
+
+    def _failure(self, source: Iterator[LoadedBatch], error: Exception) -> str:
+        """What happened to the workers, from the error that their iterator raised."""
+        if isinstance(error, _SlowWorkers):
+            return f"no data worker gave a batch for {self.timeout:g} s"
+        workers: Sequence[BaseProcess] = getattr(source, "_workers", ())
+        gone = wait([w.sentinel for w in workers], timeout=_POLL_S)  # the pipe may break before its process has ended
+        _ = [w.join() for w in workers if w.sentinel in gone]
+        if dead := [w for w in workers if not w.is_alive()]:
+            return _exit_reason(dead[0])
+        return f"a data worker failed ({type(error).__name__}: {(str(error).strip()[-200:].splitlines() or [''])[-1]})"
+
+    def _discard(self, source: Any) -> None:
+        """Kill the remaining workers of an iterator, and prepare new ones."""
+        for iterator in (source, getattr(self._loader, "_iterator", None)):
+            kill_workers(getattr(iterator, "_workers", ()))
+        self._loader, self._receiver = self._make_loader(), BatchReceiver(self._pin)
+
+
+class _SlowWorkers(Exception):
+    """No worker gave anything within the user's limit."""
+
+
+class _PatientIterator(_MultiProcessingDataLoaderIter):
+    """Waits for the workers up to the user's limit, and looks every second whether they are alive.
+
+    torch waits for one timeout: either a dead worker is noticed late, or a slow one ends the run. The latter also between two
+    passes, where persistent workers have to answer.
+    """
+
+    def __init__(self, loader: Any, limit: float):
+        self.limit = limit
+        super().__init__(loader)
+
+    def _get_data(self) -> Any:
         began = time.monotonic()
         while True:
-            asked = time.monotonic()
-            try:
-                return next(source)
-            except StopIteration:
-                return None
-            except Exception as error:  # a dying worker can raise any class
-                if not self._processes:
-                    raise
-                now, workers = time.monotonic(), getattr(source, "_workers", ())
-                early = now - asked < 0.5 * min(_POLL_S, self.timeout or _POLL_S)
-                if early:  # the pipe may break before its process has ended
-                    gone = wait([w.sentinel for w in workers], timeout=_POLL_S)
-                    _ = [w.join() for w in workers if w.sentinel in gone]
-                if dead := [w for w in workers if not w.is_alive()]:
-                    return _exit_reason(dead[0])
-                if early:
-                    return (
-                        f"a data worker failed ({type(error).__name__}: {(str(error).strip()[-200:].splitlines() or [''])[-1]})"
-                    )
-                if self.timeout and now - began >= self.timeout:
-                    return f"no data worker gave a batch for {self.timeout:g} s"
+            arrived, data = self._try_get_data(min(_POLL_S, self.limit or _POLL_S))
+            if arrived:
+                return data
+            if self.limit and time.monotonic() - began >= self.limit:
+                raise _SlowWorkers
 
-    def _discard(self, source: Iterator[LoadedBatch]) -> None:
-        """Kill the remaining workers, and prepare new ones."""
-        kill_workers(getattr(source, "_workers", ()))
-        self._loader, self._receiver = self._make_loader(), BatchReceiver(self._pin)
+
+class _PatientLoader(DataLoader[LoadedBatch]):
+    """A DataLoader whose workers may be silent for `limit` seconds; 0: for ever."""
+
+    def __init__(self, limit: float, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.limit = limit
+
+    def _get_iterator(self) -> Any:
+        if not self.num_workers:
+            return super()._get_iterator()
+        self.check_worker_number_rationality()
+        return _PatientIterator(self, self.limit)
 
 
 class _KeySampler:

@@ -33,6 +33,8 @@ def LoggerHook(
 ) -> list[Middleware[Any]]:
     """Log one line every `interval` steps and at the end of each phase, to the console and to `log_dir/train.log`.
 
+    The file has every other line of the console too: the report at the start, warnings, results at the end.
+
     Args:
         interval: optimizer steps between two lines, at least 1.
         log_dir: folder of the log file. The work_dir by default.
@@ -48,6 +50,7 @@ def LoggerHook(
     file = Path(log_dir or run.work_dir) / "train.log"
     latest: dict[str, float] = {}
     clock = _Clock()
+    console = False  # whether the console gives its lines, which are those of this hook too
 
     def write(line: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -68,9 +71,14 @@ def LoggerHook(
             append(run.notes.pop(0))
         line = _line(report, {n: v for n, v in shown.items() if v is not None}, rate, run)
         run.say(line)
-        append(line)
+        if not console:
+            append(line)
 
-    hooks = observe(name, emit, run, every=interval)
+    def begin(state: TrainState) -> None:
+        nonlocal console
+        console = run.log_to(file, append)
+
+    hooks = observe(name, emit, run, every=interval, begin=begin)
 
     def checked(run_all: Run) -> Run:
         check_items(items, run, f"cfg.hooks.{name}.log_items")
@@ -98,7 +106,7 @@ class _Clock:
 def _line(report: Report, shown: Mapping[str, Any], rate: float | None, run: RunInfo) -> str:
     values = "  ".join(f"{n} {_number(v)}" for n, v in shown.items())
     speed = f"  {rate:,.0f} samples/s" if rate else ""
-    where = f"epoch {report.epoch}/{run.total_epochs}"
+    where = f"epoch {report.epoch}" + (f"/{run.total_epochs}" if run.steps_per_epoch else "")
     return f"{where}  {report.phase:<5}{'' if report.final else f' step {report.step}'}  {values}{speed}"
 
 
@@ -164,7 +172,9 @@ def RecordHook(interval: int, *, run: RunInfo) -> list[Middleware[Any]]:
     def checked(run_all: Run) -> Run:
         taken = sorted({n for names in run.result_names.values() for n in names if is_reserved(n)})
         if taken:
-            raise ConfigError(f"the key {taken[0]!r} of metrics.jsonl is reserved; give that metric or loss another name.")
+            raise ConfigError(
+                f"cfg.hooks: the key {taken[0]!r} of metrics.jsonl is reserved; give that metric or loss another name."
+            )
         return run_all
 
     return [*observe("record", emit, run, every=interval, begin=begin), Middleware("record", checked, "run")]
@@ -205,7 +215,8 @@ def ProgressHook(bar: Any, run: RunInfo) -> list[Middleware[Any]]:
     def wrap_epoch(epoch: Epoch) -> Epoch:
         def named(state: TrainState, batches: Any) -> Any:
             done = epochs_done(state)
-            bar.set_description(f"epoch {done + 1}/{run.total_epochs}", refresh=False)
+            if run.steps_per_epoch:
+                bar.set_description(f"epoch {done + 1}/{run.total_epochs}", refresh=False)
             bar.total = began(state) + (run.total_epochs - done) * run.steps_per_epoch
             bar.initial = bar.initial or state.at  # a resumed run's rate counts its own steps
             return epoch(state, batches)

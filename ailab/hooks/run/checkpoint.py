@@ -6,19 +6,19 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ailab import dist
 from ailab.core.epoch import Interrupted, began, epochs_done
 from ailab.errors import CheckpointError, ConfigError, Preempted
 from ailab.metrics.direction import known
 from ailab.registry import HOOKS
-from ailab.signature import short_name
+from ailab.signature import CheckedBy, short_name
 from ailab.stack import Middleware
 from ailab.types import Batch, Epoch, Logs, Mean, Run, RunInfo, Step, TrainState
 from ailab.workdir import checkpoint
 from ailab.workdir.checkpoint import Keep
-from ailab.workdir.commit import record_best
+from ailab.workdir.commit import check_keep, record_best
 
 Save = Callable[[TrainState, Mapping[str, float]], None]
 
@@ -28,7 +28,7 @@ def CheckpointHook(
     interval: int = 1,
     every_steps: int | None = None,
     save_dir: str | None = None,
-    keep: Mapping[str, Any] | None = None,
+    keep: Annotated[Mapping[str, Any], CheckedBy(check_keep)] | None = None,
     *,
     run: RunInfo,
     name: str = "checkpoint",

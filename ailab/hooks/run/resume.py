@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+import torch
 
 from ailab import dist
 from ailab.core.epoch import PROGRESS, TOTALS, ask_to_stop, began, begun_anew, epochs_done
@@ -60,7 +62,7 @@ def ResumeHook(
     Raises:
         CheckpointError: when there are checkpoints and none is valid or none fits this model and its optimizer.
         ConfigError: when the run was begun with another cfg or other data and `changed` is "refuse", or when `resume_from` is given
-            and `save_dir` holds checkpoints of another run.
+            and is a file, or `save_dir` holds checkpoints of another run.
     """
     path = f"cfg.hooks.{name}"
     if resume_lr not in ("keep", "initial") and not isinstance(resume_lr, (int, float)):
@@ -68,6 +70,8 @@ def ResumeHook(
     if changed not in ("refuse", "accept"):
         raise ConfigError(f"{path}.changed is {changed!r}; it is 'refuse' or 'accept'.")
     source, directory = source_of(resume_from, run), directory_of(save_dir, run)
+    if source is not None and Path(source).is_file():
+        _refuse_file(Path(source), f"{path}.resume_from" if resume_from else "cfg.resume_from")
     rate = resume_lr if resume_lr != "keep" else run.cfg.get("resume_lr", "keep")
 
     def wrap(run_all: Run) -> Run:
@@ -260,6 +264,23 @@ def _from_first(run: RunInfo, make: Callable[[], str]) -> str:
     return dist.broadcast_bytes(text.encode(), run.device).decode()
 
 
+def _refuse_file(file: Path, path: str) -> None:
+    """Say what the file is, and what would load it: a run continues from a checkpoint, which is a folder."""
+    if (file.parent / MANIFEST).exists():
+        raise ConfigError(f"{path}: {file} is a file of a checkpoint; give its folder, {file.parent}.")
+    try:
+        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # whatever a file that is no archive raises
+        content = None
+    named = cast("Mapping[Any, Any]", content) if isinstance(content, Mapping) else {}
+    plain = bool(named) and all(isinstance(v, torch.Tensor) for v in named.values())
+    what = f"a state dict of {len(named)} tensors" if plain else "a file"
+    raise ConfigError(
+        f"{path}: {file} is {what}, and no folder of checkpoints: a run continues from its whole state.\n"
+        "  Load weights into the model: in its __init__, self.load_state_dict(torch.load(file, weights_only=True))."
+    )
+
+
 def _find(source: str | None, directory: Path, run: RunInfo) -> Path | None:
     """The checkpoint to start from."""
     if source is not None and not run.steps_per_epoch:
@@ -291,6 +312,8 @@ def _named(source: str, run: RunInfo) -> Path:
 
 
 def _to_evaluate(saved: Mapping[str, Any], like: TrainState) -> Mapping[str, Any]:
-    """What of a saved state is needed to evaluate it: what the model and its hooks read."""
+    """What of a saved state is needed to evaluate it: what the model and its hooks read, and the epoch that it is of."""
     slots = {n: v for n, v in saved["slots"].items() if n in like.slots}
-    return {**saved, "opt_state": {}, "slots": {**slots, PROGRESS: like.slots[PROGRESS]}}
+    mine = saved["slots"][PROGRESS]
+    progress = {**mine, "epoch": mine["epoch"] + (saved["step"] > mine["began"]), "stop": like.slots[PROGRESS]["stop"]}
+    return {**saved, "opt_state": {}, "slots": {**slots, PROGRESS: progress}}

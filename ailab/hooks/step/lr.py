@@ -24,7 +24,12 @@ SLOT = "lr_scheduler"
 
 @HOOKS.register_module()
 def LrSchedulerHook(
-    scheduler: Mapping[str, Any], by: Literal["epoch", "step"] = "epoch", metric: str = "val_loss", *, run: RunInfo
+    scheduler: Mapping[str, Any],
+    by: Literal["epoch", "step"] = "epoch",
+    metric: str = "val_loss",
+    *,
+    run: RunInfo,
+    name: str = SLOT,
 ) -> Middleware[Any] | list[Middleware[Any]]:
     """Schedule the learning rate with a `torch.optim.lr_scheduler` class or `WarmupAndCosineAnnealingLR`.
 
@@ -44,13 +49,13 @@ def LrSchedulerHook(
     Raises:
         ConfigError: for arguments that the scheduler does not accept, or a `metric` that no epoch of this run reports.
     """
-    path = "cfg.hooks.lr_scheduler.scheduler"
+    path = f"cfg.hooks.{name}.scheduler"
     if by not in ("epoch", "step"):
-        raise ConfigError(f"cfg.hooks.lr_scheduler.by is {by!r}; it must be 'epoch' or 'step'.")
+        raise ConfigError(f"cfg.hooks.{name}.by is {by!r}; it must be 'epoch' or 'step'.")
     if not run.steps_per_epoch:
         return []  # nothing is trained
     if scheduler.get("type") == "ReduceLROnPlateau":
-        return _plateau(scheduler, metric, run, path)
+        return _plateau(scheduler, metric, run, path, f"cfg.hooks.{name}.metric")
     schedule = _Schedule(scheduler, run, path, run.total_epochs if by == "epoch" else run.total_steps)
 
     def init(state: TrainState) -> dict[str, Tensor]:
@@ -121,7 +126,7 @@ def restart_lr(state: TrainState, base_lrs: tuple[float, ...], lr: float | None)
     return state.with_slot(SLOT, {**memory, **begun})
 
 
-def _plateau(scheduler: Mapping[str, Any], metric: str, run: RunInfo, path: str) -> Middleware[Epoch]:
+def _plateau(scheduler: Mapping[str, Any], metric: str, run: RunInfo, path: str, asked: str) -> Middleware[Epoch]:
     """ReduceLROnPlateau: reduce the learning rates when a result stops improving. Updated at the end of each epoch."""
     mode, ranked = scheduler.get("mode"), f"{path}.mode"
     rules = {m: plateau({**scheduler, "mode": m}, run.base_lrs, path=path) for m in ((mode,) if mode else ("min", "max"))}
@@ -130,7 +135,7 @@ def _plateau(scheduler: Mapping[str, Any], metric: str, run: RunInfo, path: str)
         def watched(state: TrainState, batches: Any) -> tuple[TrainState, Logs]:
             state, logs = epoch(state, batches)
             if metric not in logs:
-                raise ConfigError(f"{path}: epoch {epochs_done(state)} has no result {metric!r}; it has {', '.join(logs)}.")
+                raise ConfigError(f"{asked}: epoch {epochs_done(state)} has no result {metric!r}; it has {', '.join(logs)}.")
             rates = [float(r) for r in lrs(state.opt_state)]
             rule = rules[known(mode, metric, run.directions, ranked)]
             before = state.slots[SLOT]
@@ -145,12 +150,14 @@ def _plateau(scheduler: Mapping[str, Any], metric: str, run: RunInfo, path: str)
         memory = next(iter(rules.values())).init()
         return {**memory, "best": torch.full_like(memory["best"], float("nan"))}
 
-    reads, ranks = {"cfg.hooks.lr_scheduler.metric": metric}, {} if mode else {ranked: metric}
+    reads, ranks = {asked: metric}, {} if mode else {ranked: metric}
     return Middleware(SLOT, wrap, "epoch", init, role="result", reads=reads, ranks=ranks)
 
 
 def _check(entry: Mapping[str, Any], path: str) -> list[str]:
-    problems = check_arguments(parameters(LrSchedulerHook).without(("run",)), entry, path, "LrSchedulerHook", "LrSchedulerHook")
+    problems = check_arguments(
+        parameters(LrSchedulerHook).without(("run", "name")), entry, path, "LrSchedulerHook", "LrSchedulerHook"
+    )
     scheduler = entry.get("scheduler")
     if not isinstance(scheduler, Mapping):
         return problems
