@@ -18,7 +18,7 @@ MODULES = sorted((ROOT / "ailab").rglob("*.py"))
 # of a module in the hall, or of a folder for all that is in it.
 FLOORS = """
 errors | tree | rng | heap
-types | signature | dist | pictures
+types | signature | dist | pictures | compiler
 registry | binding | stack | compile | losses
 config | optim | models | metrics | datasets
 core | workdir

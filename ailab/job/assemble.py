@@ -27,7 +27,7 @@ from ailab.job.probe import asked_outputs, check_fields, check_reads, check_tail
 from ailab.optim.state_dict import torch_state_dict
 from ailab.registry import HOOKS
 from ailab.stack import ROLES, Middleware, as_hooks, at, core_settings, role_of, stack, with_slots
-from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, PyTree, Run, RunInfo, Step, TrainState
+from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, PyTree, Run, RunInfo, Step, TrainState, batch_size
 from ailab.workdir import record
 
 Hook = Middleware[Any]
@@ -69,6 +69,8 @@ def assemble(
         DataError: for an empty dataset, or samples that cannot be read.
     """
     parts = _alike(_built(cfg, device))
+    if parts.narrowed:
+        say(f"data: {', '.join(parts.narrowed)}: float64 in the data set, read as float32, for no parameter is float64.")
     rank, world = dist.rank(), dist.world_size()
     streams = {p["phase"]: build_stream(cfg, p, parts, device, rank, world, report=say) for p in cfg["workflow"]}
     views: list[Callable[[TrainState], TrainState]] = []
@@ -259,7 +261,7 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     """The gradient core of the plan, in the grad hooks."""
     bare, cut = loss, plan.enabled and plan.cut == "loss"
     loss = lift(bare, "loss") if cut else bare
-    around, nominal = at(hooks, "grad"), float(info.cfg["data"]["train_dataloader"]["batch_size"])
+    around, nominal = at(hooks, "grad"), _nominal(bare, state, parts, info)
     if plan.sync == "ddp":
         numbers = 2 * len(info.log_names["train"]) + 2  # the weight, two for each log, and the stop flag
         settings: dict[str, Any] = {"nominal": nominal, "numbers": numbers, **core_settings(hooks, "ddp")}
@@ -278,6 +280,17 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     if plan.enabled and plan.cut == "grad":
         core = Core(lift(core.many, "grad"))
     return stack(core, around)
+
+
+def _nominal(loss: Loss, state: TrainState, parts: Parts, info: RunInfo) -> float:
+    """About the weight of a global batch, of how a few samples weigh: a loss over tokens counts many a sample.
+
+    It is what gradients of parts of a batch are divided by on their way. Far too small a number, and fp16 overflows.
+    """
+    with torch.no_grad(), torch.random.fork_rng([info.device] if info.device.type == "cuda" else []):
+        _, aux = loss(state.params, state.buffers, dict(parts.sample))
+    each = float(aux.weight) / batch_size(parts.sample)
+    return float(info.cfg["data"]["train_dataloader"]["batch_size"]) * (each if each > 0 else 1.0)
 
 
 def _refuse_unused(loss: Loss, state: TrainState, parts: Parts) -> None:
