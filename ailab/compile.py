@@ -115,11 +115,10 @@ class Compiled:
         with torch.no_grad():
             after, logs = self.step(state, batch)
             out = seal(logs)
-        at += after.step is not clock  # an evaluation step does not advance it
         if after is not state:
-            after.known_at(at)
+            after.known_at(at + (after.step is not clock))  # an evaluation step does not advance it
             if self.donate:
-                state.consume(at)
+                state.consume(after.at)
         return after, out
 
     def _graph(self, state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:

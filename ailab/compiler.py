@@ -64,8 +64,11 @@ def refusal(error: Exception, what: str) -> ConfigError:
         what: was compiled: "the train step".
     """
     if not isinstance(error, importlib.import_module("torch._dynamo.exc").BackendCompilerFailed):
+        said, *more = [line.strip() for line in str(error).strip().splitlines()]
+        raised = next((line.partition("raised exception ")[2] for line in more if "raised exception " in line), "")
+        said = f"{said}: {raised[-_WIDTH:]}" if raised else said  # of a long one the end says why
         return ConfigError(
-            f"cfg.compile: {what} cannot be traced as one graph: {str(error).strip().splitlines()[0]}\n"
+            f"cfg.compile: {what} cannot be traced as one graph: {said}\n"
             "  compile=False runs it as it is; compile=dict(cut='loss') compiles the forward and backward only."
         )
     cause: Any = getattr(error, "inner_exception", None) or error

@@ -74,8 +74,8 @@ class TrainState:
         return known
 
     def known_at(self, at: int) -> None:
-        """Say what `step` is, so that `at` need not read it. For `compile.py` alone."""
-        object.__setattr__(self, "_at", at)
+        """Say what `step` is, where nobody has said it, so that `at` need not read it. For `compile.py` alone."""
+        self.__dict__.setdefault("_at", at)
 
     def replace(self, **changes: Any) -> TrainState:
         """A state with these fields changed; the others are shared."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ailab import dist, tree
-from ailab.core.derivative import refuse_derivative
 from ailab.core.loss import tensors_held
 from ailab.core.reduce import control_message, reduced
+from ailab.derivative import refuse_derivative
 from ailab.errors import ConfigError
 from ailab.types import LOSS_SCALE, Aux, Batch, Buffers, Grad, Loss, Params, TrainState
 
@@ -79,7 +79,7 @@ def local_grad(loss: Loss, trainable: Collection[str] | None = None, nominal: fl
     """
 
     def grad(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
-        refuse_derivative(state, "local_grad")
+        refuse_derivative(state.params, {}, "local_grad")
         names = [n for n in state.params if trainable is None or n in trainable]
         with torch.enable_grad(), tensors_held():
             leaves = {n: _leaf(state.params[n]) for n in names}

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ailab.derivative import refuse_derivative
 from ailab.errors import ConfigError
 from ailab.optim.adafactor import adafactor
 from ailab.optim.optimizer import Group, Optimizer, OptState
@@ -249,6 +250,7 @@ def traced_optimizer(name: str, groups: tuple[Group, ...], params: Params) -> Op
         return out, new
 
     def update(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
+        refuse_derivative(params, opt_state, f"the update of {name}")
         return run(grads, opt_state, params, True)
 
     def update_(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
