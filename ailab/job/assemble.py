@@ -23,11 +23,11 @@ from ailab.errors import ConfigError
 from ailab.job.build import Parts, build_parts, build_stream, explained
 from ailab.job.guard import guarded
 from ailab.job.plan import Plan, planned, verify_gradient
-from ailab.job.probe import asked_outputs, check_fields, check_reads, check_tails, notices, probe
+from ailab.job.probe import asked_outputs, batch_weight, check_fields, check_reads, check_tails, notices, probe
 from ailab.optim.state_dict import torch_state_dict
 from ailab.registry import HOOKS
 from ailab.stack import ROLES, Middleware, as_hooks, at, core_settings, role_of, stack, with_slots
-from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, PyTree, Run, RunInfo, Step, TrainState, batch_size
+from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, PyTree, Run, RunInfo, Step, TrainState
 from ailab.workdir import record
 
 Hook = Middleware[Any]
@@ -261,7 +261,7 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     """The gradient core of the plan, in the grad hooks."""
     bare, cut = loss, plan.enabled and plan.cut == "loss"
     loss = lift(bare, "loss") if cut else bare
-    around, nominal = at(hooks, "grad"), _nominal(bare, state, parts, info)
+    around, nominal = at(hooks, "grad"), batch_weight(bare, state, parts, info)
     if plan.sync == "ddp":
         numbers = 2 * len(info.log_names["train"]) + 2  # the weight, two for each log, and the stop flag
         settings: dict[str, Any] = {"nominal": nominal, "numbers": numbers, **core_settings(hooks, "ddp")}
@@ -280,17 +280,6 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     if plan.enabled and plan.cut == "grad":
         core = Core(lift(core.many, "grad"))
     return stack(core, around)
-
-
-def _nominal(loss: Loss, state: TrainState, parts: Parts, info: RunInfo) -> float:
-    """About the weight of a global batch, of how a few samples weigh: a loss over tokens counts many a sample.
-
-    It is what gradients of parts of a batch are divided by on their way. Far too small a number, and fp16 overflows.
-    """
-    with torch.no_grad(), torch.random.fork_rng([info.device] if info.device.type == "cuda" else []):
-        _, aux = loss(state.params, state.buffers, dict(parts.sample))
-    each = float(aux.weight) / batch_size(parts.sample)
-    return float(info.cfg["data"]["train_dataloader"]["batch_size"]) * (each if each > 0 else 1.0)
 
 
 def _refuse_unused(loss: Loss, state: TrainState, parts: Parts) -> None:

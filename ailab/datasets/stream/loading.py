@@ -60,8 +60,8 @@ class SampleSettings:
     seed: int
     collate_fn: Callable[[list[Any]], Any] | None = None
     nan_is_bad: bool = True  # whether a sample with a NaN is bad
-    double: bool = False  # whether float64 stays float64
     images: ImageSettings = field(default_factory=ImageSettings)  # for `read_image`
+    double: bool = False  # whether float64 stays float64
 
 
 def narrow(x: torch.Tensor) -> torch.Tensor:

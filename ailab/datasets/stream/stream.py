@@ -112,7 +112,7 @@ class Stream:
         if self._tensors is not None and nan_is_bad and _have_nan(self._tensors):
             self._tensors = None  # load sample by sample, so that the bad ones are replaced
         if self._tensors is None:
-            settings = SampleSettings(seed, collate_fn, nan_is_bad, double, ImageSettings(truncated, cache))
+            settings = SampleSettings(seed, collate_fn, nan_is_bad, ImageSettings(truncated, cache), double)
             fetcher = Fetcher(dataset, settings, self._slots if pad else None, batch_size)
             pin = self.device.type == "cuda" if pin_memory is None else pin_memory and torch.cuda.is_available()
             self._workers = Workers(
