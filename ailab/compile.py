@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ailab import tree
+from ailab.compiler import Settings, refusal, tracing_errors, use_own_cache
 from ailab.errors import ConfigError
 from ailab.rng import mix, seed_device
-from ailab.types import Batch, Logs, Step, TrainState, seal
+from ailab.types import DRAW, Batch, Logs, Step, TrainState, seal
 
 
 def _dynamo(module: str = "") -> Any:
@@ -30,11 +31,6 @@ def allow_traced_grad() -> Any:
 def _cut_at_buckets(split: bool) -> Any:
     """A context in which Dynamo does or does not cut a graph at DDP's buckets; a private switch."""
     return _dynamo(".config").patch(optimize_ddp=split)
-
-
-def _tracing_errors() -> type[Exception]:
-    """What Dynamo raises where it cannot trace; a private class."""
-    return _dynamo(".exc").TorchDynamoException
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:
@@ -81,17 +77,20 @@ class Compiled:
         self.graphs: dict[Any, Callable[..., Any]] = {}  # by the layout of everything that goes in
         self._layouts: dict[Any, int] = {}  # of states that were seen, numbered
         self._layout = 0  # number of this one's
+        self._settings = Settings()
         self._state: TrainState | None = None  # the state whose leaves are below
         self._leaves: list[Tensor] = []
-        self._tracked: list[bool] = []  # which leaves require grad
+        self._tracked: dict[Any, list[bool]] = {}  # by structure: which leaves require grad
         self._device: torch.device = torch.device("cpu")
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
         """One step; the state that was passed in is consumed unless `donate` is off."""
         if state is not self._state:
             self._enter(state)
-        at = state.at
-        seed_device(self._device, mix(self.seed, at, self.rank))
+        seed = self.seed
+        if DRAW in batch:
+            seed, batch = mix(seed, batch[DRAW]), {k: v for k, v in batch.items() if k != DRAW}
+        seed_device(self._device, mix(seed, state.at, self.rank))
         after, logs = self._graph(state, batch) if self.enabled else self._eager(state, batch)
         self._state = after
         return after, logs
@@ -104,55 +103,63 @@ class Compiled:
         if self.donate:
             _refuse_shared(state)
         everything = list(tree.items(state))
-        self._leaves = self._alike([leaf for _, leaf in everything if isinstance(leaf, Tensor)])
-        rest = iter(self._leaves)
-        layout = tuple([(path, _layout(next(rest)) if isinstance(leaf, Tensor) else leaf) for path, leaf in everything])
+        structure = tuple([(path, None if isinstance(leaf, Tensor) else leaf) for path, leaf in everything])
+        leaves = [leaf for _, leaf in everything if isinstance(leaf, Tensor)]
+        tracked = self._tracked.setdefault(structure, [leaf.requires_grad for leaf in leaves])
+        self._leaves = [_alike(leaf, grad) for leaf, grad in zip(leaves, tracked, strict=True)]
+        layout = (structure, *[_layout(leaf) for leaf in self._leaves])
         self._layout = self._layouts.setdefault(layout, len(self._layouts))
 
-    def _alike(self, leaves: list[Tensor]) -> list[Tensor]:
-        """The same memory as plain tensors that require grad where those of the first state did: a graph depends on both."""
-        self._tracked = self._tracked or [leaf.requires_grad for leaf in leaves]
-        return [
-            leaf if type(leaf) is Tensor and leaf.requires_grad == tracked else leaf.detach().requires_grad_(tracked)
-            for leaf, tracked in zip(leaves, self._tracked, strict=True)
-        ]
-
     def _eager(self, state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
-        at = state.at + 1
+        at, clock = state.at, state.step
         with torch.no_grad():
             after, logs = self.step(state, batch)
             out = seal(logs)
         if after is not state:
-            object.__setattr__(after, "_at", at)
+            after.known_at(at + (after.step is not clock))  # an evaluation step does not advance it
             if self.donate:
-                state.consume(at)
+                state.consume(after.at)
         return after, out
 
     def _graph(self, state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
         fields = batch if all(type(v) is Tensor for v in batch.values()) else {k: v for k, v in batch.items() if _crosses(v)}
-        # All that a graph depends on is in this key, so that the graph itself checks nothing: guards cost 15 % of a small step.
-        key = (self._layout, _shared(fields), *[(k, _layout(v)) for k, v in fields.items()])
-        run = self.graphs.get(key)
         with torch.no_grad():
-            names, packed, outputs, leaves = run(self._leaves, fields) if run else self._first(key, state, fields)
+            # All that a graph depends on is in this key, so that the graph itself checks nothing: guards cost 15 % of a small step.
+            settings = self._settings(self._device)
+            key = (self._layout, settings, _shared(fields), *[(k, _layout(v)) for k, v in fields.items()])
+            run = self.graphs.get(key)
+            names, packed, outputs, leaves, ticks = run(self._leaves, fields) if run else self._first(key, state, fields)
+        at = state.at + ticks
         if self.donate:
-            return state.consume(state.at + 1), Logs(names, packed, outputs)
+            return state.consume(at), Logs(names, packed, outputs)
         after = tree.unflatten(state, _merge(state, leaves))
+        after.known_at(at)
         self._enter(after)
         return after, Logs(names, packed, outputs)
 
     def _first(self, key: Any, state: TrainState, fields: Batch) -> Any:
         """Compile a graph for this layout, run it, and keep it."""
+        if tree.transformed():
+            raise ConfigError(
+                "a compiled step is called inside a transform of torch.func: differentiate the loss in its place."
+            )
         run = _without_guards(_flat(self.step, state, self.donate, f"{self.name}_step"), self.mode, self.overlap)
+        elsewhere = {k: v.device for k, v in fields.items() if isinstance(v, Tensor) and v.dim() and v.device != self._device}
+        if elsewhere:
+            field, device = next(iter(elsewhere.items()))
+            raise ConfigError(f"the batch's {field!r} is on {device}, and the state on {self._device}: move it there.")
+        if any(t.is_conj() or t.is_neg() for t in tree.leaves(fields)):
+            run = _on_plain_memory(run)
         try:
             with allow_traced_grad():
                 result = run(self._leaves, fields)
-        except _tracing_errors() as e:
-            what = str(e).strip().splitlines()[0]
+        except tracing_errors() as e:
+            raise refusal(e, f"the {self.name} step") from e
+        if _is_other(self._leaves, result[3], self.donate):
             raise ConfigError(
-                f"cfg.compile: the {self.name} step cannot be traced as one graph: {what}\n"
-                "  compile=False runs it as it is; compile=dict(cut='loss') compiles the forward and backward only."
-            ) from e
+                f"a {self.name} step changes the structure of the state: other tensors come out than went in.\n"
+                "  A hook has to return what it was given, in shape and dtype; make its memory in `init`."
+            )
         if self.graphs and self.report is not None:
             self.report(
                 f"{self.name} step: compiled graph {len(self.graphs) + 1}, for {_difference(next(iter(self.graphs)), key)}"
@@ -196,13 +203,17 @@ def lift(fn: Callable[..., Any], name: str, *, split: bool = False) -> Callable[
 
     `split` cuts the graph at DDP's buckets: gradients then come out one part after the other, and are summed meanwhile.
     """
+    use_own_cache()
     compiled = torch.compile(_own_code(fn, name), fullgraph=True, dynamic=False)
     switch = allow_traced_grad()
     whole = _cut_at_buckets(split)
 
     def lifted(*args: Any) -> Any:
-        with switch, whole:
-            return compiled(*args)
+        try:
+            with switch, whole:
+                return compiled(*args)
+        except tracing_errors() as e:
+            raise refusal(e, f"the {name}") from e
 
     return lifted
 
@@ -215,6 +226,7 @@ def _own_code(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 def _without_guards(fn: Callable[..., Any], mode: str | None, overlap: bool) -> Callable[..., Any]:
     """`fn` compiled as one graph that is run as it is; whoever calls it knows that the graph fits."""
+    use_own_cache()
     options = {**_mode_options(mode), **(overlap_options() if overlap else {})}
     options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     return torch.compile(fn, fullgraph=True, dynamic=False, options=options)
@@ -223,8 +235,30 @@ def _without_guards(fn: Callable[..., Any], mode: str | None, overlap: bool) -> 
 def _layout(value: Any) -> Any:
     """All that a graph depends on in a tensor; in a nest of them, of each."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.requires_grad
+        bits = value.is_conj(), value.is_neg()  # values that are to be read as their conjugates, or negated
+        return value.shape, value.stride(), value.dtype, value.requires_grad, value.device, bits
     return tuple([(path, _layout(leaf)) for path, leaf in tree.items(value)])
+
+
+def _alike(leaf: Tensor, tracked: bool) -> Tensor:
+    """The same memory as a plain tensor that requires grad where that of the first state did: a graph depends on both."""
+    return leaf if type(leaf) is Tensor and leaf.requires_grad == tracked else leaf.detach().requires_grad_(tracked)
+
+
+def _on_plain_memory(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` for fields that hold conjugated or negated values: the compiler's code reads memory as it is."""
+
+    def resolved(leaves: list[Tensor], fields: Batch) -> Any:
+        return run(leaves, tree.map(lambda t: t.resolve_conj().resolve_neg(), fields))
+
+    return resolved
+
+
+def _is_other(before: list[Tensor], after: list[Tensor], donate: bool) -> bool:
+    """Whether the leaves that came out have another structure than those that went in. A donating graph gives none where not."""
+    if donate:
+        return bool(after)
+    return [(t.shape, t.dtype) for t in before] != [(t.shape, t.dtype) for t in after]
 
 
 def _shared(fields: Batch) -> tuple[int, ...]:
@@ -246,9 +280,11 @@ def _refuse_shared(state: TrainState) -> None:
 
 def _difference(first: tuple[Any, ...], key: tuple[Any, ...]) -> str:
     """What a key has that the first one has not, in words."""
-    fields = [f"{name} {tuple(layout[0]) if isinstance(layout[0], torch.Size) else 'nested'}" for name, layout in key[2:]]
-    changed = [f for f, now, was in zip(fields, key[2:], first[2:], strict=False) if now != was]
-    return "a batch with " + ", ".join(changed or fields) if key[1:] != first[1:] else "a state of another layout"
+    if key[1] != first[1]:
+        return "other settings of torch (autocast, precision, determinism, threads, ...)"
+    fields = [f"{name} {tuple(layout[0]) if isinstance(layout[0], torch.Size) else 'nested'}" for name, layout in key[3:]]
+    changed = [f for f, now, was in zip(fields, key[3:], first[3:], strict=False) if now != was]
+    return "a batch with " + ", ".join(changed or fields) if key[2:] != first[2:] else "a state of another layout"
 
 
 def _crosses(value: Any) -> bool:
@@ -268,20 +304,22 @@ def _flat(step: Step, like: TrainState, donate: bool, name: str) -> Callable[...
     """The step over a flat list of tensors, so that the state is flattened once and not per call."""
     template = tree.unflatten(like, [None if isinstance(leaf, Tensor) else leaf for leaf in tree.leaves(like)])
 
-    def flat(leaves: list[Tensor], batch: Batch) -> tuple[tuple[str, ...], Tensor, dict[str, Any], list[Tensor]]:
+    def flat(leaves: list[Tensor], batch: Batch) -> tuple[tuple[str, ...], Tensor, dict[str, Any], list[Tensor], int]:
         rest = iter(leaves)
         state = tree.unflatten(template, [next(rest) if leaf is None else leaf for leaf in tree.leaves(template)])
         after, logs = step(state, batch)
         out = seal(logs)
         new = [leaf for leaf in tree.leaves(after) if isinstance(leaf, Tensor)]
-        if not donate:
-            return out.names, out.packed, out.outputs, new
+        ticks = int(after.step is not state.step)  # an evaluation step does not advance the clock
+        same = [(a.shape, a.dtype) for a in leaves] == [(b.shape, b.dtype) for b in new]
+        if not donate or not same:
+            return out.names, out.packed, out.outputs, new, ticks
         changed = [(a, b) for a, b in zip(leaves, new, strict=True) if a is not b]
         # Every value is copied before any is written: one may be (a view of) an old leaf, which no tensor tells while it is
         # traced. The compiler drops the copies that are not needed.
         values = [b.clone() for _, b in changed]
         for (old, _), value in zip(changed, values, strict=True):
             old.copy_(value)
-        return out.names, out.packed, out.outputs, []
+        return out.names, out.packed, out.outputs, [], ticks
 
     return _own_code(flat, name)

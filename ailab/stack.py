@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from ailab.errors import ConfigError
-from ailab.tree import clone
+from ailab.tree import clone, items
 from ailab.types import Batch, PyTree, TrainState
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -84,14 +85,16 @@ def with_slots(state: TrainState, hooks: Iterable[Middleware[Any]]) -> TrainStat
     """The state with the memory of every hook that keeps one.
 
     Raises:
-        ConfigError: when two hooks claim the same slot.
+        ConfigError: when two hooks claim the same slot, or one keeps a plain number: a graph has it as a constant.
     """
     for hook in hooks:
         if hook.init is not None:
             if hook.name in state.slots:
                 raise ConfigError(f"cfg.hooks: two hooks keep state under the name {hook.name!r}; give one another `name`.")
+            memory = hook.init(state)
+            _refuse_plain(hook.name, memory)
             # A copy: memory that begins as the parameters themselves must not be theirs, for a step may write into both.
-            state = state.with_slot(hook.name, clone(hook.init(state)))
+            state = state.with_slot(hook.name, clone(memory))
     return state
 
 
@@ -102,6 +105,15 @@ def role_of(hook: Middleware[Any]) -> Role:
     if hook.depth in TRACED:
         return "result"
     return "end" if hook.depth == "epoch" and hook.phases is None else "observer"
+
+
+def _refuse_plain(name: str, memory: PyTree) -> None:
+    plain = [f"{path or 'the slot'} = {leaf!r}" for path, leaf in items(memory) if isinstance(leaf, Number)]
+    if plain:
+        raise ConfigError(
+            f"hook {name!r} keeps a plain number in its memory, {', '.join(plain[:5])}; a compiled step would never change it.\n"
+            "  Keep a 0-d tensor: torch.zeros((), dtype=torch.int64, device=state.step.device)."
+        )
 
 
 def core_settings(hooks: Iterable[Middleware[Any]], key: str) -> dict[str, Any]:

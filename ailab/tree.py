@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 T = TypeVar("T")
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def _children(tree: Any) -> list[tuple[str, Any]] | None:
@@ -81,11 +83,24 @@ def to(tree: T, device: torch.device) -> T:
     return map(lambda t: t.to(device, non_blocking=True), tree)
 
 
+def widened(values: Tensor) -> Tensor:
+    """`values`, halves as float32: bfloat16 cannot count past 256, and float16 cannot add past 65504."""
+    return values.float() if values.dtype in _HALVES else values
+
+
+def scaled(tensors: dict[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
+    """Each tensor times the factor, (), in its own dtype; halves are multiplied in float32, where the factor has its digits."""
+    return {
+        n: (t.float() * factor.float()).to(t.dtype) if t.dtype in _HALVES else t * factor.to(t.dtype)
+        for n, t in tensors.items()
+    }
+
+
 def lerp(start: dict[str, Tensor], end: dict[str, Tensor], weight: Tensor | float) -> dict[str, Tensor]:
-    """`start + weight * (end - start)` for each leaf. Integer leaves (counters) are those of `end`."""
+    """`start + weight * (end - start)` for each leaf, in the dtype of `start`. Integer leaves (counters) are those of `end`."""
     return {
         k: torch.lerp(s, end[k].to(s.dtype), weight.to(s.dtype) if isinstance(weight, Tensor) else weight)
-        if s.is_floating_point()
+        if s.is_floating_point() or s.is_complex()
         else end[k]
         for k, s in start.items()
     }
@@ -108,8 +123,20 @@ def _chosen(condition: Tensor, a: Any, b: Any) -> Any:
 
 
 def norm(tree: Any, order: float = 2.0) -> Tensor:
-    """The norm of all tensors as one vector, () in the dtype of the tensors."""
-    return torch.nn.utils.get_total_norm([t for t in leaves(tree) if isinstance(t, Tensor)], order)
+    """The norm of all tensors as one vector, () in the dtype of the tensors, float32 at least."""
+    tensors = [_values(t) if t.is_sparse else t for t in leaves(tree) if isinstance(t, Tensor)]
+    if all(t.dtype not in _HALVES for t in tensors):
+        return torch.nn.utils.get_total_norm(tensors, order)
+    norms = [
+        torch.linalg.vector_norm(t, order, dtype=torch.float32 if t.dtype in _HALVES else None)  # no copy in float32
+        for t in tensors
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms), order)
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The elements of a sparse tensor, each once."""
+    return tensor.coalesce().values()
 
 
 def finite(tree: Any) -> Tensor:
@@ -120,3 +147,8 @@ def finite(tree: Any) -> Tensor:
 def nbytes(tree: Any) -> int:
     """The bytes of all tensors of `tree`."""
     return sum(t.numel() * t.element_size() for t in leaves(tree) if isinstance(t, Tensor))
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is being evaluated; a private name of torch."""
+    return bool(peek_interpreter_stack())

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ailab import tree
 from ailab.errors import ConfigError, DonatedError
+from ailab.tree import widened as widened
 
 PyTree: TypeAlias = Any  # nested dicts, lists, tuples and dataclasses of tensors and plain values
 Params: TypeAlias = dict[str, Tensor]
@@ -28,6 +29,7 @@ LOSS_SCALE = "_loss_scale"  # the reserved batch field: (), the loss is differen
 VIEWS = "_views"  # the reserved batch field: [(share, fields)], how often and with which other fields the criterion is asked
 OUTPUT = "@"  # prefix under which model outputs that a host hook reads travel beside the logs
 Direction: TypeAlias = Literal["min", "max"]  # which of two values of a result is better, the lower or the higher
+DRAW = "_draw"  # the reserved batch field: int, the number of an evaluation's batch; its random numbers are a function of it
 STOP = "_stop"  # the reserved batch field: (), 1 where this rank asks to end the run; comes out as how many ranks do
 WEIGHT = "_weight"  # the reserved batch field: (B,) float32, 1 for a sample that counts and 0 for padding
 SIZE = "_size"  # the reserved batch field: () float32, samples of the whole batch that this one is a part of
@@ -70,6 +72,10 @@ class TrainState:
             known = int(self.step)
             object.__setattr__(self, "_at", known)
         return known
+
+    def known_at(self, at: int) -> None:
+        """Say what `step` is, where nobody has said it, so that `at` need not read it. For `compile.py` alone."""
+        self.__dict__.setdefault("_at", at)
 
     def replace(self, **changes: Any) -> TrainState:
         """A state with these fields changed; the others are shared."""
@@ -120,30 +126,26 @@ class TrainState:
 _FIELDS = frozenset(f.name for f in fields(TrainState))
 
 
-def widened(values: Tensor) -> Tensor:
-    """`values`, halves as float32: bfloat16 cannot count past 256, and float16 cannot add past 65504."""
-    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-
-
 @dataclass(frozen=True)
 class Mean:
-    """A mean as a monoid: adds over micro-batches, steps and ranks, and is divided once, at the end."""
+    """A mean as a monoid: adds over micro-batches, steps and ranks, and is divided once, at the end; halves as float32."""
 
     total: Tensor  # () weighted sum
     weight: Tensor  # () sum of the weights; usually the number of samples
 
     def __add__(self, other: Mean) -> Mean:
-        return Mean(self.total + other.total, self.weight + other.weight)
+        return Mean(widened(self.total) + widened(other.total), widened(self.weight) + widened(other.weight))
 
     @property
     def value(self) -> Tensor:
         """`total / weight`; 0 where nothing was counted. ()."""
-        return self.total / (self.weight + (self.weight == 0))
+        weight = widened(self.weight)
+        return widened(self.total) / (weight + (weight == 0))
 
     @staticmethod
     def of(values: Tensor, weight: Tensor | None = None) -> Mean:
         """The mean of per-sample `values` (B,), each counted with `weight` (B,) or once; summed in float32 at least."""
-        values = widened(values)
+        values = widened(values) if values.is_floating_point() else values.float()  # a bool can count to one
         if weight is None:
             return Mean(values.sum(), torch.full((), float(values.numel()), dtype=values.dtype, device=values.device))
         weight = weight.to(values.dtype)
@@ -236,6 +238,10 @@ def pack(logs: Mapping[str, Mean]) -> Tensor:
     if not logs:
         return torch.zeros(0, 2, dtype=torch.float64)
     flat = [t.detach() for m in logs.values() for t in (m.total, m.weight)]
+    if any(t.dim() for t in flat):
+        strange = {n: m for n, m in logs.items() if m.total.dim() or m.weight.dim()}
+        shapes = [f"{n!r} has {tuple(m.total.shape)} and {tuple(m.weight.shape)}" for n, m in strange.items()]
+        raise ConfigError(f"the total and the weight of a Mean are numbers, of shape (): {', '.join(shapes)}. Sum them first.")
     if len({t.dtype for t in flat}) > 1:
         flat = [t.to(torch.float64) for t in flat]
     return torch.stack(flat).to(torch.float64).view(-1, 2)

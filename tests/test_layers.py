@@ -18,8 +18,8 @@ MODULES = sorted((ROOT / "ailab").rglob("*.py"))
 # of a module in the hall, or of a folder for all that is in it.
 FLOORS = """
 errors | tree | rng | heap
-types | signature | dist | pictures
-registry | binding | stack | compile | losses | console | signals
+types | signature | dist | pictures | compiler
+registry | binding | stack | compile | losses | derivative | console | signals
 config | optim | models | metrics | datasets
 core | workdir
 build | hooks

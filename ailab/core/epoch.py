@@ -11,7 +11,7 @@ from torch import Tensor
 from ailab import dist
 from ailab.errors import StopNow
 from ailab.stack import Middleware
-from ailab.types import STOP, Batch, Batches, Epoch, Logs, Mean, Step, TrainState, seal
+from ailab.types import DRAW, STOP, Batch, Batches, Epoch, Logs, Mean, Step, TrainState, seal
 
 TOTALS = "totals"  # slot: the sums of the running epoch, (names, 2) float64, so that a resumed epoch reports exact means
 _AGREE_EVERY = 16  # steps of evaluation between two agreements of the ranks on whether to stop
@@ -127,7 +127,8 @@ class Stop:
 def eval_epoch(step: Step, names: Sequence[str], interrupted: Callable[[], bool] = _never) -> Epoch:
     """Fold a tallied evaluation step over the batches, summed over ranks; the state comes back as it went in.
 
-    Ranks exchange nothing in a step of evaluation, so they agree on whether to stop every 16 of them.
+    What a step draws is a function of `(seed, state.step, number of the batch, rank)`: another one for each batch, and the same
+    after a resume. Ranks exchange nothing in a step of evaluation, so they agree on whether to stop every 16 of them.
     """
 
     def epoch(state: TrainState, batches: Iterable[Batch]) -> tuple[TrainState, Logs]:
@@ -136,7 +137,7 @@ def eval_epoch(step: Step, names: Sequence[str], interrupted: Callable[[], bool]
         flag = False
         try:
             for i, batch in enumerate(batches, 1):
-                working, _ = step(working, batch)
+                working, _ = step(working, {**batch, DRAW: i})
                 flag = interrupted() or flag
                 if (dist.world_size() == 1 or i % _AGREE_EVERY == 0) and dist.any_rank(flag, state.step.device):
                     raise Interrupted(state)

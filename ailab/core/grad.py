@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ailab import dist
+from ailab import dist, tree
 from ailab.core.loss import tensors_held
 from ailab.core.reduce import control_message, reduced
+from ailab.derivative import refuse_derivative
 from ailab.errors import ConfigError
 from ailab.types import LOSS_SCALE, Aux, Batch, Buffers, Grad, Loss, Params, TrainState
 
@@ -44,16 +45,11 @@ def _cotangent(total: Tensor, aux: Aux, batch: Batch, nominal: float | None = No
 
 
 def _scaled(grads: Params, batch: Batch) -> Params:
-    if LOSS_SCALE not in batch:
-        return grads
-    return {n: g * batch[LOSS_SCALE].to(g.dtype) for n, g in grads.items()}
+    return tree.scaled(grads, batch[LOSS_SCALE]) if LOSS_SCALE in batch else grads
 
 
 def _unscaled(grads: Params, batch: Batch) -> Params:
-    if LOSS_SCALE not in batch:
-        return grads
-    inverse = batch[LOSS_SCALE].reciprocal()
-    return {n: g * inverse.to(g.dtype) for n, g in grads.items()}
+    return tree.scaled(grads, batch[LOSS_SCALE].reciprocal()) if LOSS_SCALE in batch else grads
 
 
 def _gradients(total: Tensor, leaves: list[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
@@ -83,6 +79,7 @@ def local_grad(loss: Loss, trainable: Collection[str] | None = None, nominal: fl
     """
 
     def grad(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
+        refuse_derivative(state.params, {}, "local_grad")
         names = [n for n in state.params if trainable is None or n in trainable]
         with torch.enable_grad(), tensors_held():
             leaves = {n: _leaf(state.params[n]) for n in names}
@@ -99,25 +96,28 @@ def accumulated(
 ) -> tuple[Params, Aux, list[dict[str, Any]]]:
     """The gradient of several batches as that of one, their sums, and the model outputs of each.
 
-    Buffers and slots pass from one batch to the next. `divided` says whether `grad` divides by the weight of each part.
+    Buffers and slots pass from one batch to the next. `divided` says whether `grad` divides by the weight of each part. Gradients
+    of halves are summed in float32.
     """
+
+    def summand(found: Params, aux: Aux) -> Params:
+        found = {k: tree.widened(g) for k, g in found.items()}
+        return tree.scaled(found, aux.weight) if divided else found
+
     grads, total = grad(state, parts[0])
     outputs = [total.outputs]
     if len(parts) == 1:
         return grads, total, outputs
-    grads = _weighted(grads, total.weight) if divided else grads
+    grads = summand(grads, total)
     for part in parts[1:]:
         more, aux = grad(passed_on(state, total), part)
-        more = _weighted(more, aux.weight) if divided else more
+        more = summand(more, aux)
         # A parameter that a micro-batch does not use has no gradient there.
         grads = {k: grads[k] + more[k] if k in grads and k in more else {**grads, **more}[k] for k in {**grads, **more}}
         total = added(total, aux)
         outputs.append(aux.outputs)
-    return _weighted(grads, reciprocal(total.weight)) if divided else grads, total, outputs
-
-
-def _weighted(grads: Params, weight: Tensor) -> Params:
-    return {k: g * weight.to(g.dtype) for k, g in grads.items()}
+    grads = tree.scaled(grads, reciprocal(total.weight)) if divided else grads
+    return {k: g.to(state.params[k].dtype) for k, g in grads.items()}, total, outputs
 
 
 def passed_on(state: TrainState, aux: Aux) -> TrainState:
@@ -158,7 +158,7 @@ def local_core(loss: Loss, trainable: Collection[str] | None = None, *, nominal:
             grads, aux = whole(state, parts[0])
             return grads, aux, [aux.outputs]
         grads, aux, outputs = accumulated(part, state, parts, divided=False)
-        return _weighted(grads, nominal * reciprocal(aux.weight)), aux, outputs
+        return tree.scaled(grads, nominal * reciprocal(aux.weight)), aux, outputs
 
     return Core(many)
 
@@ -310,7 +310,7 @@ def graph_grad(
             sizes = [grads[n].numel() for n in names]
             values = total.to(grads[names[0]].dtype)[: sum(sizes)].split(sizes)
             summed.update({n: p.view_as(grads[n]) for n, p in zip(names, values, strict=True)})
-        return _weighted({n: summed[n] for n in grads}, nominal * reciprocal(aux.weight)), aux, outputs
+        return tree.scaled({n: summed[n] for n in grads}, nominal * reciprocal(aux.weight)), aux, outputs
 
     return Core(many)
 

@@ -25,7 +25,8 @@ def control_message(aux: Aux, batch: Batch, dtype: torch.dtype) -> Tensor:
 
 def reduced(aux: Aux, batch: Batch, sums: Tensor, buffers: Buffers) -> Aux:
     """The `Aux` of the global batch, from the sum of the control messages of all ranks; the buffers are rank 0's."""
-    weight, *summed = sums.to(aux.weight.dtype, copy=True).unbind()  # a copy: the next backward writes into its bucket
+    dtype = torch.promote_types(aux.weight.dtype, torch.float32)  # a count may be an integer, and a total is none
+    weight, *summed = sums.to(dtype, copy=True).unbind()  # a copy: the next backward writes into its bucket
     logs = {n: Mean(summed[2 * i], summed[2 * i + 1]) for i, n in enumerate(aux.logs)}
     control = {STOP: summed[2 * len(logs)]} if STOP in batch else {}
     return replace(aux, weight=weight, logs=logs, buffers=buffers, control=control)

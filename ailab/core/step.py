@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from ailab.derivative import refuse_derivative
 from ailab.optim import Optimizer
 from ailab.optim.optimizer import Evaluate
 from ailab.types import OUTPUT, Aux, Batch, Grad, Loss, Mean, Params, Step, TrainState
@@ -32,6 +33,7 @@ def train_step(grad: Grad, optimizer: Optimizer, outputs: Collection[str] = (), 
     update = optimizer.update_ if donate and optimizer.update_ is not None else optimizer.update
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
+        refuse_derivative(state.params, state.opt_state, "train_step")
         grads, aux = grad(state, batch)
         with torch.no_grad():
             if optimizer.closure_update is None:

@@ -23,7 +23,7 @@ from ailab.errors import ConfigError, Together
 from ailab.job.build import Parts, build_parts, build_stream, explained
 from ailab.job.guard import guarded
 from ailab.job.plan import Plan, planned, verify_gradient
-from ailab.job.probe import asked_outputs, check_fields, check_reads, check_tails, notices, probe
+from ailab.job.probe import asked_outputs, batch_weight, check_fields, check_reads, check_tails, notices, probe
 from ailab.optim.state_dict import torch_state_dict
 from ailab.registry import HOOKS
 from ailab.stack import ROLES, Middleware, as_hooks, at, core_settings, role_of, stack, with_slots
@@ -71,6 +71,8 @@ def assemble(
         DataError: for an empty dataset, or samples that cannot be read.
     """
     parts = _alike(_built(cfg, device))
+    if parts.narrowed:
+        say(f"data: {', '.join(parts.narrowed)}: float64 in the data set, read as float32, for no parameter is float64.")
     rank, world = dist.rank(), dist.world_size()
     together = Together()
     made = {
@@ -267,7 +269,7 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     """The gradient core of the plan, in the grad hooks."""
     bare, cut = loss, plan.enabled and plan.cut == "loss"
     loss = lift(bare, "loss") if cut else bare
-    around, nominal = at(hooks, "grad"), float(info.cfg["data"]["train_dataloader"]["batch_size"])
+    around, nominal = at(hooks, "grad"), batch_weight(bare, state, parts, info)
     if plan.sync == "ddp":
         numbers = 2 * len(info.log_names["train"]) + 2  # the weight, two for each log, and the stop flag
         settings: dict[str, Any] = {"nominal": nominal, "numbers": numbers, **core_settings(hooks, "ddp")}

@@ -21,6 +21,7 @@ from ailab.core.loss import Functional, kind_of, module_state
 from ailab.datasets import Stream
 from ailab.datasets.files.cache import run_cache
 from ailab.datasets.stream.collate import build_collate
+from ailab.datasets.stream.loading import narrow
 from ailab.errors import AilabError, ConfigError, DataError, Together, nearest
 from ailab.job.proof import Itself, prove_pure, row_wise
 from ailab.optim import Optimizer, build_optimizer
@@ -31,6 +32,7 @@ from ailab.types import Aux, Batch, Buffers, Loss, Params, TrainState, batch_siz
 T = TypeVar("T")
 _NO_MAPPING: Mapping[str, str] = MappingProxyType({})
 _LIBRARIES = tuple(os.path.dirname(str(m.__file__)) + os.sep for m in (torch, tree))
+_DOUBLES = (torch.float64, torch.complex128)
 _PROBE = 4  # samples in the shrunk step that checks everything before the first real one
 
 
@@ -48,6 +50,8 @@ class Parts:
     fields: tuple[str, ...]  # of a batch, and the names of the model's outputs
     pad: Mapping[str, bool]  # by phase: whether the loss can mask padding
     kind: str = "mean"  # what the criterion returns: "mean", "sum", or "scalar"
+    double: bool = False  # whether data of float64 stay float64: a parameter has so many digits
+    narrowed: tuple[str, ...] = ()  # fields that are float64 in the data set and float32 in a batch
 
 
 def build_parts(cfg: Mapping[str, Any], device: torch.device) -> Parts:
@@ -72,9 +76,11 @@ def build_parts(cfg: Mapping[str, Any], device: torch.device) -> Parts:
     optimizer, trainable = _trained(cfg, state) if "train" in phases else (None, _trainable(state, cfg["optimizer"]))
     if optimizer is not None:
         state = state.replace(opt_state=optimizer.init(state.params))
-    sample = _sample(cfg, datasets, device)
+    sample, double = _sample(cfg, datasets, device), any(p.dtype in _DOUBLES for p in state.params.values())
+    narrowed = () if double else tuple(n for n, t in tree.items(sample) if isinstance(t, Tensor) and t.dtype == torch.float64)
+    sample = sample if double else tree.map(narrow, sample)
     fields, losses, pad, kind = _losses(cfg, model, criterion, state, sample, phases)
-    return Parts(model, optimizer, trainable, state, losses, datasets, sample, fields, pad, kind)
+    return Parts(model, optimizer, trainable, state, losses, datasets, sample, fields, pad, kind, double, narrowed)
 
 
 def build_dataset(entry: Mapping[str, Any], path: str) -> Any:
@@ -147,7 +153,7 @@ def _loader(cfg: Mapping[str, Any], phase: str) -> tuple[Any, Any]:
 
 
 def _sample(cfg: Mapping[str, Any], datasets: Mapping[str, Any], device: torch.device) -> Batch:
-    """A few real samples of the first phase, read as its stream will read them."""
+    """A few real samples of the first phase, read as its stream will read them, in the dtypes of the data set."""
     phase, dataset = next(iter(datasets.items()))
 
     def quiet(line: str) -> None:
@@ -165,6 +171,7 @@ def _sample(cfg: Mapping[str, Any], datasets: Mapping[str, Any], device: torch.d
         name=f"cfg.data.{phase}",
         report=quiet,
         max_bad_frac=1.0,
+        double=True,
         **reading_of(cfg),
     )
     batch = next(iter(stream.epoch(0)))
@@ -289,6 +296,7 @@ def build_stream(
         world_size=world_size,
         pad=parts.pad[phase],
         sized=parts.kind == "sum" and world_size > 1,
+        double=parts.double,
         device=device,
         iters=entry["iters"],
         name=f"cfg.data.{phase}",

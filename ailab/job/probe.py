@@ -106,6 +106,17 @@ def _noting(names: dict[str, None]) -> Callable[[Loss], Loss]:
     return wrap
 
 
+def batch_weight(loss: Loss, state: TrainState, parts: Parts, info: RunInfo) -> float:
+    """About the weight of a global batch, of how a few samples weigh: a loss over tokens counts many a sample.
+
+    It is what gradients of parts of a batch are divided by on their way. Far too small a number, and fp16 overflows.
+    """
+    with torch.no_grad(), torch.random.fork_rng([info.device] if info.device.type == "cuda" else []):
+        _, aux = loss(state.params, state.buffers, dict(parts.sample))
+    each = float(aux.weight) / batch_size(parts.sample)
+    return float(info.cfg["data"]["train_dataloader"]["batch_size"]) * (each if each > 0 else 1.0)
+
+
 def _flop_counter() -> Any:
     """A context that counts the floating-point operations of matrix products, convolutions and attention in it."""
     from torch.utils.flop_counter import FlopCounterMode

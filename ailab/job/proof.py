@@ -84,7 +84,7 @@ def prove_pure(itself: Itself, loss: Loss, state: TrainState, sample: Batch, *, 
                 f"cfg.model: the module itself gives the loss {float(right):.6g}, as a pure function of its tensors it gives "
                 f"{float(found):.6g}.\n  {_advice(names)}"
             )
-        largest = max([float(g.abs().max()) for g in right_grads.values()] or [0.0])
+        largest = max([float(g.to_dense().abs().max()) for g in right_grads.values()] or [0.0])
         wrong = [
             n for n in {**right_grads, **grads} if not _same_gradient(right_grads.get(n), grads.get(n), largest, tolerance)
         ]

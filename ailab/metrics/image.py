@@ -42,7 +42,8 @@ class PSNR:
         """The sum of the ratios and the number of counted images, as a `Mean`."""
         if pred.shape != target.shape:
             raise ValueError(f"PSNR of pred {tuple(pred.shape)} and target {tuple(target.shape)}: the shapes must be the same.")
-        error = (widened(pred) - widened(target)).flatten(1).square().mean(1)
+        pred, target = (widened(x) if x.is_floating_point() else x.float() for x in (pred, target))  # uint8 wraps around
+        error = (pred - target).flatten(1).square().mean(1)
         ratio = 10 * torch.log10(self.data_range**2 / error)
         # Padding repeats a sample, so its ratio may be infinite too, and 0 * inf is NaN.
         return Mean.of(ratio if weight is None else torch.where(weight > 0, ratio, 0.0), weight)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ailab.derivative import refuse_derivative
+from ailab.errors import ConfigError
 from ailab.optim.adafactor import adafactor
 from ailab.optim.optimizer import Group, Optimizer, OptState
 from ailab.optim.rows import ROWS, Row, arguments, cpu_kernel, functional
@@ -20,12 +22,14 @@ _foreach_clone: Callable[[list[Tensor]], Sequence[Tensor]] = getattr(
     torch, "_foreach_clone", lambda tensors: [t.clone() for t in tensors]
 )
 _foreach_copy_: Callable[[list[Tensor], list[Tensor]], None] = getattr(torch, "_foreach_copy_")  # noqa: B009
+_TAKE_SPARSE = ("SGD", "Adagrad")
 
 
 @dataclass(frozen=True)
 class _Plan:
     """One parameter group, with the choices that are made before the first step."""
 
+    optimizer: str  # name of the class
     names: tuple[str, ...]
     keys: tuple[str, ...]  # of the per-parameter lists, in the order of the functional form
     row: Row
@@ -75,6 +79,7 @@ def _plan(name: str, group: Group, params: Params) -> _Plan:
     kernel = cpu_kernel(name, group.hyper) if eager.get("fused") and len({p.dtype for p in tensors}) == 1 else None
     wide = on_cpu or tensors[0].dtype == torch.float64
     return _Plan(
+        optimizer=name,
         names=group.names,
         keys=held,
         row=row,
@@ -127,6 +132,22 @@ def _unchanged_at_zero_lr(adam: Callable[..., None]) -> Callable[..., None]:
     return stepped
 
 
+def _for_sparse(plan: _Plan, grads: Params) -> _Plan:
+    """The plan for gradients of which some are sparse (`nn.Embedding(sparse=True)`): torch's plain form, as no kernel takes them.
+
+    Raises:
+        ConfigError: for a class that refuses them in torch, too.
+    """
+    if plan.optimizer not in _TAKE_SPARSE:
+        name = next(n for n in plan.names if n in grads and grads[n].is_sparse)
+        raise ConfigError(
+            f"cfg.optimizer: {plan.optimizer} does not support sparse gradients, and that of {name!r} is sparse.\n"
+            f"  {', '.join(_TAKE_SPARSE)} and SparseAdam do; or nn.Embedding(sparse=False)."
+        )
+    how = {"fused": False, "foreach": False, "has_sparse_grad": True}
+    return replace(plan, call=plan.traced_call, kernel=False, kwargs=plan.kwargs | how)
+
+
 def _copies(columns: list[list[Any]], slow: bool) -> list[list[Any]]:
     """Copies of columns of equal length. `slow` allows None, and is better for tracing: the compiler removes the copies."""
     if slow:
@@ -175,6 +196,8 @@ def _update_group(
         return False
     row, keys, lr, step = plan.row, plan.keys, old["lr"][at], old["step"]
     traced = torch.compiler.is_compiling()
+    if not traced and any([grads[n].is_sparse for n in names]):  # noqa: C419 - a generator costs time in every step
+        plan = _for_sparse(plan, grads)
     columns = [[params[n] for n in names]] + [[old[key].get(n) for n in names] for key in keys]
     values, *columns = _copies(columns, slow=row.padded or traced) if copy else columns
     lists: dict[str, list[Any]] = dict(zip(keys, columns, strict=True))
@@ -227,6 +250,7 @@ def traced_optimizer(name: str, groups: tuple[Group, ...], params: Params) -> Op
         return out, new
 
     def update(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
+        refuse_derivative(params, opt_state, f"the update of {name}")
         return run(grads, opt_state, params, True)
 
     def update_(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:

@@ -279,7 +279,9 @@ def test_a_stop_flag_of_one_rank_stops_all_at_the_same_step(ranks: Any, sync: st
     """A signal to one rank stops all of them after the same step, in training and in evaluation."""
     cfg = config(sync=sync, hooks=dict(accumulate=ACCUMULATE))
     assert ranks(3)(stopped_at, cfg, rank, 2) == [(2, [0, 0, 0])] * 3
-    assert ranks(3)(stopped_at, cfg, rank, 5) == [(4, [1, 3, 0])] * 3  # in evaluation, which is short: after the step that follows
+    assert (
+        ranks(3)(stopped_at, cfg, rank, 5) == [(4, [1, 3, 0])] * 3
+    )  # in evaluation, which is short: after the step that follows
     long = config(sync=sync, val=60)  # 20 steps of evaluation: it ends in mid-evaluation, with nothing of it counted
     assert ranks(3)(stopped_at, long, rank, 5) == [(3, [0, 0, 0])] * 3
 

@@ -61,6 +61,7 @@ class SampleSettings:
     collate_fn: Callable[[list[Any]], Any] | None = None
     nan_is_bad: bool = True  # whether a sample with a NaN is bad
     images: ImageSettings = field(default_factory=ImageSettings)  # for `read_image`
+    double: bool = False  # whether float64 stays float64
 
 
 def narrow(x: torch.Tensor) -> torch.Tensor:
@@ -249,7 +250,7 @@ class Fetcher(torch.utils.data.Dataset[LoadedBatch]):
             joined = wrap_sample(collate(filled))
         else:
             joined = {n: stack_field([s[n] for s in filled], self.allocate) for n in filled[0]}
-        batch: Batch = tree.map(narrow, joined)
+        batch: Batch = joined if self.settings.double else tree.map(narrow, joined)
         if self.size is not None or not samples:
             real = [float(s is not None) for s in samples]
             return {**batch, WEIGHT: torch.tensor(real + [0.0] * (slots - len(real)))}

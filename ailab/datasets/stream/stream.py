@@ -58,6 +58,7 @@ class Stream:
         sampler: Chooses the samples of each epoch, see `ailab.datasets.stream.sampling`. `shuffle` is then ignored.
         truncated: For truncated images: "skip" makes a bad sample, "fill" fills the missing rows; see `read_image`.
         nan_is_bad: Whether a sample with a NaN is bad.
+        double: Whether fields of float64 stay float64. Otherwise they become float32.
         cache: The cache of decoded images.
         **dataloader_kwargs: Further arguments of `Workers` and of `torch.utils.data.DataLoader`.
 
@@ -89,6 +90,7 @@ class Stream:
         sampler: Any = None,
         truncated: Literal["skip", "fill"] = "skip",
         nan_is_bad: bool = True,
+        double: bool = False,
         cache: Cache | None = None,
         **dataloader_kwargs: Any,
     ):
@@ -106,11 +108,11 @@ class Stream:
         self._bad = BadSampleTracker(name, size, max_bad_frac, report, share=1 / world_size)
         self._weights: dict[int, Tensor] = {}
         self._sizes: dict[int, Tensor] = {}
-        self._tensors = None if collate_fn else _in_memory(dataset, self.device)
+        self._tensors = None if collate_fn else _in_memory(dataset, self.device, double)
         if self._tensors is not None and nan_is_bad and _have_nan(self._tensors):
             self._tensors = None  # load sample by sample, so that the bad ones are replaced
         if self._tensors is None:
-            settings = SampleSettings(seed, collate_fn, nan_is_bad, ImageSettings(truncated, cache))
+            settings = SampleSettings(seed, collate_fn, nan_is_bad, ImageSettings(truncated, cache), double)
             fetcher = Fetcher(dataset, settings, self._slots if pad else None, batch_size)
             pin = self.device.type == "cuda" if pin_memory is None else pin_memory and torch.cuda.is_available()
             self._workers = Workers(
@@ -270,7 +272,7 @@ def _planned(sampler: Any, dataset: Any, size: int, batch_size: int, name: str) 
         raise DataError(f"{name}_dataloader.sampler: {error}") from error
 
 
-def _in_memory(dataset: Any, device: torch.device) -> dict[str, Tensor] | None:
+def _in_memory(dataset: Any, device: torch.device, double: bool) -> dict[str, Tensor] | None:
     """All samples as stacked tensors, on the device if they fit; None for a dataset that is read sample by sample."""
     stacked = getattr(dataset, "tensors", None)
     found: Any
@@ -280,7 +282,7 @@ def _in_memory(dataset: Any, device: torch.device) -> dict[str, Tensor] | None:
         found = stacked() if callable(stacked) else None
     if found is None:
         return None
-    tensors: dict[str, Tensor] = {name: narrow(t.detach()) for name, t in found.items()}
+    tensors: dict[str, Tensor] = {name: t.detach() if double else narrow(t.detach()) for name, t in found.items()}
     if device.type == "cuda" and tree.nbytes(tensors) > _MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
         return tensors
     return {name: t.to(device) for name, t in tensors.items()}

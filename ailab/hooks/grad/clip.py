@@ -39,8 +39,7 @@ def GradClipHook(max_norm: float | None = None, max_value: float | None = None, 
             if max_norm is None:
                 grads = {n: g.clamp(-bound, bound) for n, g in grads.items()}
             else:
-                scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-                grads = {n: g * scale.to(g.dtype) for n, g in grads.items()}
+                grads = tree.scaled(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
             return grads, replace(aux, logs={**aux.logs, "grad_norm": Mean(norm, torch.ones_like(norm))})
 
         return clipped

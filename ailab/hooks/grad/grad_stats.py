@@ -28,7 +28,7 @@ def GradStatsHook(patterns: Mapping[str, str] = _NONE, update: bool = True, name
     divided by the 2-norm of the parameters before it. About 1e-3 is usual. For each label of `patterns` there are the logs
     "grad/norm/<label>", "grad/max/<label>" and "update/ratio/<label>". The gradient is that of the hooks listed before this one:
     listed before `clip` it is the unclipped gradient. All logs are computed on the device and averaged over the steps of an
-    epoch.
+    epoch; a step that moves no parameter, such as one that was skipped, has no ratio.
 
     Args:
         patterns: {label: glob pattern of parameter names}, such as `{"encoder": "encoder.*"}`.
@@ -67,7 +67,8 @@ def GradStatsHook(patterns: Mapping[str, str] = _NONE, update: bool = True, name
             for suffix, names in groups.items():
                 moved = _norm([after.params[n] - state.params[n] for n in names], 2.0, state.step)
                 size = tree.norm([state.params[n] for n in names])
-                ratios[f"update/ratio{suffix}"] = Mean(moved.total / (size + 1e-12), moved.weight)
+                # A step that was skipped has moved nothing, and does not count.
+                ratios[f"update/ratio{suffix}"] = Mean(moved.total / (size + 1e-12), moved.weight * (moved.total != 0))
             return after, {**logs, **ratios}
 
         return measured

@@ -54,6 +54,7 @@ def SAMHook(rho: float = 0.05, adaptive: bool = False, name: str = "sam") -> Mid
 
 def _perturbed(params: Params, grads: Params, rho: float, adaptive: bool) -> dict[str, Tensor]:
     """The parameters that have a gradient, moved along it by `rho`."""
-    scaled = {n: g * params[n].abs() if adaptive else g for n, g in grads.items()}
-    factor = rho / (tree.norm(scaled) + 1e-12)
-    return {n: params[n] + s * (params[n].abs() if adaptive else 1.0) * factor.to(s.dtype) for n, s in scaled.items()}
+    along = {n: g * params[n].abs() if adaptive else g for n, g in grads.items()}
+    factor = rho / (tree.norm(along) + 1e-12)
+    moves = tree.scaled({n: a * params[n].abs() for n, a in along.items()} if adaptive else along, factor)
+    return {n: params[n] + move for n, move in moves.items()}

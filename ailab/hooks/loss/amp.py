@@ -12,6 +12,7 @@ from torch import Tensor
 from ailab import tree
 from ailab.errors import ConfigError
 from ailab.hooks.step.nonfinite import SkipNonFiniteHook
+from ailab.hooks.step.rollback import rolled_back
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import LOSS_SCALE, Aux, Batch, Buffers, Grad, Loss, Mean, Params, RunInfo, Step, TrainState
@@ -32,7 +33,7 @@ def AMPHook(
         dtype: "auto" is bf16 on a GPU that supports it, fp16 on any other GPU, and no autocast on a CPU.
         init_scale: first loss scale. For fp16 only.
         growth_interval: steps in a row without an overflow after which the loss scale doubles. At an overflow it is halved and
-            the step is skipped. For fp16 only.
+            the step is skipped, and its logs do not count. For fp16 only.
 
     Source: Micikevicius et al. 2018; the rule is that of `torch.amp.GradScaler`.
     """
@@ -106,8 +107,8 @@ def _scaled(init_scale: float, growth_interval: int, name: str) -> list[Middlewa
             doubled = torch.where(torch.isfinite(memory["scale"] * 2), memory["scale"] * 2, memory["scale"])
             scale = torch.where(finite, torch.where(grown, doubled, memory["scale"]), memory["scale"] * 0.5)
             growth = torch.where(finite & ~grown, memory["growth"] + 1, 0).to(torch.int32)
-            kept = tree.where(finite, after, state).replace(step=after.step)
-            return kept.with_slot(name, {"scale": scale, "growth": growth, "finite": memory["finite"]}), logs
+            kept, means = rolled_back(~finite, state, after, logs)
+            return kept.with_slot(name, {"scale": scale, "growth": growth, "finite": memory["finite"]}), means
 
         return adapted
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from ailab import tree
 from ailab.stack import Middleware
 from ailab.types import Batch, Mean, Step, TrainState
 
@@ -35,7 +36,18 @@ def tensors_of(state: TrainState, use_buffers: bool) -> dict[str, Tensor]:
     return {**state.params, **state.buffers} if use_buffers else dict(state.params)
 
 
+def average_of(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies to begin an average with. Those of halves are float32: a step of 0.001 is below the resolution of a half."""
+    return {n: tree.widened(v.detach()).clone() for n, v in values.items()}
+
+
+def in_dtype_of(like: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values by the names of `like`, each in its dtype there."""
+    return {n: values[n].to(t.dtype) for n, t in like.items()}
+
+
 def holding(state: TrainState, values: Mapping[str, Tensor]) -> TrainState:
-    """The state with its parameters replaced by `values`, and those of its buffers that `values` has."""
-    buffers = {n: values.get(n, b) for n, b in state.buffers.items()}
-    return state.replace(params={n: values[n] for n in state.params}, buffers=buffers)
+    """The state with its parameters replaced by `values`, in their dtype, and those of its buffers that `values` has."""
+    averaged = {n: b for n, b in state.buffers.items() if n in values}
+    buffers = {**state.buffers, **in_dtype_of(averaged, values)}
+    return state.replace(params=in_dtype_of(state.params, values), buffers=buffers)

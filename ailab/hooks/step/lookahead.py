@@ -8,6 +8,7 @@ import torch
 
 from ailab import tree
 from ailab.errors import ConfigError
+from ailab.hooks.step.eval_state import average_of, in_dtype_of
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import Batch, Mean, Params, Step, TrainState
@@ -17,7 +18,7 @@ from ailab.types import Batch, Mean, Params, Step, TrainState
 def LookaheadHook(k: int = 5, alpha: float = 0.5, name: str = "lookahead") -> Middleware[Step]:
     """After every `k`-th step set `slow += alpha * (params - slow)` and `params = slow`. The optimizer state is not changed.
 
-    The slow weights are in `state.slots[name]`. They start as the initial parameters.
+    The slow weights are in `state.slots[name]`, of halves in float32. They start as the initial parameters.
 
     Args:
         k: optimizer steps between two updates of the slow weights, at least 1.
@@ -34,7 +35,7 @@ def LookaheadHook(k: int = 5, alpha: float = 0.5, name: str = "lookahead") -> Mi
         raise ConfigError(f"cfg.hooks.{name}.alpha is {alpha}; it must be in [0, 1].")
 
     def init(state: TrainState) -> Params:
-        return tree.clone(state.params)
+        return average_of(state.params)
 
     def wrap(step: Step) -> Step:
         def looked_ahead(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
@@ -42,7 +43,8 @@ def LookaheadHook(k: int = 5, alpha: float = 0.5, name: str = "lookahead") -> Mi
             due = state.step % k == 0
             weight = torch.where(due, torch.full((), alpha, dtype=torch.float64, device=due.device), 0.0)
             slow = tree.lerp(state.slots[name], state.params, weight)
-            return state.replace(params=tree.where(due, slow, state.params)).with_slot(name, slow), logs
+            params = tree.where(due, in_dtype_of(state.params, slow), state.params)
+            return state.replace(params=params).with_slot(name, slow), logs
 
         return looked_ahead
 

@@ -1,4 +1,4 @@
-"""Skip a step inside the graph, and check the state on the host. Shared by SkipNonFiniteHook and SpikeHook."""
+"""Skip a step inside the graph, and check the state on the host. Shared by SkipNonFiniteHook, SpikeHook and AMPHook."""
 
 from __future__ import annotations
 

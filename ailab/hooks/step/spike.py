@@ -56,7 +56,9 @@ def SpikeHook(
     def wrap(step: Step) -> Step:
         def compared(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
             after, logs = step(state, batch)
-            spike, memory = _compare(state.slots[name], logs["loss"].value.float(), threshold)
+            loss = logs["loss"]
+            value = torch.where(loss.weight > 0, loss.value.float(), torch.nan)  # nothing counted: a step that was skipped
+            spike, memory = _compare(state.slots[name], value, threshold)
             memory["first"] = torch.where(spike & (memory["first"] == 0), after.step, memory["first"])
             if policy != "log":
                 after, logs = rolled_back(spike, state, after, logs)

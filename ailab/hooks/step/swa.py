@@ -11,7 +11,7 @@ from torch import Tensor
 from ailab import tree
 from ailab.core.epoch import PROGRESS
 from ailab.errors import ConfigError
-from ailab.hooks.step.eval_state import evaluated, holding, tensors_of
+from ailab.hooks.step.eval_state import average_of, evaluated, holding, tensors_of
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
 from ailab.types import Batch, Mean, RunInfo, Step, TrainState
@@ -30,14 +30,15 @@ def SWAHook(
 ) -> list[Middleware[Step]]:
     """Average the parameters after `start`, `start + every`, ... epochs or steps, all with the same weight.
 
-    The slot holds {"n": number of samples, "mean": their average}. Before the first sample the parameters are evaluated.
+    The slot holds {"n": number of samples, "mean": their average, of halves in float32}. Before the first sample the parameters
+    are evaluated.
 
     Args:
         start: completed epochs (or steps) at which the first sample is taken, at least 1.
         every: epochs (or steps) between two samples, at least 1.
         by: whether `start` and `every` count epochs or optimizer steps.
         use_buffers: average the buffers too (running statistics; counters are copied). False: evaluate with the model's buffers.
-        eval: validate and test with the average, and save it as `model_state` of a checkpoint.
+        eval: validate and test with the average, in the dtype of the parameters, and save it as `model_state` of a checkpoint.
 
     Raises:
         ConfigError: when `start` or `every` is below 1, or the run ends before `start`.
@@ -52,7 +53,7 @@ def SWAHook(
 
     def init(state: TrainState) -> dict[str, Any]:
         count = torch.zeros((), dtype=torch.int64, device=state.step.device)
-        return {"n": count, "mean": tree.clone(tensors_of(state, use_buffers))}
+        return {"n": count, "mean": average_of(tensors_of(state, use_buffers))}
 
     def wrap(step: Step) -> Step:
         def averaged(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:

@@ -1,0 +1,118 @@
+"""torch's compiler around a graph: the folder of its cache, what it says when it fails, the settings that its code depends on."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._dynamo.guards import GlobalStateGuard
+
+from ailab.errors import ConfigError
+
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"  # of torch; what a user has set there counts
+_LAST_LINES, _WIDTH = 3, 160  # of the compiler's output
+
+
+def use_own_cache() -> None:
+    """Let the compiler keep its files in a folder of the user's own: it runs what it finds there.
+
+    torch's own choice is a name in the folder for temporary files that anybody can guess, and make first. Ours is
+    `$XDG_CACHE_HOME/ailab/inductor`, or `~/.cache/ailab/inductor`, mode 0700; where there is no such folder, a new one for this
+    process alone.
+    """
+    if not os.environ.get(_CACHE):
+        os.environ[_CACHE] = str(_users_folder() or _folder_of_process())
+
+
+def _users_folder() -> Path | None:
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base, "ailab", "inductor")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            return None
+        folder.chmod(0o700)
+    except (OSError, RuntimeError):  # no home, or one that cannot be written to
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def _folder_of_process() -> str:
+    folder = tempfile.mkdtemp(prefix="ailab-inductor-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def tracing_errors() -> type[Exception]:
+    """What `torch.compile` raises where it cannot trace or compile; a private class."""
+    return importlib.import_module("torch._dynamo.exc").TorchDynamoException
+
+
+def refusal(error: Exception, what: str) -> ConfigError:
+    """What to say of an error of `torch.compile`: whether it is the code that cannot be traced, or the compiler that failed.
+
+    Args:
+        error: of the class `tracing_errors()`.
+        what: was compiled: "the train step".
+    """
+    if not isinstance(error, importlib.import_module("torch._dynamo.exc").BackendCompilerFailed):
+        said, *more = [line.strip() for line in str(error).strip().splitlines()]
+        raised = next((line.partition("raised exception ")[2] for line in more if "raised exception " in line), "")
+        said = f"{said}: {raised[-_WIDTH:]}" if raised else said  # of a long one the end says why
+        return ConfigError(
+            f"cfg.compile: {what} cannot be traced as one graph: {said}\n"
+            "  compile=False runs it as it is; compile=dict(cut='loss') compiles the forward and backward only."
+        )
+    cause: Any = getattr(error, "inner_exception", None) or error
+    lines = [line.strip()[:_WIDTH] for line in str(cause).splitlines() if line.strip()]
+    return ConfigError(
+        f"cfg.compile: {what} was traced, and torch's compiler failed on it. {type(cause).__name__}, last lines:\n"
+        + "".join(f"    {line}\n" for line in lines[-_LAST_LINES:])
+        + f"  If a file of its cache is broken, delete the cache: {os.environ.get(_CACHE)}. compile=False needs no compiler."
+    )
+
+
+class Settings:
+    """Numbers the global settings of torch that a compiled graph has in its code, in the order in which they are seen.
+
+    They are the settings that torch's own guards hold: autocast and its dtypes, precision and determinism flags, grad mode, the
+    number of threads, the default dtype; and inference mode, the default device and cuDNN's flags. Costs 0.5 us.
+    """
+
+    def __init__(self) -> None:
+        self._guards: list[Any] = []
+        self._last = 0
+
+    def __call__(self, device: torch.device) -> Any:
+        """What to put in the key of a graph for `device`."""
+        number = self._number()
+        modes = torch._C._len_torch_function_stack() and torch.get_default_device()  # a default device is such a mode
+        if device.type == "cuda":
+            cudnn = torch.backends.cudnn
+            return number, modes, torch.is_inference_mode_enabled(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic
+        return number, modes, torch.is_inference_mode_enabled()
+
+    def _number(self) -> int:
+        guards = self._guards
+        if guards and guards[self._last].check():
+            return self._last
+        for i, guard in enumerate(guards):
+            if guard.check():
+                self._last = i
+                return i
+        guards.append(_guard_of_settings())
+        self._last = len(guards) - 1
+        return self._last
+
+
+def _guard_of_settings() -> Any:
+    """An object whose `check()` says whether torch's global settings are those of now; private, one call for all of them."""
+    return GlobalStateGuard()
