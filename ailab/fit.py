@@ -19,7 +19,6 @@ import torch
 from ailab import __version__, dist, tree
 from ailab.config import check
 from ailab.config.load import load as load_cfg
-from ailab.console import Console
 from ailab.core.epoch import Interrupted
 from ailab.datasets.files.cache import little_memory, memory_held
 from ailab.dist import fingerprint, launcher
@@ -29,7 +28,8 @@ from ailab.hooks.observe.log import RESTART, LoggerHook, ProgressHook, RecordHoo
 from ailab.job.assemble import Job, assemble
 from ailab.job.show import picture
 from ailab.job.summary import closing, opening, results
-from ailab.signals import Signals
+from ailab.process.console import Console
+from ailab.process.signals import Signals
 from ailab.signature import short_name
 from ailab.types import RunInfo, TrainState
 from ailab.workdir.bad_samples import BAD_SAMPLES, BadSampleLog

@@ -19,7 +19,7 @@ MODULES = sorted((ROOT / "ailab").rglob("*.py"))
 FLOORS = """
 errors | tree | rng | heap
 types | signature | dist | pictures | compiler
-registry | binding | stack | compile | losses | derivative | console | signals
+registry | binding | stack | compile | losses | process
 config | optim | models | metrics | datasets
 core | workdir
 build | hooks

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ailab import dist, tree
 from ailab.core.loss import tensors_held
 from ailab.core.reduce import control_message, reduced
-from ailab.derivative import refuse_derivative
 from ailab.errors import ConfigError
+from ailab.optim.derivative import refuse_derivative
 from ailab.types import LOSS_SCALE, Aux, Batch, Buffers, Grad, Loss, Params, TrainState
 
 # torch.autograd.grad traced by Dynamo is right for custom autograd.Functions and custom operators on every supported version;

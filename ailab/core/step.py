@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from ailab.derivative import refuse_derivative
 from ailab.optim import Optimizer
+from ailab.optim.derivative import refuse_derivative
 from ailab.optim.optimizer import Evaluate
 from ailab.types import OUTPUT, Aux, Batch, Grad, Loss, Mean, Params, Step, TrainState
 

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ailab.derivative import refuse_derivative
 from ailab.errors import ConfigError
 from ailab.optim.adafactor import adafactor
+from ailab.optim.derivative import refuse_derivative
 from ailab.optim.optimizer import Group, Optimizer, OptState
 from ailab.optim.rows import ROWS, Row, arguments, cpu_kernel, functional
 from ailab.types import Params

@@ -16,7 +16,7 @@ from tiny import NoisyPoints, cfg_file, ended, launch, newest_state, rows_of
 
 from ailab import dist
 from ailab.errors import Preempted, StopNow
-from ailab.signals import Signals
+from ailab.process.signals import Signals
 from ailab.stack import Middleware
 from ailab.workdir import checkpoint
 

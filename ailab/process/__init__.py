@@ -1,0 +1,1 @@
+"""What a run does with its process: signals, and the console with its log file."""
