@@ -309,7 +309,7 @@ def graph_grad(
         for names, total in zip(buckets, sums, strict=False):  # a message of its own is the last of the sums
             sizes = [grads[n].numel() for n in names]
             values = total.to(grads[names[0]].dtype)[: sum(sizes)].split(sizes)
-            summed.update({n: p.view_as(grads[n]) for n, p in zip(names, values, strict=True)})
+            summed.update({n: tree.shaped(p, grads[n]) for n, p in zip(names, values, strict=True)})
         return tree.scaled({n: summed[n] for n in grads}, nominal * reciprocal(aux.weight)), aux, outputs
 
     return Core(many)
