@@ -291,7 +291,9 @@ def peer_error_at(where: Callable[[], str]) -> Generator[None]:
     try:
         yield
     except PeerError as e:
-        raise PeerError(f"{where()}: {e}") from e.__cause__
+        error = PeerError(f"{where()}: {e}")
+        error.on_all_ranks = e.on_all_ranks
+        raise error from e.__cause__
     except (AilabError, torch.OutOfMemoryError):
         raise
     except RuntimeError as e:
