@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -12,50 +10,28 @@ import torch
 from torch import Tensor
 
 from ailab import tree
-from ailab.compiler import Settings, refusal, tracing_errors, use_own_cache
+from ailab.compiler import (
+    Settings,
+    allow_traced_grad,
+    graphs_compiled,
+    lifted_settings,
+    mode_options,
+    overlap_options,
+    refusal,
+    tracing_errors,
+    use_own_cache,
+)
 from ailab.errors import ConfigError
-from ailab.rng import mix, seed_device
+from ailab.rng import begin_step, drawn_by_rank, end_step, mix
 from ailab.types import DRAW, Batch, Logs, Step, TrainState, seal
-
-
-def _dynamo(module: str = "") -> Any:
-    """torch's tracer, a private package; imported by a run that compiles, for it takes as long as torch itself."""
-    return importlib.import_module(f"torch._dynamo{module}")
-
-
-def allow_traced_grad() -> Any:
-    """A context in which Dynamo traces `torch.autograd.grad`; a private switch, off by default on every supported version."""
-    return _dynamo(".config").patch(trace_autograd_ops=True)
-
-
-def _cut_at_buckets(split: bool) -> Any:
-    """A context in which Dynamo does or does not cut a graph at DDP's buckets; a private switch."""
-    return _dynamo(".config").patch(optimize_ddp=split)
-
-
-def _mode_options(mode: str | None) -> dict[str, Any]:
-    """The options that a `mode` of `torch.compile` stands for, which does not take both; a private table."""
-    return importlib.import_module("torch._inductor").list_mode_options(mode) if mode else {}
-
-
-def overlap_options() -> dict[str, Any]:
-    """Options of the compiler that move reductions over ranks under what is computed meanwhile, as far as this torch has them."""
-    wanted = {"reorder_for_compute_comm_overlap": True, "aten_distributed_optimizations.enable_simple_overlap": True}
-    known: dict[str, Any] = importlib.import_module("torch._inductor.config").get_config_copy()
-    return {name: value for name, value in wanted.items() if name in known}
-
-
-def graphs_compiled() -> int:
-    """How many graphs this process has compiled so far; a private counter."""
-    return int(_dynamo(".utils").counters["stats"]["unique_graphs"]) if "torch._dynamo" in sys.modules else 0
 
 
 class Compiled:
     """A step above the compile line: `state, logs = step(state, batch)`, where `logs` is a `Logs`.
 
-    Seeds the generators from `(seed, state.step, rank)` before each step, so that any step can be replayed and no generator
-    state is stored. With `donate` the state passed in is consumed: its memory holds the new state, and touching the old one
-    raises `DonatedError`.
+    Seeds the generators from `(seed, state.step)` before each step, so that any step can be replayed and no generator state is
+    stored. With `donate` the state passed in is consumed: its memory holds the new state, and touching the old one raises
+    `DonatedError`.
     """
 
     def __init__(
@@ -65,8 +41,8 @@ class Compiled:
         enabled: bool,
         donate: bool,
         mode: str | None,
-        seed: int,
-        rank: int,
+        seed: int | None,
+        rank: int | None,
         name: str,
         report: Callable[[str], None] | None,
         overlap: bool = False,
@@ -87,11 +63,18 @@ class Compiled:
         """One step; the state that was passed in is consumed unless `donate` is off."""
         if state is not self._state:
             self._enter(state)
-        seed = self.seed
-        if DRAW in batch:
-            seed, batch = mix(seed, batch[DRAW]), {k: v for k, v in batch.items() if k != DRAW}
-        seed_device(self._device, mix(seed, state.at, self.rank))
-        after, logs = self._graph(state, batch) if self.enabled else self._eager(state, batch)
+        run = self._graph if self.enabled else self._eager
+        if self.seed is None:
+            after, logs = run(state, batch)
+        else:
+            seed = self.seed
+            if DRAW in batch:
+                seed, batch = mix(seed, batch[DRAW]), {k: v for k, v in batch.items() if k != DRAW}
+            begin_step(self._device, seed, state.at)
+            try:
+                after, logs = (run if self.rank is None else drawn_by_rank(run, self.rank))(state, batch)
+            finally:
+                end_step()
         self._state = after
         return after, logs
 
@@ -122,7 +105,7 @@ class Compiled:
         return after, out
 
     def _graph(self, state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
-        fields = batch if all(type(v) is Tensor for v in batch.values()) else {k: v for k, v in batch.items() if _crosses(v)}
+        fields = _fields(batch)
         with torch.no_grad():
             # All that a graph depends on is in this key, so that the graph itself checks nothing: guards cost 15 % of a small step.
             settings = self._settings(self._device)
@@ -154,7 +137,7 @@ class Compiled:
             with allow_traced_grad():
                 result = run(self._leaves, fields)
         except tracing_errors() as e:
-            raise refusal(e, f"the {self.name} step") from e
+            raise refusal(e, f"the {self.name} step", holds_more=self.seed is not None) from e
         if _is_other(self._leaves, result[3], self.donate):
             raise ConfigError(
                 f"a {self.name} step changes the structure of the state: other tensors come out than went in.\n"
@@ -174,8 +157,8 @@ def compile(
     enabled: bool = True,
     donate: bool = True,
     mode: str | None = None,
-    seed: int = 0,
-    rank: int = 0,
+    seed: int | None = 0,
+    rank: int | None = None,
     name: str = "train",
     report: Callable[[str], None] | None = None,
     overlap: bool = False,
@@ -187,8 +170,10 @@ def compile(
         enabled: False runs the step eagerly, with everything else the same.
         donate: reuse the memory of the state that is passed in; it may not be read afterwards.
         mode: of `torch.compile`.
-        seed: of the model's randomness; the generators are seeded from `(seed, state.step, rank)` before each step.
-        rank: this process's number, so that dropout differs between ranks.
+        seed: of the model's randomness; the generators are seeded from `(seed, state.step)` before each step. None: they are
+            not, for a step inside another one.
+        rank: of this process, for a step of which all that is drawn shall differ between ranks (evaluation). None: only what a
+            core over several ranks draws below its reduction does. A graph of a whole step has one generator: it is all or none.
         name: of the step, in reports and tracebacks.
         report: called with one line when a further graph is compiled: what differs from the first.
         overlap: the step sums over ranks: let the compiler hide that behind what it computes.
@@ -198,24 +183,42 @@ def compile(
     )
 
 
-def lift(fn: Callable[..., Any], name: str, *, split: bool = False) -> Callable[..., Any]:
+def lift(
+    fn: Callable[..., Any], name: str, *, split: bool = False, report: Callable[[str], None] | None = None
+) -> Callable[..., Any]:
     """A pure function below the line as a graph of its own, for a run that is cut at the loss or the gradient.
 
-    `split` cuts the graph at DDP's buckets: gradients then come out one part after the other, and are summed meanwhile.
+    Args:
+        fn: its last argument is a batch, or a list of micro-batches. Of these, tensors cross the line.
+        name: of the function, in reports and tracebacks.
+        split: cut the graph at DDP's buckets: gradients then come out one part after the other, and are summed meanwhile.
+        report: called with one line when a further graph is compiled.
     """
     use_own_cache()
     compiled = torch.compile(_own_code(fn, name), fullgraph=True, dynamic=False)
-    switch = allow_traced_grad()
-    whole = _cut_at_buckets(split)
+    settings, graphs = lifted_settings(split), 0
 
     def lifted(*args: Any) -> Any:
+        nonlocal graphs
+        *head, last = args
+        last = [_fields(batch) for batch in last] if isinstance(last, list) else _fields(last)
+        before = graphs_compiled()
         try:
-            with switch, whole:
-                return compiled(*args)
+            with settings:
+                result = compiled(*head, last)
         except tracing_errors() as e:
-            raise refusal(e, f"the {name}") from e
+            raise refusal(e, f"the {name}", holds_more=isinstance(last, list)) from e
+        if graphs_compiled() > before:
+            graphs += 1
+            if graphs > 1 and report is not None:
+                report(f"{name}: compiled graph {graphs}, for a batch with {_shapes(last)}")
+        return result
 
     return lifted
+
+
+def _shapes(batch: Any) -> str:
+    return ", ".join(f"{path} {tuple(leaf.shape)}" for path, leaf in tree.items(batch) if leaf.dim())
 
 
 def _own_code(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -227,7 +230,7 @@ def _own_code(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
 def _without_guards(fn: Callable[..., Any], mode: str | None, overlap: bool) -> Callable[..., Any]:
     """`fn` compiled as one graph that is run as it is; whoever calls it knows that the graph fits."""
     use_own_cache()
-    options = {**_mode_options(mode), **(overlap_options() if overlap else {})}
+    options = {**mode_options(mode), **(overlap_options() if overlap else {})}
     options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     return torch.compile(fn, fullgraph=True, dynamic=False, options=options)
 
@@ -287,7 +290,12 @@ def _difference(first: tuple[Any, ...], key: tuple[Any, ...]) -> str:
     return "a batch with " + ", ".join(changed or fields) if key[2:] != first[2:] else "a state of another layout"
 
 
-def _crosses(value: Any) -> bool:
+def _fields(batch: Batch) -> Batch:
+    """The fields of a batch that may go under the line."""
+    return batch if all(type(v) is Tensor for v in batch.values()) else {k: v for k, v in batch.items() if crosses(v)}
+
+
+def crosses(value: Any) -> bool:
     """Whether a batch field may go under the line: tensors, in any nesting."""
     return isinstance(value, Tensor) or (
         not isinstance(value, (str, bytes)) and all(isinstance(x, Tensor) for x in tree.leaves(value))

@@ -1,4 +1,4 @@
-"""torch's compiler around a graph: the folder of its cache, what it says when it fails, the settings that its code depends on."""
+"""torch's compiler around a graph: its cache, its private switches, what it says when it fails, what its code depends on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -51,25 +52,62 @@ def _folder_of_process() -> str:
     return folder
 
 
+def _dynamo(module: str = "") -> Any:
+    """torch's tracer, a private package; imported by a run that compiles, for it takes as long as torch itself."""
+    return importlib.import_module(f"torch._dynamo{module}")
+
+
+def allow_traced_grad() -> Any:
+    """A context in which Dynamo traces `torch.autograd.grad`; a private switch, off by default on every supported version."""
+    return _dynamo(".config").patch(trace_autograd_ops=True)
+
+
+def lifted_settings(split: bool) -> Any:
+    """A context of Dynamo's private switches: it traces gradients, and cuts a graph at DDP's buckets or does not.
+
+    There is one graph for each shape of a batch, however many there are: its limits would end a run at the 9th.
+    """
+    limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
+    return _dynamo(".config").patch({"trace_autograd_ops": True, "optimize_ddp": split, **limits})
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """The options that a `mode` of `torch.compile` stands for, which does not take both; a private table."""
+    return importlib.import_module("torch._inductor").list_mode_options(mode) if mode else {}
+
+
+def overlap_options() -> dict[str, Any]:
+    """Options of the compiler that move reductions over ranks under what is computed meanwhile, as far as this torch has them."""
+    wanted = {"reorder_for_compute_comm_overlap": True, "aten_distributed_optimizations.enable_simple_overlap": True}
+    known: dict[str, Any] = importlib.import_module("torch._inductor.config").get_config_copy()
+    return {name: value for name, value in wanted.items() if name in known}
+
+
+def graphs_compiled() -> int:
+    """How many graphs this process has compiled so far; a private counter."""
+    return int(_dynamo(".utils").counters["stats"]["unique_graphs"]) if "torch._dynamo" in sys.modules else 0
+
+
 def tracing_errors() -> type[Exception]:
     """What `torch.compile` raises where it cannot trace or compile; a private class."""
-    return importlib.import_module("torch._dynamo.exc").TorchDynamoException
+    return _dynamo(".exc").TorchDynamoException
 
 
-def refusal(error: Exception, what: str) -> ConfigError:
+def refusal(error: Exception, what: str, *, holds_more: bool = True) -> ConfigError:
     """What to say of an error of `torch.compile`: whether it is the code that cannot be traced, or the compiler that failed.
 
     Args:
         error: of the class `tracing_errors()`.
         what: was compiled: "the train step".
+        holds_more: whether more is in it than the loss, so that less can be compiled.
     """
-    if not isinstance(error, importlib.import_module("torch._dynamo.exc").BackendCompilerFailed):
+    if not isinstance(error, _dynamo(".exc").BackendCompilerFailed):
         said, *more = [line.strip() for line in str(error).strip().splitlines()]
         raised = next((line.partition("raised exception ")[2] for line in more if "raised exception " in line), "")
         said = f"{said}: {raised[-_WIDTH:]}" if raised else said  # of a long one the end says why
+        less = "; compile=dict(cut='loss') compiles the forward and backward only" if holds_more else ""
         return ConfigError(
-            f"cfg.compile: {what} cannot be traced as one graph: {said}\n"
-            "  compile=False runs it as it is; compile=dict(cut='loss') compiles the forward and backward only."
+            f"cfg.compile: {what} cannot be traced as one graph: {said}\n  compile=False runs it as it is{less}."
         )
     cause: Any = getattr(error, "inner_exception", None) or error
     lines = [line.strip()[:_WIDTH] for line in str(cause).splitlines() if line.strip()]

@@ -129,6 +129,7 @@ def _started(load: Callable[[], Mapping[str, Any]]) -> Generator[tuple[dict[str,
             problem = e
         settings: Mapping[str, Any] = full["dist"] if full else {}
         dist.connect(settings.get("init_method", "env://"), float(settings.get("timeout_s", 600)))
+        problem = problem or dist.device_problem(device)
         dist.compare(fingerprint.of_cfg(full) if full and dist.launched() else {}, problem)
         assert full is not None
         warnings = [dist.start(full["dist"], device), little_memory(full["data"]["cache"])]

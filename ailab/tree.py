@@ -96,6 +96,12 @@ def scaled(tensors: dict[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
     }
 
 
+def shaped(flat: Tensor, like: Tensor) -> Tensor:
+    """The values of `flat`, (n,), in the shape and the memory layout of `like`; a view where `like` is contiguous."""
+    values = flat.view(like.shape)
+    return values if like.is_contiguous() else torch.empty_like(like, dtype=flat.dtype).copy_(values)
+
+
 def lerp(start: dict[str, Tensor], end: dict[str, Tensor], weight: Tensor | float) -> dict[str, Tensor]:
     """`start + weight * (end - start)` for each leaf, in the dtype of `start`. Integer leaves (counters) are those of `end`."""
     return {

@@ -221,6 +221,10 @@ class Logs(Mapping[str, Mean]):
         """The same numbers, and these of a clock beside them."""
         return Logs(self.names, self.packed, self.outputs, {**self.wall, **wall})
 
+    def with_outputs(self, outputs: Mapping[str, Any]) -> Logs:
+        """The same numbers, and these model outputs beside those that are there."""
+        return Logs(self.names, self.packed, {**self.outputs, **outputs}, self.wall)
+
     @staticmethod
     def join(parts: Iterable[Logs]) -> Logs:
         """The numbers of several logs side by side; the names must differ."""

@@ -15,6 +15,7 @@ from ailab.core.loss import tensors_held
 from ailab.core.reduce import control_message, reduced
 from ailab.errors import ConfigError
 from ailab.optim.derivative import refuse_derivative
+from ailab.rng import drawn_by_rank
 from ailab.types import LOSS_SCALE, Aux, Batch, Buffers, Grad, Loss, Params, TrainState
 
 # torch.autograd.grad traced by Dynamo is right for custom autograd.Functions and custom operators on every supported version;
@@ -146,6 +147,11 @@ class Core:
         return grads, aux
 
 
+def core_over_ranks(many: Callable[..., tuple[Params, Aux, list[dict[str, Any]]]]) -> Core:
+    """The core of a gradient over all ranks: what it draws (dropout) is this rank's own, what hooks around it draw is not."""
+    return Core(drawn_by_rank(many, dist.rank()) if dist.world_size() > 1 else many)
+
+
 def local_core(loss: Loss, trainable: Collection[str] | None = None, *, nominal: float = 1.0) -> Core:
     """`local_grad`; of several micro-batches in the scale of the whole batch, so that they round as it and as several ranks do.
 
@@ -275,7 +281,7 @@ def ddp_grad(
         for _ in range(2):
             many(state, [batch])
         owner.loss = through or loss
-    return Core(many)
+    return core_over_ranks(many)
 
 
 def graph_grad(
@@ -309,10 +315,10 @@ def graph_grad(
         for names, total in zip(buckets, sums, strict=False):  # a message of its own is the last of the sums
             sizes = [grads[n].numel() for n in names]
             values = total.to(grads[names[0]].dtype)[: sum(sizes)].split(sizes)
-            summed.update({n: p.view_as(grads[n]) for n, p in zip(names, values, strict=True)})
+            summed.update({n: tree.shaped(p, grads[n]) for n, p in zip(names, values, strict=True)})
         return tree.scaled({n: summed[n] for n in grads}, nominal * reciprocal(aux.weight)), aux, outputs
 
-    return Core(many)
+    return core_over_ranks(many)
 
 
 def _bucketed(grads: Params, cap_mb: float) -> list[list[str]]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ailab import tree
 from ailab.binding import Binding, name_outputs
 from ailab.core.criterion import Result, result_of
 from ailab.errors import ConfigError
@@ -291,7 +292,7 @@ def pure_loss(
         found, after, outputs = evaluated(params, buffers, batch)
         logs = {"loss": found.loss, **found.parts}
         logs = {n: Mean(m.total.detach(), m.weight.detach()) for n, m in logs.items()}
-        detached = {n: v.detach() if isinstance(v, Tensor) else v for n, v in outputs.items()}
+        detached = tree.map(lambda t: t.detach(), outputs)  # in nests too: nothing that comes out may hold the graph
         return found.loss.total, Aux(after, logs["loss"].weight, logs, detached)
 
     loss.model = model.module  # type: ignore[attr-defined]

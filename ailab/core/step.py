@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ailab.compile import crosses
 from ailab.optim import Optimizer
 from ailab.optim.derivative import refuse_derivative
 from ailab.optim.optimizer import Evaluate
-from ailab.types import OUTPUT, Aux, Batch, Grad, Loss, Mean, Params, Step, TrainState
+from ailab.types import OUTPUT, Aux, Batch, Buffers, Grad, Loss, Mean, Params, Step, TrainState, seal
 
 _GRADS, _AUX = "_grads", "_aux"
 
 
 def requested(aux: Aux, outputs: Collection[str]) -> dict[str, object]:
     """The logs, the model outputs that a host hook reads, and what the ranks agreed on."""
-    return {**aux.logs, **{OUTPUT + n: aux.outputs[n] for n in outputs}, **{OUTPUT + n: v for n, v in aux.control.items()}}
+    read = {OUTPUT + n: aux.outputs[n] for n in outputs if n in aux.outputs}
+    return {**aux.logs, **read, **{OUTPUT + n: v for n, v in aux.control.items()}}
+
+
+def tensor_outputs(loss: Loss, outputs: Collection[str]) -> Loss:
+    """`loss`, of whose outputs only tensors come out, and those that are asked for: a graph cannot return any other object."""
+
+    def lean(params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
+        total, aux = loss(params, buffers, batch)
+        return total, replace(aux, outputs={n: v for n, v in aux.outputs.items() if n in outputs or crosses(v)})
+
+    return lean
 
 
 def train_step(grad: Grad, optimizer: Optimizer, outputs: Collection[str] = (), *, donate: bool = False) -> Step:
@@ -72,14 +85,18 @@ def given(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
     return batch[_GRADS], batch[_AUX]
 
 
-def split_step(grad: Grad, finish: Step) -> Step:
+def split_step(grad: Grad, finish: Step, outputs: Collection[str] = ()) -> Step:
     """A step cut at the gradient: `grad` on the host (DDP's backward), then `finish`, compiled apart.
 
-    `finish` is `train_step(given, optimizer)` in its step hooks.
+    `finish` is `train_step(given, optimizer, outputs)` in its step hooks. Of the model's outputs it is given those that are asked
+    for and are tensors. Others (None, a cache) are passed by.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
         grads, aux = grad(state, batch)
-        return finish(state, {**batch, _GRADS: grads, _AUX: aux})
+        asked = {n: v for n, v in aux.outputs.items() if n in outputs}
+        inside = {n: v for n, v in asked.items() if crosses(v)}
+        after, logs = finish(state, {**batch, _GRADS: grads, _AUX: replace(aux, outputs=inside)})
+        return after, logs if len(inside) == len(asked) else seal(logs).with_outputs(asked)
 
     return step

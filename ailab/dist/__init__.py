@@ -1,5 +1,6 @@
 """Several processes: rank and world size, the process group, and the collectives that the rest of ailab uses."""
 
+from ailab.dist.checksum import check_same_state as check_same_state
 from ailab.dist.collectives import all_gather as all_gather
 from ailab.dist.collectives import all_reduce as all_reduce
 from ailab.dist.collectives import all_reduce_differentiable as all_reduce_differentiable
@@ -17,6 +18,7 @@ from ailab.dist.collectives import rank_offset as rank_offset
 from ailab.dist.group import compare as compare
 from ailab.dist.group import connect as connect
 from ailab.dist.group import current_rendezvous as current_rendezvous
+from ailab.dist.group import device_problem as device_problem
 from ailab.dist.group import launched as launched
 from ailab.dist.group import pick_device as pick_device
 from ailab.dist.group import rank as rank

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+from ailab import tree
 from ailab.dist import group
 from ailab.dist.group import active, first_line, rank, world_size
 from ailab.errors import AilabError, ConfigError, PeerError
@@ -37,14 +38,15 @@ def begin_all_reduce(tensor: Tensor, *, in_place: bool = False) -> Callable[[], 
 
     Args:
         tensor: of the same shape and dtype on every rank.
-        in_place: write the result into `tensor`. Nothing else may use that memory.
+        in_place: write the result into `tensor`, which must be contiguous. Nothing else may use that memory.
 
     Raises:
         PeerError: another rank ended, or did not answer in time. The returned function raises it too.
     """
     if world_size() == 1:
         return lambda: tensor
-    summed = tensor if in_place else tensor.clone()
+    # Ranks add up what lies at the same place in memory, so it must lie in the same order on each.
+    summed = tensor if in_place else tensor.clone(memory_format=torch.contiguous_format)
     if torch.compiler.is_compiling():
         td.all_reduce(summed)  # the compiler moves the wait to where the sum is used
         return lambda: summed
@@ -68,7 +70,7 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return all_reduce(grads[0].contiguous())
+        return all_reduce(grads[0])
 
 
 def all_reduce_differentiable(tensor: Tensor) -> Tensor:
@@ -112,7 +114,8 @@ def begin_broadcast_tensors(tensors: dict[str, Tensor]) -> Callable[[], dict[str
     There is one message per dtype.
 
     Args:
-        tensors: by name. Names, shapes and dtypes must be the same on every rank; the values of other ranks are ignored.
+        tensors: by name. Names, shapes and dtypes must be the same on every rank; the values of other ranks are ignored. The
+            results have the memory layout of this rank's tensors.
 
     Raises:
         PeerError: another rank ended, or did not answer in time. The returned function raises it too.
@@ -130,7 +133,7 @@ def begin_broadcast_tensors(tensors: dict[str, Tensor]) -> Callable[[], dict[str
         out = dict(tensors)
         for names, result in begun:
             parts = result().split([tensors[n].numel() for n in names])
-            out.update({n: part.view_as(tensors[n]) for n, part in zip(names, parts, strict=True)})
+            out.update({n: tree.shaped(part, tensors[n]) for n, part in zip(names, parts, strict=True)})
         return out
 
     return finished
@@ -288,7 +291,9 @@ def peer_error_at(where: Callable[[], str]) -> Generator[None]:
     try:
         yield
     except PeerError as e:
-        raise PeerError(f"{where()}: {e}") from e.__cause__
+        error = PeerError(f"{where()}: {e}")
+        error.on_all_ranks = e.on_all_ranks
+        raise error from e.__cause__
     except (AilabError, torch.OutOfMemoryError):
         raise
     except RuntimeError as e:

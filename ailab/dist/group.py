@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -47,19 +48,36 @@ def launched() -> bool:
 def pick_device() -> torch.device:
     """The GPU of this local rank; the CPU where there is no GPU. The GPU becomes the current CUDA device.
 
+    A process that sees one GPU takes it: its launcher has given it a GPU of its own (`srun --gpus-per-task=1`, or
+    CUDA_VISIBLE_DEVICES). That no other process has the same one is checked by `device_problem`.
+
     Raises:
-        ConfigError: this machine has fewer GPUs than local ranks.
+        ConfigError: this process sees fewer GPUs than there are local ranks, and more than one.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     started = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if started > found:  # checked on every rank, because one rank reports it for all
+    if 1 < found < started:  # checked on every rank, because one rank reports it for all
         raise ConfigError(
-            f"torchrun started {started} processes on this machine, which has {found} GPUs. Start one process per GPU."
+            f"{started} processes were started on this machine, and they see {found} GPUs. Start one process per GPU, or let\n"
+            "  each see one GPU (CUDA_VISIBLE_DEVICES, srun --gpus-per-task=1)."
         )
+    local = local if found > 1 else 0
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+def device_problem(device: torch.device) -> ConfigError | None:
+    """An error if another rank uses the same GPU. Each rank calls it after `connect`, and gives the result to `compare`."""
+    if _rendezvous is None or device.type != "cuda":
+        return None
+    # The same number means different GPUs where a launcher gives each task its own. Parts of one GPU (MIG) may share a uuid.
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", os.getpid())
+    name = f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')} {uuid}"
+    if (other := _rendezvous.claim(name)) is None:
+        return None
+    return ConfigError(f"this rank would use the same GPU as rank {other}: {device} ({uuid}). Start one process per GPU.")
 
 
 def connect(init_method: str = "env://", timeout_s: float = 600) -> None:

@@ -15,6 +15,7 @@ from ailab import errors
 from ailab.errors import AilabError, PeerError
 
 _POLL_S = 0.02
+_LET_READ_S = 10.0  # a rank that has sent its report reads the answer at once, unless it has ended
 _WAIT = timedelta(seconds=1)  # a long wait is cut into short ones, because a signal is handled only in between
 
 
@@ -86,9 +87,27 @@ class Rendezvous:
             self.store.set(f"{prefix}/error", json.dumps(common_error(reports)))
         kind, text = json.loads(self._read(f"{prefix}/error", "rank 0"))
         if kind:
+            self._let_all_read(prefix)
             error: AilabError = getattr(errors, kind)(text)
             error.on_all_ranks = True
             raise error from problem
+
+    def _let_all_read(self, prefix: str) -> None:
+        """Let rank 0 wait until the others have read the error: it may hold the store, and is about to end."""
+        if self.rank:
+            self._set_once(f"{prefix}/read/{self.rank}", "1")
+            return
+        missing, until = list(range(1, self.world_size)), time.monotonic() + min(self.timeout_s, _LET_READ_S)
+        while missing and time.monotonic() < until:
+            missing = [r for r in missing if not self.store.check([f"{prefix}/read/{r}"])]
+            time.sleep(_POLL_S if missing else 0)
+
+    def claim(self, name: str) -> int | None:
+        """Claim something that one rank alone may use. None if no other rank has claimed it before, else that rank."""
+        key = f"{self.attempt}/claim/{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        if self._set_once(key, str(self.rank)):
+            return None
+        return int(self._read(key, "a rank"))
 
     def _read(self, key: str, who: str) -> str:
         """The text under a key, as soon as `who` has written it."""

@@ -13,21 +13,22 @@ import torch
 from ailab import dist
 from ailab.compile import Compiled, compile, lift
 from ailab.core.epoch import PROGRESS, eval_epoch, fresh_progress, tally, train_epoch, workflow
-from ailab.core.grad import Core, ddp_grad, graph_grad, local_core, local_grad
+from ailab.core.grad import core_over_ranks, ddp_grad, graph_grad, local_core, local_grad
 from ailab.core.loss import state_dict_of, unless_empty
 from ailab.core.run import run_epochs, run_once
-from ailab.core.step import eval_step, given, split_step, train_step
+from ailab.core.step import eval_step, given, split_step, tensor_outputs, train_step
 from ailab.datasets import Stream
 from ailab.dist import fingerprint
 from ailab.errors import ConfigError, Together
 from ailab.job.build import Parts, build_parts, build_stream, explained
 from ailab.job.guard import guarded
+from ailab.job.peers import Blame, compared
 from ailab.job.plan import Plan, planned, verify_gradient
 from ailab.job.probe import asked_outputs, batch_weight, check_fields, check_reads, check_tails, notices, probe
 from ailab.optim.state_dict import torch_state_dict
 from ailab.registry import HOOKS
 from ailab.stack import ROLES, Middleware, as_hooks, at, core_settings, role_of, stack, with_slots
-from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, PyTree, Run, RunInfo, Step, TrainState
+from ailab.types import Batches, Epoch, Grad, Loss, PyTree, Run, RunInfo, Step, TrainState
 from ailab.workdir import record
 
 Hook = Middleware[Any]
@@ -105,14 +106,13 @@ def assemble(
     info.slots.update({h.name: (f"cfg.hooks.{n}", role_of(h)) for n, h in built if h.init is not None})
     parts = _without_frozen(parts, built)
     paths = {id(h): f"cfg.hooks.{n}" for n, h in built if n}
-    for phase in streams:
-        probe(phase, parts, guarded(hooks[phase], paths), state, info)
+    draws = {phase: probe(phase, parts, guarded(hooks[phase], paths), state, info) for phase in streams}
     check_reads(built, info)
     check_tails(hooks, parts, streams, state)
     if "train" in streams:
         keepers.append(tally(info.log_names["train"]))
         state = with_slots(state, keepers[-1:])
-    plan = planned(cfg, info, parts, core_settings(hooks.get("train", ()), "compile"))
+    plan = planned(cfg, info, parts, core_settings(hooks.get("train", ()), "compile"), draws.get("train"))
     if plan.enabled and plan.cut != "loss" and "train" in streams:
         verify_gradient(parts, state)
     for line in notices(hooks, parts, streams, plan.enabled):
@@ -236,14 +236,14 @@ def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     outputs = asked_outputs(hooks, phase, parts)
     layers = [*at(hooks, "step", phase), tally(info.log_names[phase])]
 
-    def line(step: Step, *, enabled: bool = plan.enabled, donate: bool = plan.donate) -> Compiled:
+    def line(step: Step, *, enabled: bool = plan.enabled, donate: bool = plan.donate, seed: int | None = info.seed) -> Compiled:
         over = compile(
             step,
             enabled=enabled,
             donate=donate,
             mode=plan.mode,
-            seed=info.seed,
-            rank=info.rank,
+            seed=seed,
+            rank=plan.rank if phase == "train" or info.world_size == 1 else info.rank,
             name=phase,
             report=info.say,
             overlap=plan.sync == "graph" and phase == "train",
@@ -259,22 +259,25 @@ def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     in_place = plan.donate and not traced and not any(h.looks_back for h in layers)  # below the line donation is compile's
     if plan.cut == "step":
         return line(stack(train_step(grad, parts.optimizer, outputs, donate=in_place), layers))
-    finish = line(stack(train_step(given, parts.optimizer, outputs, donate=in_place), layers), enabled=traced)
+    # Seeded with the whole: seeded again it would draw the numbers of the forward.
+    finish = line(stack(train_step(given, parts.optimizer, outputs, donate=in_place), layers), enabled=traced, seed=None)
     if parts.optimizer.closure_update is not None:
         return line(stack(train_step(grad, parts.optimizer, outputs), layers), enabled=False)
-    return line(split_step(grad, finish), enabled=False, donate=False)
+    return line(split_step(grad, finish, outputs), enabled=False, donate=False)
 
 
 def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, plan: Plan, info: RunInfo) -> Grad:
     """The gradient core of the plan, in the grad hooks."""
     bare, cut = loss, plan.enabled and plan.cut == "loss"
-    loss = lift(bare, "loss") if cut else bare
+    if plan.enabled and plan.cut == "grad":
+        loss = tensor_outputs(loss, asked_outputs(hooks, "train", parts))
+    loss = lift(bare, "train loss", report=info.say) if cut else loss
     around, nominal = at(hooks, "grad"), batch_weight(bare, state, parts, info)
     if plan.sync == "ddp":
         numbers = 2 * len(info.log_names["train"]) + 2  # the weight, two for each log, and the stop flag
         settings: dict[str, Any] = {"nominal": nominal, "numbers": numbers, **core_settings(hooks, "ddp")}
         if settings.pop("split_compiled", False) and cut:
-            settings["through"] = lift(bare, "loss_in_parts", split=True)
+            settings["through"] = lift(bare, "train loss in parts", split=True, report=info.say)
         if not settings.get("find_unused_parameters"):
             _refuse_unused(bare, state, parts)
             settings["sample"] = (bare, dict(parts.sample))
@@ -286,7 +289,7 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     else:
         core = local_core(loss, parts.trainable, nominal=nominal)
     if plan.enabled and plan.cut == "grad":
-        core = Core(lift(core.many, "grad"))
+        core = core_over_ranks(lift(core.many, "train gradient", report=info.say))
     return stack(core, around)
 
 
@@ -303,33 +306,6 @@ def _refuse_unused(loss: Loss, state: TrainState, parts: Parts) -> None:
         )
 
 
-class _Blame:
-    """Makes the failure of a run, where another process caused it, a `PeerError` that says how far the run had come."""
-
-    def __init__(self) -> None:
-        self.phase, self.at = "start", 0
-
-    def step(self, step: Step, phase: str) -> Step:
-        """`step`, watched."""
-
-        def watched(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
-            self.phase, self.at = phase, state.at
-            return step(state, batch)
-
-        return watched
-
-    def run(self, run: Run) -> Run:
-        """`run`, explained."""
-
-        def explained(state: TrainState) -> TrainState:
-            with dist.peer_error_at(
-                lambda: f"step {self.at + 1}" if self.phase == "train" else f"{self.phase} after step {self.at}"
-            ):
-                return run(state)
-
-        return explained
-
-
 def _run(
     info: RunInfo,
     hooks: Mapping[str, Sequence[Hook]],
@@ -340,7 +316,7 @@ def _run(
     lean: bool,
 ) -> Run:
     """The phases as one epoch in the epoch hooks, and the epochs as one run in the run hooks."""
-    blame = _Blame()
+    blame = Blame()
     phases: dict[str, Epoch] = {}
     for phase, step in steps.items():
         fold = train_epoch if phase == "train" else eval_epoch
@@ -350,6 +326,7 @@ def _run(
         phases[phase] = stack(bare, at(hooks[phase], "epoch", phase))
     outer = next(iter(hooks.values()))
     epoch = stack(workflow(phases), at(outer, "epoch"))
+    epoch = compared(epoch, info) if info.world_size > 1 else epoch
 
     def batches(number: int, start: int) -> Batches:
         return {p: s.epoch(number, start if p == "train" else 0, lean=lean) for p, s in streams.items()}

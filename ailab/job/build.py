@@ -237,7 +237,7 @@ def _unscored(forward: Functional, bound: Binding, keys: Sequence[str]) -> Loss:
     def loss(params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
         after = {n: b.clone() for n, b in buffers.items()}  # a forward may write to what it is given
         outputs = name_outputs(forward(params, after, bound.kwargs(batch)), keys, "cfg.model.output_keys")
-        nothing = torch.zeros((), device=next(iter(outputs.values())).device)
+        nothing = torch.zeros((), device=next(t.device for t in tree.leaves(batch) if isinstance(t, Tensor)))
         return nothing, Aux(after, nothing, {}, outputs)
 
     return loss

@@ -13,6 +13,7 @@ from ailab.compile import Compiled, lift
 from ailab.core.grad import has_custom_backward, local_grad
 from ailab.errors import ConfigError
 from ailab.job.build import Parts
+from ailab.job.draws import Draws
 from ailab.types import RunInfo, TrainState
 
 _PAYS_FROM = 30_000  # training steps from which compiling for a CPU pays: it costs some 25 s and saves up to 1 ms a step
@@ -28,10 +29,11 @@ class Plan:
     sync: str  # "none", "ddp" or "graph"
     mode: str | None = None
     donate: bool = True
+    rank: int | None = None  # whose own numbers a training step draws throughout; None: its core alone does
     compiled: list[Compiled] = field(default_factory=list)
 
 
-def planned(cfg: Mapping[str, Any], info: RunInfo, parts: Parts, needed: Mapping[str, Any]) -> Plan:
+def planned(cfg: Mapping[str, Any], info: RunInfo, parts: Parts, needed: Mapping[str, Any], draws: Draws | None = None) -> Plan:
     """Decide what to compile, as a pure function of the cfg and the machine: a resumed run decides the same.
 
     Args:
@@ -39,9 +41,10 @@ def planned(cfg: Mapping[str, Any], info: RunInfo, parts: Parts, needed: Mapping
         info: of the run.
         parts: of the run.
         needed: what hooks ask of the compile line: `{"cut": "loss"}`.
+        draws: the random numbers of a training step, where there is one.
 
     Raises:
-        ConfigError: when cfg.compile says another cut than a hook needs.
+        ConfigError: when cfg.compile says another cut than a hook needs, or than random numbers need.
     """
     asked = cfg["compile"]
     options: dict[str, Any] = {k: v for k, v in asked.items() if v is not None} if isinstance(asked, dict) else {}
@@ -52,7 +55,18 @@ def planned(cfg: Mapping[str, Any], info: RunInfo, parts: Parts, needed: Mapping
         raise ConfigError(f"cfg.compile.cut is {cut!r}, and a hook of this run needs {needed['cut']!r}: leave the cut out.")
     if sync == "ddp" or (cut == "step" and parts.optimizer is not None and not parts.optimizer.traced):
         cut = "loss"  # no graph may hold DDP's backward
-    return Plan(enabled, why, cut, sync, options.get("mode"), options.get("donate", True))
+    rank = None
+    if enabled and sync == "graph" and cut == "step" and draws is not None:
+        # A graph has one generator. Replicas would drift apart if numbers that must be alike were drawn by rank.
+        if draws.below and draws.above:
+            if "cut" in options:
+                raise ConfigError(
+                    "cfg.compile.cut is 'step', and on several ranks one graph cannot draw random numbers both in the loss (other\n"
+                    "  ones on each rank) and in grad or step hooks (the same on all ranks): leave the cut out, or cut='grad'."
+                )
+            cut, why = "grad", f"{why}; hooks around the gradient draw random numbers, and so does the loss"
+        rank = None if draws.above else info.rank
+    return Plan(enabled, why, cut, sync, options.get("mode"), options.get("donate", True), rank)
 
 
 def _enabled(asked: Any, info: RunInfo) -> tuple[bool, str]:

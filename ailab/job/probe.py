@@ -15,6 +15,7 @@ from ailab.core.step import eval_step, train_step
 from ailab.datasets import Stream
 from ailab.errors import ConfigError, nearest
 from ailab.job.build import Parts, explained
+from ailab.job.draws import Draws
 from ailab.job.proof import check_tail
 from ailab.metrics.direction import direction_of, known
 from ailab.stack import Middleware, at, stack
@@ -61,21 +62,23 @@ def asked_outputs(hooks: Sequence[Hook], phase: str, parts: Parts) -> tuple[str,
     return tuple(dict.fromkeys(n for n in asked if n in offered))
 
 
-def probe(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, info: RunInfo) -> None:
-    """Find out what a phase reports, by one shrunk, uncompiled, local step; its result is thrown away."""
-    losses: dict[str, None] = {}
+def probe(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, info: RunInfo) -> Draws:
+    """Find out what a phase reports and draws, by one shrunk, uncompiled, local step; its result is thrown away."""
+    losses, draws = dict[str, None](), Draws(info.device)
     loss = stack(parts.losses[phase], [Middleware("names", _noting(losses), "loss"), *at(hooks, "loss", phase)])
     outputs = asked_outputs(hooks, phase, parts)
     if phase == "train":
         assert parts.optimizer is not None
-        grad = stack(local_grad(loss, parts.trainable), at(hooks, "grad"))
+        grad = stack(draws.core(local_grad(loss, parts.trainable)), at(hooks, "grad"))
         step = stack(train_step(grad, parts.optimizer, outputs), at(hooks, "step"))
     else:
         step = stack(eval_step(loss, outputs), at(hooks, "step", phase))
     sample = dict(parts.sample)
     counted = _flop_counter() if any(h.core.get("flops") for h in at(hooks, "host", phase)) else nullcontext()
     with torch.no_grad(), counted as counter:
+        draws.begin()
         after, logs = explained(lambda: step(state, sample), f"the first {phase} step failed")
+        draws.above |= draws.drawn()
     _same_shape(state, after, phase)
     seen = seal(logs)
     fields = {**sample, **seen.outputs}
@@ -90,6 +93,7 @@ def probe(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, in
             info.directions[f"{phase}_{name}"] = direction
     if counter is not None:
         info.flops[phase] = counter.get_total_flops() / batch_size(sample)
+    return draws
 
 
 def _noting(names: dict[str, None]) -> Callable[[Loss], Loss]:

@@ -41,6 +41,7 @@ class _Plan:
     scratch: list[Tensor]  # eager: the step counts for the functional form; not part of the state
     step_as: str | None  # the argument with the step count: a list of them, one, or None
     kernel: bool  # `call` is the fused kernel itself
+    fused: bool  # eager: `call` ends in a fused kernel
     takes_lr: bool
     lr_as_float: bool  # eager; on a CPU this is not a device read
     lr_dtype: torch.dtype  # as a tensor: float32 for a GPU kernel beside float32 parameters; on a CPU the digits are free
@@ -52,12 +53,14 @@ def _choose(row: Row, name: str, asked: dict[str, Any], params: Sequence[Tensor]
 
     Eager: the fused kernel if there is one, else a form without device reads. Traced on a CPU: one tensor at a time, because the
     scalars of all parameters are then equal subgraphs that the compiler computes once. Traced on a GPU: few kernels.
+    A fused kernel walks through memory, so it is for parameters that fill theirs: not for a view of every other column.
     """
     device = params[0].device.type
     # Adagrad's fused kernel is younger than the oldest torch served on a GPU.
     kernel = row.fused and (device == "cpu" or (device == "cuda" and name != "Adagrad"))
     free = asked.get("fused") is None and asked.get("foreach") is None and all(p.is_floating_point() for p in params)
-    fused = bool(asked.get("fused")) or (kernel and free)
+    dense = all(torch.empty_like(p).stride() == p.stride() for p in params)
+    fused = dense and (bool(asked.get("fused")) or (kernel and free))
     many = asked.get("foreach") if asked.get("foreach") is not None else device != "cpu"
     eager = {"fused": fused, "foreach": many and not fused, "capturable": device != "cpu" and not fused}
     return eager, {"fused": False, "foreach": many, "capturable": True}
@@ -91,6 +94,7 @@ def _plan(name: str, group: Group, params: Params) -> _Plan:
         columns=(*row.slots, *row.scalars),
         step_as="state_steps" if row.counts else "step" if damped else None,
         kernel=kernel is not None and on_cpu,
+        fused=bool(eager.get("fused")),
         takes_lr="lr" in takes,
         # Without capturable or a fused kernel the functional form reads a tensor lr anyway.
         lr_as_float=on_cpu or not (eager.get("fused") or "capturable" in takes or name == "Adafactor"),
@@ -157,6 +161,22 @@ def _copies(columns: list[list[Any]], slow: bool) -> list[list[Any]]:
     return [new[i : i + n] for i in range(0, len(new), n)]
 
 
+def _in_layout_of(values: list[Tensor], columns: list[list[Any]]) -> tuple[list[list[Any]], bool]:
+    """The columns with the strides of `values`, and whether any had others and is a copy.
+
+    A fused kernel takes what lies at the same place in memory for the same element. A gradient or a state may lie in another
+    order: of a transposed weight, after a hook, after a checkpoint.
+    """
+    strides = [v.stride() for v in values]
+    other = [[t.stride() for t in column] != strides for column in columns]
+    if not any(other):
+        return columns, False
+    return [
+        [torch.empty_like(v, dtype=t.dtype).copy_(t) for v, t in zip(values, column, strict=True)] if differs else column
+        for column, differs in zip(columns, other, strict=True)
+    ], True
+
+
 def _init_with_lr(lr: Tensor, first: Tensor, column: list[Tensor]) -> list[Tensor]:
     """State that is initialised with the learning rate of the first update."""
     begin = [(torch.complex(lr, lr) if t.is_complex() else lr).to(t.dtype) for t in column]
@@ -200,13 +220,16 @@ def _update_group(
         plan = _for_sparse(plan, grads)
     columns = [[params[n] for n in names]] + [[old[key].get(n) for n in names] for key in keys]
     values, *columns = _copies(columns, slow=row.padded or traced) if copy else columns
+    given, moved = [grads[n] for n in names], False
+    if plan.fused and not traced:
+        (given, *columns), moved = _in_layout_of(values, [given, *columns])
     lists: dict[str, list[Any]] = dict(zip(keys, columns, strict=True))
     for key in row.scalars:
         lists[key] = [old[key][at].clone() for _ in names]
     for key in row.from_lr:
         lists[key] = _init_with_lr(lr, step == 0, lists[key])
-    _call(plan, traced, values, [grads[n] for n in names], [lists.get(key, []) for key in plan.columns], step, lr)
-    if plan.kernel and not copy and not traced:
+    _call(plan, traced, values, given, [lists.get(key, []) for key in plan.columns], step, lr)
+    if plan.kernel and not copy and not traced and not moved:
         return True  # already written in place
     out.update(zip(names, values))  # noqa: B905 - strict costs time in every step
     for key in keys:

@@ -133,6 +133,7 @@ class _Files:
 
     def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Write a state with its results, and delete the checkpoints that are not to be kept."""
+        dist.check_same_state(state, self.run.device)
         failed, run, epoch = None, self.run, epochs_done(state)
         if run.rank == 0:
             try:
