@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from fuzz import components as c
 
 PATTERNS: dict[Any, list[list[str]]] = {  # parameters that may be frozen, by model
@@ -121,17 +120,18 @@ def said(value: Any) -> str:
     return getattr(value, "__name__", str(value))
 
 
-def draw(seed: int, *, drawing: bool = True, plain: bool = False) -> Draw:
+def draw(seed: int, *, drawing: bool = True, halves: bool = True, plain: bool = False) -> Draw:
     """The cfg of a seed.
 
     Args:
         seed: another one, another cfg.
         drawing: whether a step may draw random numbers: dropout, mixing, augmentation.
+        halves: whether a model may be of bfloat16.
         plain: only what a textbook loop knows: no hooks but accumulation, clipping and schedules.
     """
     dice = Dice(seed)
     optimizer = dict(dice.choice(OPTIMIZERS))
-    model, kind = _model(dice, drawing, plain)
+    model, kind = _model(dice, drawing and not plain, halves and not plain)
     if optimizer["type"] == "LBFGS":
         model["dtype"] = "float64"  # its line search compares losses: what float32 rounds is another way to it
     loss = _loss(dice, model, kind)
@@ -157,13 +157,13 @@ def draw(seed: int, *, drawing: bool = True, plain: bool = False) -> Draw:
     return Draw(seed, cfg, steps)
 
 
-def _model(dice: Dice, drawing: bool, plain: bool) -> tuple[dict[str, Any], str]:
+def _model(dice: Dice, drawing: bool, halves: bool) -> tuple[dict[str, Any], str]:
     cls = dice.choice([c.Perceptron, c.Perceptron, c.ConvNet, c.Transformer, c.TwoHeads])
-    dtype = dice.choices(["float32", "float64", "bfloat16"], [8, 2, 0 if plain else 1])[0]
+    dtype = dice.choices(["float32", "float64", "bfloat16"], [8, 2, 1 if halves else 0])[0]
     model: dict[str, Any] = dict(type=cls, dtype=dtype)
     if cls is c.ConvNet:
         return {**model, "norm": dice.yes(0.7), "channels_last": dice.yes(0.3)}, "pictures"
-    if drawing and not plain and dice.yes(0.3):
+    if drawing and dice.yes(0.3):
         model["dropout"] = 0.3
     if cls is c.Transformer:
         return model, "tokens"

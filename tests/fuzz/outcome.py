@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fuzz.components import Stopped
+from tiny import rows_of
 from torch import Tensor
 
 from ailab import tree
 from ailab.errors import AilabError, Preempted
 from ailab.fit import fit
 from ailab.types import TrainState
-from fuzz.components import Stopped
-from tiny import rows_of
 
 
 @dataclass(frozen=True)

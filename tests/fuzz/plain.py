@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from fuzz import components as c
+from fuzz.draw import Draw
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import lr_scheduler
 
 from ailab.optim import WarmupAndCosineAnnealingLR
-from fuzz import components as c
-from fuzz.draw import Draw
 
 Ratio = tuple[Tensor, float]  # what is minimised of a batch, and the number that it counts for in a mean over batches
 
