@@ -18,7 +18,7 @@ from ailab.job.build import Parts, explained
 from ailab.job.proof import check_tail
 from ailab.metrics.direction import direction_of, known
 from ailab.stack import Middleware, at, stack
-from ailab.types import Aux, Batch, Buffers, Loss, Params, RunInfo, TrainState, batch_size, seal
+from ailab.types import Aux, Batch, Buffers, Grad, Loss, Params, RunInfo, TrainState, batch_size, seal
 
 Hook = Middleware[Any]
 
@@ -69,13 +69,13 @@ def probe(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, in
     if phase == "train":
         assert parts.optimizer is not None
         grad = stack(local_grad(loss, parts.trainable), at(hooks, "grad"))
-        step = stack(train_step(grad, parts.optimizer, outputs), at(hooks, "step"))
+        step = stack(train_step(_blaming_loss(grad), parts.optimizer, outputs), at(hooks, "step"))
     else:
         step = stack(eval_step(loss, outputs), at(hooks, "step", phase))
     sample = dict(parts.sample)
     counted = _flop_counter() if any(h.core.get("flops") for h in at(hooks, "host", phase)) else nullcontext()
     with torch.no_grad(), counted as counter:
-        after, logs = explained(lambda: step(state, sample), f"the first {phase} step failed")
+        after, logs = explained(lambda: step(state, sample), f"{_BLAMED[phase]}: the first {phase} step failed")
     _same_shape(state, after, phase)
     seen = seal(logs)
     fields = {**sample, **seen.outputs}
@@ -90,6 +90,19 @@ def probe(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, in
             info.directions[f"{phase}_{name}"] = direction
     if counter is not None:
         info.flops[phase] = counter.get_total_flops() / batch_size(sample)
+
+
+# Where a step has failed that no hook, and no gradient, has failed in.
+_BLAMED = {"train": "cfg.optimizer", "val": "cfg.loss", "test": "cfg.loss"}
+
+
+def _blaming_loss(grad: Grad) -> Grad:
+    """`grad`; what it raises, and no hook has raised, is said to come from the loss: hooks change what it is given."""
+
+    def blaming(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
+        return explained(lambda: grad(state, batch), "cfg.loss: failed in the first train step")
+
+    return blaming
 
 
 def _noting(names: dict[str, None]) -> Callable[[Loss], Loss]:
