@@ -269,7 +269,8 @@ def traced(cfg: Mapping[str, Any]) -> dict[str, Any]:
     whole = torch.compile
 
     def compiled(fn: Any, **options: Any) -> Any:
-        return whole(fn, **{**options, "backend": "aot_eager", "mode": None, "options": None})
+        kept = {n: o for n, o in (options.get("options") or {}).items() if n == "guard_filter_fn"}  # the others are Inductor's
+        return whole(fn, **{**options, "backend": "aot_eager", "mode": None, "options": kept or None})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", compiled)

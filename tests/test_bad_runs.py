@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from pictures import damage, encoded, photo
+from tiny import tiny_cfg
 
 from ailab.datasets.files.cache import SHARED, run_cache
-from ailab.fit import main
+from ailab.errors import ConfigError
+from ailab.fit import fit, main
 
 CFG = """
 cfg = dict(
@@ -122,3 +124,11 @@ def test_batches_reach_a_gpu_in_order() -> None:
         busy = busy @ busy / 50
         assert ours["noise"].device.type == "cuda"
         assert torch.equal((ours["noise"] + 0 * busy[0, 0].nan_to_num(0)).cpu(), wanted["noise"])
+
+
+def test_a_loss_that_fails_on_what_a_hook_makes_is_named(tmp_path: Path) -> None:
+    """The loss alone takes class indices, and a hook gives it probabilities: the error begins with the loss's path."""
+    cfg = tiny_cfg(tmp_path / "run", smoothing=dict(type="LabelSmoothingHook", classes=3))
+    cfg["loss"] = dict(type="CrossEntropyLoss", ignore_index=2)
+    with pytest.raises(ConfigError, match=r"^cfg\.loss: failed in the first train step: RuntimeError: ignore_index"):
+        fit(cfg)

@@ -19,7 +19,7 @@ from ailab.job.draws import Draws
 from ailab.job.proof import check_tail
 from ailab.metrics.direction import direction_of, known
 from ailab.stack import Middleware, at, stack
-from ailab.types import Aux, Batch, Buffers, Loss, Params, RunInfo, TrainState, batch_size, seal
+from ailab.types import Aux, Batch, Buffers, Grad, Loss, Params, RunInfo, TrainState, batch_size, seal
 
 Hook = Middleware[Any]
 
@@ -70,14 +70,14 @@ def probe(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, in
     if phase == "train":
         assert parts.optimizer is not None
         grad = stack(draws.core(local_grad(loss, parts.trainable)), at(hooks, "grad"))
-        step = stack(train_step(grad, parts.optimizer, outputs), at(hooks, "step"))
+        step = stack(train_step(_blaming_loss(grad), parts.optimizer, outputs), at(hooks, "step"))
     else:
         step = stack(eval_step(loss, outputs), at(hooks, "step", phase))
     sample = dict(parts.sample)
     counted = _flop_counter() if any(h.core.get("flops") for h in at(hooks, "host", phase)) else nullcontext()
     with torch.no_grad(), counted as counter:
         draws.begin()
-        after, logs = explained(lambda: step(state, sample), f"the first {phase} step failed")
+        after, logs = explained(lambda: step(state, sample), f"{_BLAMED[phase]}: the first {phase} step failed")
         draws.above |= draws.drawn()
     _same_shape(state, after, phase)
     seen = seal(logs)
@@ -94,6 +94,19 @@ def probe(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, in
     if counter is not None:
         info.flops[phase] = counter.get_total_flops() / batch_size(sample)
     return draws
+
+
+# Where a step has failed that no hook, and no gradient, has failed in.
+_BLAMED = {"train": "cfg.optimizer", "val": "cfg.loss", "test": "cfg.loss"}
+
+
+def _blaming_loss(grad: Grad) -> Grad:
+    """`grad`; what it raises, and no hook has raised, is said to come from the loss: hooks change what it is given."""
+
+    def blaming(state: TrainState, batch: Batch) -> tuple[Params, Aux]:
+        return explained(lambda: grad(state, batch), "cfg.loss: failed in the first train step")
+
+    return blaming
 
 
 def _noting(names: dict[str, None]) -> Callable[[Loss], Loss]:

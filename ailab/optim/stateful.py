@@ -140,7 +140,7 @@ def stateful_optimizer(
 
         def closure() -> Tensor:
             loss, grads = evaluate({n: adapter.own[n].detach().clone() if n in adapter.own else p for n, p in params.items()})
-            adapter.set_grads(grads)
+            adapter.set_grads({n: g.contiguous() for n, g in grads.items()})  # LBFGS views them as vectors
             return loss
 
         adapter.optimizer.step(cast("Any", closure))  # the stubs want a float; torch reads a () tensor

@@ -249,7 +249,8 @@ def _init(row: Row, groups: Sequence[Group], params: Params) -> OptState:
     }
     for key, slot in row.slots.items():
         made = {n: slot(params[n].detach(), g.hyper) for g in groups for n in g.names}
-        if held := {n: t for n, t in made.items() if t is not None}:
+        held = {n: t for n, t in made.items() if t is not None}
+        if held or row.padded:
             state[key] = held
     for key, start in row.scalars.items():
         starts = [g.hyper["lr"] if key in row.from_lr else start for g in groups]

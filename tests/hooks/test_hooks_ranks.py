@@ -46,6 +46,14 @@ def test_ranks_of_unequal_size_normalise_as_the_joint_batch(ranks: Any, sync: st
 
 
 @pytest.mark.parametrize("sync", CORES)
+def test_a_rank_without_samples_is_not_in_the_statistics(ranks: Any, sync: str) -> None:
+    """Of a last batch of 2 samples on 3 ranks the third has none: what stands in for them does not count (1e-9)."""
+    cfg = config(14, 12, model=dict(norm=True), sync=sync, hooks=SYNCED)
+    assert max(compared(ranks, 3, cfg)) < 1e-9
+    assert distance(ranks(3)(trained, cfg)[0]["state"].buffers, ranks(1)(trained, cfg)[0]["state"].buffers) < 1e-9
+
+
+@pytest.mark.parametrize("sync", CORES)
 def test_synchronised_and_compiled_equals_eager(ranks: Any, sync: str) -> None:
     """Traced, the reductions of the forward and of the backward are in the graph, and the numbers are eager's (1e-5)."""
     cfg = config(16, model=dict(double=False, norm=True), sync=sync, workflow=[{"phase": "train"}], hooks=SYNCED)

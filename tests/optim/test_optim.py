@@ -250,6 +250,20 @@ def test_absent_and_frozen_are_untouched() -> None:
     assert all(same[n] is params[n] for n in params) and float(idle["step"]) == 0
 
 
+@pytest.mark.parametrize("shape", [(3, 2), (4,)])
+def test_adafactor_of_matrices_or_vectors_alone_equals_torch(shape: tuple[int, ...]) -> None:
+    """Adafactor keeps other memory for matrices than for vectors; where a model has but one kind, nothing is missed."""
+    params, own = {"w": torch.ones(shape)}, nn.Parameter(torch.ones(shape))
+    opt, theirs = build_optimizer("Adafactor", params, lr=0.1), torch.optim.Adafactor([own], lr=0.1)
+    state = opt.init(params)
+    for i in range(3):
+        own.grad = torch.linspace(-1.0, 1.0 + i, own.numel()).view(shape)
+        theirs.step()
+        with torch.no_grad():
+            params, state = opt.update({"w": own.grad.clone()}, state, params)
+        torch.testing.assert_close(params["w"], own.detach())
+
+
 def test_groups_equal_torch() -> None:
     """Groups by pattern equal torch's groups, bitwise, each with its own lr; the first match wins."""
     params = make("AdamW")
@@ -411,6 +425,23 @@ def test_hyper_parameters_of_other_classes_are_those_of_the_cfg() -> None:
         same, _ = one.update(make("Lion", seed=2), state, params)
         new, _ = other.update(make("Lion", seed=2), state, params)
     assert any(not torch.equal(new[n], same[n]) for n in params)
+
+
+def test_lbfgs_takes_any_layout() -> None:
+    """A gradient in channels_last gives the update of one in rows, where torch's own class fails."""
+    start, end = torch.zeros(2, 3, 2, 2), torch.arange(24.0).view(2, 3, 2, 2)
+    found: list[Tensor] = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        params = {"w": start.to(memory_format=layout)}
+        opt = build_optimizer("LBFGS", params, lr=0.5, max_iter=4)
+        assert opt.closure_update is not None
+
+        def evaluate(values: dict[str, Tensor], layout: torch.memory_format = layout) -> tuple[Tensor, dict[str, Tensor]]:
+            off = values["w"] - end
+            return off.square().sum() / 2, {"w": off.to(memory_format=layout)}
+
+        found.append(opt.closure_update(evaluate, opt.init(params), params)[0]["w"])
+    assert torch.equal(*found) and not torch.equal(found[0], start)
 
 
 def test_lbfgs_equals_torch() -> None:

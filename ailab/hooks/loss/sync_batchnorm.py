@@ -14,7 +14,7 @@ from ailab import dist
 from ailab.core.loss import remodelled
 from ailab.registry import HOOKS
 from ailab.stack import Middleware, unchanged
-from ailab.types import Loss, widened
+from ailab.types import WEIGHT, Aux, Batch, Buffers, Loss, Params, widened
 
 
 @HOOKS.register_module()
@@ -32,9 +32,28 @@ def SyncBatchNormHook(name: str = "sync_batchnorm") -> Middleware[Loss]:
                 module.__class__ = _synchronised(type(module))  # pyright: ignore[reportAttributeAccessIssue]
 
     def bare(loss: Loss) -> Loss:
-        return loss if dist.world_size() == 1 else remodelled(loss, change)
+        return loss if dist.world_size() == 1 else _with_stand_ins(remodelled(loss, change))
 
     return Middleware(name, unchanged, "loss", bare=bare)
+
+
+_counts: Tensor | None = None  # (), 0 where the batch at hand is a stand-in of a rank that has no sample; None: it counts
+
+
+def _with_stand_ins(loss: Loss) -> Loss:
+    """`loss`, whose BatchNorms leave out what stands in for the samples of a rank that has none: all its weights are 0."""
+
+    def counted(params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
+        global _counts
+        _counts = (batch[WEIGHT] > 0).any() if WEIGHT in batch else None
+        try:
+            return loss(params, buffers, batch)
+        finally:
+            _counts = None
+
+    counted.model = getattr(loss, "model", None)  # type: ignore[attr-defined]
+    counted.kind = getattr(loss, "kind", None)  # type: ignore[attr-defined]
+    return counted
 
 
 @cache
@@ -64,6 +83,7 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Each rank sends its own mean and variance. They are combined as in Chan et al. 1983: sums of squares would lose digits.
     """
     channels, mine = x.shape[1], torch.full((1,), float(x.shape[0] * x.shape[2]), dtype=x.dtype, device=x.device)
+    mine = mine if _counts is None else mine * _counts
     variance, mean = torch.var_mean(x, (0, 2), correction=0)
     row = torch.cat([mean, variance, mine])
     before, after = dist.rank(), dist.world_size() - dist.rank() - 1
