@@ -1,4 +1,33 @@
-"""Datasets and batch transforms by name, and the stream that makes batches of them."""
+"""Datasets and batch transforms by name, and the stream that makes batches of them.
+
+Any object with `__len__` and `__getitem__` is a dataset. For files there are storages and tasks. A storage knows where the records
+are: `FolderPerClassDataset`, `FileAnnotationDataset` (txt, JSON, JSONL, CSV), `TableAnnotationDataset`, `CocoAnnotationDataset`,
+`VocAnnotationDataset`, `ListDataset`, `StreamDataset`. A task knows the fields of a sample: classification, regression, detection,
+segmentation, keypoints, video, audio, speech, text, sequences, graphs. A class that inherits from one of each is a dataset:
+
+    from ailab.datasets import ClassificationTask, FolderPerClassDataset, read_image
+    from ailab.registry import DATASETS
+
+
+    @DATASETS.register_module()
+    class Leaves(FolderPerClassDataset, ClassificationTask):
+        '''One folder of pictures per species.'''
+
+        def load_input(self, raw):
+            return read_image(raw[0])
+
+        def load_label(self, raw):
+            return raw[1]
+
+Ready-made datasets stand on these: `ClassificationImageDataset`, `COCODataset`, `VOCDataset`, `MAEAnnFileDataset`,
+`WindowedTimeSeries`, `AudioClassificationDataset`, `TextWindows` and others. Annotations are checked before training, and a message
+has the file and the row: `data.jsonl, line 7, 'label': unknown class 'dgo'. Did you mean 'dog'?`
+
+`collate_fn=dict(type="PadCollate", max_size=dict(boxes=100, labels=100))` brings targets of different sizes to one shape, and so to
+one graph. `sampler=dict(type="ClassBalancedSampler")` decides what comes when; there are weighted, curriculum and by-length ones.
+A bad sample is replaced within its batch; more than `data.max_bad_frac` of them end the run. `data.cache="ram"` or `"disk"` keeps
+decoded pictures, and `size_hint` decodes large JPEGs at a fraction of their size.
+"""
 
 from ailab.datasets.base import LabBaseDataset
 from ailab.datasets.files.audio import read_audio

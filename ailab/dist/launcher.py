@@ -1,4 +1,8 @@
-"""The launcher's environment variables: those of torchrun, or those of SLURM translated into them."""
+"""The launcher's environment variables: those of torchrun, or those of SLURM translated into them.
+
+torchrun gives its processes 30 s after a SIGTERM. A first compilation may take longer. With `TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120` in
+the environment the state can still be saved then.
+"""
 
 from __future__ import annotations
 
