@@ -20,6 +20,7 @@ from ailab.core.step import eval_step, given, split_step, train_step
 from ailab.datasets import Stream
 from ailab.dist import fingerprint
 from ailab.errors import ConfigError, Together
+from ailab.job.blame import Blame
 from ailab.job.build import Parts, build_parts, build_stream, explained
 from ailab.job.guard import guarded
 from ailab.job.plan import Plan, planned, verify_gradient
@@ -27,7 +28,7 @@ from ailab.job.probe import asked_outputs, batch_weight, check_fields, check_rea
 from ailab.optim.state_dict import torch_state_dict
 from ailab.registry import HOOKS
 from ailab.stack import ROLES, Middleware, as_hooks, at, core_settings, role_of, stack, with_slots
-from ailab.types import Batch, Batches, Epoch, Grad, Loss, Mean, PyTree, Run, RunInfo, Step, TrainState
+from ailab.types import Batches, Epoch, Grad, Loss, PyTree, Run, RunInfo, Step, TrainState
 from ailab.workdir import record
 
 Hook = Middleware[Any]
@@ -303,33 +304,6 @@ def _refuse_unused(loss: Loss, state: TrainState, parts: Parts) -> None:
         )
 
 
-class _Blame:
-    """Makes the failure of a run, where another process caused it, a `PeerError` that says how far the run had come."""
-
-    def __init__(self) -> None:
-        self.phase, self.at = "start", 0
-
-    def step(self, step: Step, phase: str) -> Step:
-        """`step`, watched."""
-
-        def watched(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
-            self.phase, self.at = phase, state.at
-            return step(state, batch)
-
-        return watched
-
-    def run(self, run: Run) -> Run:
-        """`run`, explained."""
-
-        def explained(state: TrainState) -> TrainState:
-            with dist.peer_error_at(
-                lambda: f"step {self.at + 1}" if self.phase == "train" else f"{self.phase} after step {self.at}"
-            ):
-                return run(state)
-
-        return explained
-
-
 def _run(
     info: RunInfo,
     hooks: Mapping[str, Sequence[Hook]],
@@ -340,7 +314,7 @@ def _run(
     lean: bool,
 ) -> Run:
     """The phases as one epoch in the epoch hooks, and the epochs as one run in the run hooks."""
-    blame = _Blame()
+    blame = Blame()
     phases: dict[str, Epoch] = {}
     for phase, step in steps.items():
         fold = train_epoch if phase == "train" else eval_epoch
