@@ -15,7 +15,7 @@ from ailab import tree
 from ailab.build import loss_of
 from ailab.compile import compile
 from ailab.config import check
-from ailab.core.epoch import TOTALS
+from ailab.core.epoch import PROGRESS, TOTALS, fresh_progress
 from ailab.core.grad import local_grad
 from ailab.core.loss import module_state
 from ailab.core.step import eval_step, train_step
@@ -36,7 +36,8 @@ def drifting(dtype: torch.dtype, hooks: Any) -> tuple[TrainState, list[Tensor]]:
     def bare(state: TrainState, batch: Batch) -> Any:
         return state.replace(step=state.step + 1, params={"w": state.params["w"] + batch["move"]}), {}
 
-    state = TrainState(torch.zeros((), dtype=torch.int64), {"w": torch.ones(3, dtype=dtype)}, {}, {}, {})
+    slots = {PROGRESS: fresh_progress(torch.device("cpu"))}
+    state = TrainState(torch.zeros((), dtype=torch.int64), {"w": torch.ones(3, dtype=dtype)}, {}, {}, slots)
     state = with_slots(state, hooks)
     step, seen = stack(bare, at(hooks, "step")), []
     for i in range(STEPS):
@@ -86,7 +87,7 @@ def test_the_average_is_evaluated_in_the_dtype_of_the_parameters(hook: str, tmp_
     torch.manual_seed(0)
     model = nn.Linear(4, 3).bfloat16()
     hooks = EMAHook(0.9) if hook == "ema" else SWAHook(1, by="step", run=info(tmp_path, total_epochs=50))
-    state = module_state(model).clone()
+    state = module_state(model).clone().with_slot(PROGRESS, fresh_progress(torch.device("cpu")))
     optimizer = build_optimizer("SGD", state.params, lr=0.1)
     state = with_slots(state.replace(opt_state=optimizer.init(state.params)), hooks)
     batch = {"input": torch.randn(6, 4).bfloat16(), "target": torch.randint(3, (6,))}
