@@ -277,7 +277,7 @@ def test_two_optimizers_are_those_of_torch(place: Path) -> None:
         g_adam.zero_grad()
         nn.functional.softplus(-critic(generator(noise))).mean().backward()
         g_adam.step()
-        seed_device(torch.device("cpu"), mix(0, step, 0))  # as a step does
+        seed_device(torch.device("cpu"), mix(0, step))  # as a step does
     for state, model in ((names["g_state"], generator), (names["c_state"], critic)):
         for n, p in model.named_parameters():
             torch.testing.assert_close(state.params[n], p.detach(), atol=1e-5, rtol=0)

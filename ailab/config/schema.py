@@ -180,7 +180,7 @@ def _check_optimizer(value: Any, path: str) -> list[str]:
     if is_several(value):
         return [
             f"{path}: {len(value)} optimizers, and a cfg has one. Compose several optimizers in Python, a state and a step for\n"
-            "  each: the README's example is under 'In Python, and several optimizers'. For rates that differ by parameter: param_groups."
+            "  each: see 'In Python, and several optimizers' in the README. For rates that differ by parameter: param_groups."
         ]
     return mismatch(value, dict[str, Any] | None, path)
 
