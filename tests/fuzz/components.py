@@ -188,9 +188,9 @@ def two_scalar(output: Tensor, aux: Tensor, target: Tensor) -> Tensor:
 class WeightedClasses(nn.Module):
     """A `Mean`: cross-entropy by class weight, which a buffer holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: str = "float32") -> None:
         super().__init__()
-        self.register_buffer("classes", torch.tensor(CLASS_WEIGHTS))
+        self.register_buffer("classes", torch.tensor(CLASS_WEIGHTS, dtype=getattr(torch, dtype)))
 
     def forward(self, output: Tensor, target: Tensor, weight: Tensor | None = None) -> Mean:
         counts = self.classes[target] if weight is None else self.classes[target] * weight

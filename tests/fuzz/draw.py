@@ -131,6 +131,8 @@ def draw(seed: int, *, drawing: bool = True, halves: bool = True, plain: bool = 
     """
     dice = Dice(seed)
     optimizer = dict(dice.choice(OPTIMIZERS))
+    if optimizer["type"] == "Rprop" or "centered" in optimizer:
+        halves = False  # 8 bits leave nothing of a sign near 0, or of E[g^2] - E[g]^2
     model, kind = _model(dice, drawing and not plain, halves and not plain)
     if optimizer["type"] == "LBFGS":
         model["dtype"] = "float64"  # its line search compares losses: what float32 rounds is another way to it
@@ -178,7 +180,7 @@ def _loss(dice: Dice, model: Mapping[str, Any], kind: str) -> dict[str, Any]:
     loss = dict(dice.choice({"tokens": WORD_LOSSES, "values": VALUE_LOSSES}.get(kind, CLASS_LOSSES)))
     if "weight" in loss:
         loss["weight"] = loss["weight"].to(getattr(torch, model["dtype"]))  # torch refuses another one
-    return loss
+    return {**loss, "dtype": model["dtype"]} if loss["type"] is c.WeightedClasses else loss
 
 
 def _data(
