@@ -20,7 +20,6 @@ from ailab.core.step import eval_step, given, split_step, tensor_outputs, train_
 from ailab.datasets import Stream
 from ailab.dist import fingerprint
 from ailab.errors import ConfigError, Together
-from ailab.job.blame import Blame
 from ailab.job.build import Parts, build_parts, build_stream, explained
 from ailab.job.guard import guarded
 from ailab.job.peers import Blame, compared
