@@ -149,7 +149,7 @@ def _for_sparse(plan: _Plan, grads: Params) -> _Plan:
             f"  {', '.join(_TAKE_SPARSE)} and SparseAdam do; or nn.Embedding(sparse=False)."
         )
     how = {"fused": False, "foreach": False, "has_sparse_grad": True}
-    return replace(plan, call=plan.traced_call, kernel=False, kwargs=plan.kwargs | how)
+    return replace(plan, call=plan.traced_call, kernel=False, fused=False, kwargs=plan.kwargs | how)
 
 
 def _copies(columns: list[list[Any]], slow: bool) -> list[list[Any]]:
