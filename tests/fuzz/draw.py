@@ -134,8 +134,8 @@ def draw(seed: int, *, drawing: bool = True, halves: bool = True, plain: bool = 
     if optimizer["type"] == "Rprop" or "centered" in optimizer:
         halves = False  # 8 bits leave nothing of a sign near 0, or of E[g^2] - E[g]^2
     model, kind = _model(dice, drawing and not plain, halves and not plain)
-    if optimizer["type"] == "LBFGS":
-        model["dtype"] = "float64"  # its line search compares losses: what float32 rounds is another way to it
+    if optimizer["type"] in ("LBFGS", "Muon"):
+        model["dtype"] = "float64"  # a line search that compares, a gradient rounded to 8 bits: float32 would take other ways
     loss = _loss(dice, model, kind)
     epochs = dice.choice([2, 3])
     data, workflow, steps = _data(dice, model, kind, loss, seed)
