@@ -30,13 +30,13 @@ def report(failures: list[str]) -> None:
     assert not failures, "\n\n" + "\n\n".join(failures)
 
 
-@seeds(3, 63, 10)
+@seeds(3, 53, 10)
 def test_compiled_equals_eager(seeds: range, tmp_path: Path, aot_eager: None) -> None:
     """L1: a run that is compiled at any cut is the eager run, where nothing is drawn."""
     report(laws.over(lambda s, d: laws.compiled_equals_eager(draw(s, drawing=False), d), seeds, tmp_path))
 
 
-@seeds(1, 21, 10)
+@seeds(1, 11, 10)
 def test_compiled_draws_as_eager(seeds: range, tmp_path: Path, aot_eager: None) -> None:
     """L1: a compiled step draws the random numbers of the eager step, where the compiler generates no code of its own."""
     report(laws.over(lambda s, d: laws.compiled_equals_eager(draw(s), d), seeds, tmp_path))
@@ -71,7 +71,7 @@ def test_ranks_equal_one_process(seeds: range, sync: str, ranks: Any, tmp_path: 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("sync", ["ddp", "graph"])
-@pytest.mark.parametrize("seeds", [range(s, s + 5) for s in range(0, 5, 5)], ids=lambda r: f"{r[0]}-{r[-1]}")
+@pytest.mark.parametrize("seeds", [range(3)], ids=lambda r: f"{r[0]}-{r[-1]}")
 def test_compiled_ranks_equal_one_process(seeds: range, sync: str, ranks: Any, tmp_path: Path) -> None:
     """L4: two ranks are one process, compiled."""
     report(laws.over(lambda s, d: laws.ranks_equal_one_process(ranks, rank_draw(s), sync, True), seeds, tmp_path))
