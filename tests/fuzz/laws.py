@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from fuzz import components as c
-from fuzz.draw import Draw, draw
+from fuzz.draw import Draw
 from fuzz.outcome import Outcome, differences, outcome, row_differences
 from fuzz.plain import Plain, mean
 from ranks import traced, trained
@@ -227,13 +227,13 @@ def runs_or_is_refused(drawn: Draw, work_dir: Path) -> Found:
     return [f"refused after {len(recording.ids)} steps: {run.error}"] if recording.ids else []
 
 
-def over(law: Callable[[int, Path], Found], seeds: range, work_dir: Path) -> list[str]:
-    """What is wrong with each seed for which a law does not hold, exceptions too."""
-    failures: list[str] = []
-    for seed in seeds:
+def over(law: Callable[[Draw, Path], Found], draws: Iterable[Draw], work_dir: Path) -> Found:
+    """What is wrong with each draw for which a law does not hold, exceptions too."""
+    failures: Found = []
+    for drawn in draws:
         try:
-            found = law(seed, work_dir / str(seed))
+            found = law(drawn, work_dir / str(drawn.seed))
         except Exception as error:  # whatever it is, it is of this seed, and the others shall be tried too
             found = [f"{type(error).__name__}: {error}"]
-        failures += [f"{problem}\n    {draw(seed)}" for problem in found]
+        failures += [f"{problem}\n    {drawn}" for problem in found]
     return failures

@@ -33,40 +33,40 @@ def report(failures: list[str]) -> None:
 @seeds(3, 53, 10)
 def test_compiled_equals_eager(seeds: range, tmp_path: Path, aot_eager: None) -> None:
     """L1: a run that is compiled at any cut is the eager run, where nothing is drawn."""
-    report(laws.over(lambda s, d: laws.compiled_equals_eager(draw(s, drawing=False), d), seeds, tmp_path))
+    report(laws.over(laws.compiled_equals_eager, [draw(s, drawing=False) for s in seeds], tmp_path))
 
 
 @seeds(1, 11, 10)
 def test_compiled_draws_as_eager(seeds: range, tmp_path: Path, aot_eager: None) -> None:
     """L1: a compiled step draws the random numbers of the eager step, where the compiler generates no code of its own."""
-    report(laws.over(lambda s, d: laws.compiled_equals_eager(draw(s), d), seeds, tmp_path))
+    report(laws.over(laws.compiled_equals_eager, map(draw, seeds), tmp_path))
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(2))
 def test_generated_code_equals_eager(seed: int, tmp_path: Path) -> None:
     """L1: a run whose whole step is generated code is the eager run."""
-    law = lambda s, d: laws.compiled_equals_eager(draw(s, drawing=False), d, "step")
-    report(laws.over(law, range(seed, seed + 1), tmp_path))
+    law = lambda drawn, work_dir: laws.compiled_equals_eager(drawn, work_dir, "step")
+    report(laws.over(law, [draw(seed, drawing=False)], tmp_path))
 
 
 @seeds(8, 308, 50)
 def test_resumed_equals_whole(seeds: range, tmp_path: Path) -> None:
     """L2: a run that was stopped anywhere, by a signal or an error, and resumed is the run that was not."""
-    report(laws.over(lambda s, d: laws.resumed_equals_whole(draw(s), d), seeds, tmp_path))
+    report(laws.over(laws.resumed_equals_whole, map(draw, seeds), tmp_path))
 
 
 @seeds(4, 104, 25)
 def test_workers_change_nothing(seeds: range, tmp_path: Path) -> None:
     """L3: a run is the same for any number of workers, and for data in memory."""
-    report(laws.over(lambda s, d: laws.workers_change_nothing(draw(s), d), seeds, tmp_path))
+    report(laws.over(laws.workers_change_nothing, map(draw, seeds), tmp_path))
 
 
 @pytest.mark.parametrize("sync", ["ddp", "graph"])
 @seeds(4, 104, 25)
 def test_ranks_equal_one_process(seeds: range, sync: str, ranks: Any, tmp_path: Path) -> None:
     """L4: two ranks are one process, with sums as losses too, and with the statistics of all ranks where there is BatchNorm."""
-    report(laws.over(lambda s, d: laws.ranks_equal_one_process(ranks, rank_draw(s), sync), seeds, tmp_path))
+    report(laws.over(lambda drawn, _: laws.ranks_equal_one_process(ranks, drawn, sync), map(rank_draw, seeds), tmp_path))
 
 
 @pytest.mark.nightly
@@ -74,16 +74,16 @@ def test_ranks_equal_one_process(seeds: range, sync: str, ranks: Any, tmp_path: 
 @pytest.mark.parametrize("seeds", [range(3)], ids=lambda r: f"{r[0]}-{r[-1]}")
 def test_compiled_ranks_equal_one_process(seeds: range, sync: str, ranks: Any, tmp_path: Path) -> None:
     """L4: two ranks are one process, compiled."""
-    report(laws.over(lambda s, d: laws.ranks_equal_one_process(ranks, rank_draw(s), sync, True), seeds, tmp_path))
+    report(laws.over(lambda drawn, _: laws.ranks_equal_one_process(ranks, drawn, sync, True), map(rank_draw, seeds), tmp_path))
 
 
 @seeds(15, 415, 50)
 def test_equals_plain_torch(seeds: range, tmp_path: Path) -> None:
     """L5: a run is a textbook loop in plain torch: parameters, buffers, losses and validation losses."""
-    report(laws.over(lambda s, d: laws.equals_plain_torch(draw(s, plain=True), d), seeds, tmp_path))
+    report(laws.over(laws.equals_plain_torch, [draw(s, plain=True) for s in seeds], tmp_path))
 
 
 @seeds(20, 1020, 100)
 def test_runs_or_is_refused(seeds: range, tmp_path: Path) -> None:
     """L6: a cfg runs, or is refused before its first step with a sentence that begins with its path."""
-    report(laws.over(lambda s, d: laws.runs_or_is_refused(draw(s), d), seeds, tmp_path))
+    report(laws.over(laws.runs_or_is_refused, map(draw, seeds), tmp_path))
