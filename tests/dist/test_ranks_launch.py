@@ -270,10 +270,22 @@ def test_a_rank_that_never_comes(tmp_path: Path) -> None:
     printed_once(crew.printed(), "rank 0: rank 1 of 2 did not come within 2 s")
 
 
+def waits_at(port: int, limit: float = 60) -> None:
+    """Return once rank 0 has opened its store, where it waits for the others."""
+    until = time.monotonic() + limit
+    while time.monotonic() < until:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError("rank 0 has opened no store")
+
+
 def test_the_launcher_ends_ranks_that_wait(tmp_path: Path) -> None:
     """SIGTERM before the group is complete, which torchrun sends when another rank has died, ends the rank with 7 and a message."""
-    crew = Crew(tmp_path, lambda rank: [cfg_file(tmp_path)], torchrun_environ(2, free_port()), 1)
-    time.sleep(1.5)
+    port = free_port()
+    crew = Crew(tmp_path, lambda rank: [cfg_file(tmp_path)], torchrun_environ(2, port), 1)
+    waits_at(port)
     assert crew.processes[0].is_alive()
     os.kill(crew.processes[0].pid, signal.SIGTERM)
     assert crew.ended(5) == [7], crew.printed()
