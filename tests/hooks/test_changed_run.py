@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from test_resume import Stop
-from tiny import Net, Points, files_of, newest_content, newest_state, rows_of, tiny_cfg
+from tiny import Net, Points, cfg_file, ended, files_of, newest_content, newest_state, rows_of, tiny_cfg
 
 from ailab.errors import CheckpointError, ConfigError, WorkDirError
 from ailab.fit import fit
@@ -479,29 +480,12 @@ def test_the_folder_of_the_checkpoints_is_held(tmp_path: Path) -> None:
     """Two work_dirs and one save_dir: the second run is told who holds it (6) and writes nothing; so with another's checkpoints."""
     for held, save_dir in (("shared", "shared"), ("other", "other/checkpoints")):
         hooks = dict(checkpoint=dict(type="CheckpointHook", save_dir=str(tmp_path / save_dir)))
-        code = _forked(tmp_path / held, tiny_cfg(tmp_path / f"run_{held}", **hooks))
-        assert code == WorkDirError.exit_code
+        file = cfg_file(tmp_path, f"cfg['work_dir'] = {str(tmp_path / f'run_{held}')!r}", f"cfg['hooks'].update({hooks!r})")
+        with lock(tmp_path / held):
+            assert ended([file], tmp_path / "log") == WorkDirError.exit_code
+        assert f"is in use by process {os.getpid()}" in (tmp_path / "log").read_text()
         assert not list((tmp_path / held).rglob("step_*"))
         assert fit(tiny_cfg(tmp_path / f"run_{held}", **hooks)).state.at == 15  # once it is free
-
-
-def _forked(folder: Path, cfg: dict[str, Any]) -> int:
-    """The exit code of a run in another process while this one holds `folder`."""
-    import os
-    import warnings
-
-    with lock(folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                fit(cfg)
-                os._exit(0)
-            except WorkDirError as e:
-                os._exit(e.exit_code)
-            finally:
-                os._exit(70)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def best_of(folder: Path) -> dict[str, Any]:
