@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from test_resume import Stop
-from tiny import Net, Points, cfg_file, ended, files_of, newest_content, newest_state, rows_of, tiny_cfg
+from tiny import Net, Points, cfg_file, files_of, newest_content, newest_state, rows_of, tiny_cfg
 
 from ailab.errors import CheckpointError, ConfigError, WorkDirError
 from ailab.fit import fit
@@ -482,7 +483,7 @@ def test_the_folder_of_the_checkpoints_is_held(tmp_path: Path) -> None:
         hooks = dict(checkpoint=dict(type="CheckpointHook", save_dir=str(tmp_path / save_dir)))
         file = cfg_file(tmp_path, f"cfg['work_dir'] = {str(tmp_path / f'run_{held}')!r}", f"cfg['hooks'].update({hooks!r})")
         with lock(tmp_path / held):
-            assert ended([file], tmp_path / "log") == WorkDirError.exit_code
+            assert tiny.ended([file], tmp_path / "log") == WorkDirError.exit_code
         assert f"is in use by process {os.getpid()}" in (tmp_path / "log").read_text()
         assert not list((tmp_path / held).rglob("step_*"))
         assert fit(tiny_cfg(tmp_path / f"run_{held}", **hooks)).state.at == 15  # once it is free
