@@ -61,11 +61,14 @@ def test_it_runs_one_shrunk_step_of_each_phase(file: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch 2.11 importing its own inductor
-def test_the_main_cfg_compiled_is_the_eager_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+def test_the_main_cfg_compiled_is_the_eager_one(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Two epochs from the first step, at lr 0, on: the losses of the compiled run are those of the eager one.
 
     Without the augmentation: the compiler has random numbers of its own.
     """
+    if backend == "aot_eager":
+        request.getfixturevalue("aot_eager")
     losses: dict[bool, list[float]] = {}
     for compiled in (False, True):
         work_dir = tmp_path / str(compiled)

@@ -69,6 +69,7 @@ def test_a_folder_that_is_not_ones_own_is_not_used(how: str, tmp_path: Path, mon
     folder.rmdir()
 
 
+@pytest.mark.nightly
 def test_a_broken_cache_and_a_missing_compiler_are_told_from_tracing(tmp_path: Path) -> None:
     """A truncated file in the cache, and no compiler at all: the compiler's last lines, its folder, and compile=False."""
     assert ran(tmp_path / "a").strip() == "ran 1"

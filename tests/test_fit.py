@@ -169,7 +169,7 @@ BAD: dict[str, tuple[str, int, str]] = {
     "optimizers by name": (
         "cfg['optimizer'] = dict(G=dict(type='Adam'), D=dict(type='Adam'))",
         2,
-        r"^ConfigError: cfg\.optimizer: 2 optimizers, .*\n.*'Several optimizers'[^\n]*\n$",
+        r"^ConfigError: cfg\.optimizer: 2 optimizers, .*\n.*'In Python, and several optimizers'[^\n]*\n$",
     ),
     "an optimizer that is text": ("cfg['optimizer'] = 'SGD'", 2, r"cfg\.optimizer: expected dict\[str, Any\] \| None, got str"),
     "a retention of one": (
