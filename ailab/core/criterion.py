@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -26,8 +26,19 @@ class Result:
     """A criterion's result over a batch."""
 
     loss: Mean
-    parts: dict[str, Mean] = field(default_factory=dict[str, Mean])  # named parts, to be logged beside the loss
-    kind: str = "mean"  # "scalar" where micro-batches and ranks add up only if the criterion returned the mean over samples
+    parts: dict[str, Mean]  # named parts, to be logged beside the loss
+    returned: dict[str, Any]  # what the criterion returned, by the names of the parts
+
+    @property
+    def kind(self) -> str:
+        """What the loss is: "mean"; "sum"; or "scalar", which adds up over parts of a batch only if it is the mean over samples."""
+        values = [self.returned[_TOTAL]] if _TOTAL in self.returned else list(self.returned.values())
+        if any(isinstance(v, Tensor) and v.dim() == 0 for v in values):
+            return "scalar"
+        if any(isinstance(v, Sum) for v in values):
+            return "sum"
+        # Parts that count other things than samples have no common weight.
+        return "scalar" if len(values) > 1 and any(isinstance(v, Mean) for v in values) else "mean"
 
 
 def as_mean(value: Any, batch: Batch, share: Tensor | None = None) -> Mean:
@@ -96,8 +107,11 @@ def result_of(ask: Callable[[Batch], Any], batch: Batch, obeys: bool) -> Result:
         ConfigError: for a result that is no loss.
     """
     if VIEWS not in batch:
-        named, factors = _named(ask(batch))
-        return _combined({n: as_mean(v, batch) for n, v in named.items()}, factors, _kind(named), batch)
+        result = ask(batch)
+        if isinstance(result, (Tensor, Mean, Sum)):
+            return Result(as_mean(result, batch), {}, {"": result})
+        named, factors = _named(result)
+        return _combined({n: as_mean(v, batch) for n, v in named.items()}, factors, named, batch)
     found: dict[str, Mean] = {}
     named: dict[str, Any] = {}
     factors: dict[str, Any] = {}
@@ -111,7 +125,7 @@ def result_of(ask: Callable[[Batch], Any], batch: Batch, obeys: bool) -> Result:
             sums = found[name] + mean if name in found else mean
             # The shares of a sample add up to 1; so do they here, without rounding.
             found[name] = sums if isinstance(value, Mean) else Mean(sums.total, as_mean(value, batch).weight)
-    return _combined(found, factors, _kind(named), batch)
+    return _combined(found, factors, named, batch)
 
 
 def _named(result: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -130,24 +144,14 @@ def _named(result: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return {**parts, **{n: value for n, (_, value) in pairs.items()}}, {n: factor for n, (factor, _) in pairs.items()}
 
 
-def _kind(named: Mapping[str, Any]) -> str:
-    values = [named[_TOTAL]] if _TOTAL in named else list(named.values())
-    if any(isinstance(v, Tensor) and v.dim() == 0 for v in values):
-        return "scalar"
-    if any(isinstance(v, Sum) for v in values):
-        return "sum"
-    # Parts that count other things than samples have no common weight.
-    return "scalar" if len(values) > 1 and any(isinstance(v, Mean) for v in values) else "mean"
-
-
-def _combined(parts: dict[str, Mean], factors: Mapping[str, Any], kind: str, batch: Batch) -> Result:
+def _combined(parts: dict[str, Mean], factors: Mapping[str, Any], returned: dict[str, Any], batch: Batch) -> Result:
     """The loss of named parts: the one called "loss", or the sum of all, each times its factor."""
     if "" in parts:
-        return Result(parts[""], {}, kind)
+        return Result(parts[""], {}, returned)
     if _TOTAL in parts:
-        return Result(parts[_TOTAL], {n: p for n, p in parts.items() if n != _TOTAL}, kind)
+        return Result(parts[_TOTAL], {n: p for n, p in parts.items() if n != _TOTAL}, returned)
     weight = batch[WEIGHT].sum() if WEIGHT in batch else float(batch_size(batch))
     scaled = {n: Mean(p.total * factors[n], p.weight) if n in factors else p for n, p in parts.items()}
     total = torch.stack([p.value * weight for p in scaled.values()]).sum()
     logs = {**parts, **{f"{n}_weighted": scaled[n] for n in factors}}
-    return Result(Mean(total, torch.as_tensor(weight, dtype=total.dtype, device=total.device)), logs, kind)
+    return Result(Mean(total, torch.as_tensor(weight, dtype=total.dtype, device=total.device)), logs, returned)

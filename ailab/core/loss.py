@@ -55,7 +55,7 @@ def gradient_hooks(param: Tensor) -> tuple[Callable[[Tensor], Tensor | None], ..
     return tuple((getattr(param, "_backward_hooks", None) or {}).values())
 
 
-_held: list[Callable[[], None]] | None = None  # how to put back what forwards have swapped in, while a backward may need it
+_held: list[tuple[Functional, list[Tensor]]] | None = None  # whose tensors come back after the backward
 
 
 def tensors_held() -> AbstractContextManager[None]:
@@ -76,8 +76,8 @@ class _Held(AbstractContextManager[None]):
     def __exit__(self, *_: object) -> None:
         global _held
         done, _held = _held, self.before
-        for put_back in reversed(done or ()):
-            put_back()
+        for functional, kept in reversed(done or ()):
+            functional.put_back(kept)
 
 
 def _while_tracing(fn: Callable[..., T]) -> Callable[..., T]:
@@ -152,11 +152,12 @@ class Functional:
             return result
         finally:
             if _held is None:
-                self._put_back(kept)
-            else:
-                _held.append(lambda: self._put_back(kept))
+                self.put_back(kept)
+            elif kept:
+                _held.append((self, kept))
 
-    def _put_back(self, kept: list[Tensor]) -> None:
+    def put_back(self, kept: list[Tensor]) -> None:
+        """Give the module the tensors again that it had before a call."""
         for (store, key, _), old in zip(self._homes, kept, strict=True):
             store[key] = old
 
@@ -292,7 +293,8 @@ def pure_loss(
         found, after, outputs = evaluated(params, buffers, batch)
         logs = {"loss": found.loss, **found.parts}
         logs = {n: Mean(m.total.detach(), m.weight.detach()) for n, m in logs.items()}
-        detached = tree.map(lambda t: t.detach(), outputs)  # in nests too: nothing that comes out may hold the graph
+        # In nests too: nothing that comes out may hold the graph.
+        detached = {n: v.detach() if type(v) is Tensor else tree.map(lambda t: t.detach(), v) for n, v in outputs.items()}
         return found.loss.total, Aux(after, logs["loss"].weight, logs, detached)
 
     loss.model = model.module  # type: ignore[attr-defined]

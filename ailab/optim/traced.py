@@ -22,6 +22,7 @@ _foreach_clone: Callable[[list[Tensor]], Sequence[Tensor]] = getattr(
     torch, "_foreach_clone", lambda tensors: [t.clone() for t in tensors]
 )
 _foreach_copy_: Callable[[list[Tensor], list[Tensor]], None] = getattr(torch, "_foreach_copy_")  # noqa: B009
+_STRIDE = Tensor.stride
 _TAKE_SPARSE = ("SGD", "Adagrad")
 
 
@@ -167,8 +168,8 @@ def _in_layout_of(values: list[Tensor], columns: list[list[Any]]) -> tuple[list[
     A fused kernel takes what lies at the same place in memory for the same element. A gradient or a state may lie in another
     order: of a transposed weight, after a hook, after a checkpoint.
     """
-    strides = [v.stride() for v in values]
-    other = [[t.stride() for t in column] != strides for column in columns]
+    strides = list(map(_STRIDE, values))
+    other = [list(map(_STRIDE, column)) != strides for column in columns]
     if not any(other):
         return columns, False
     return [
