@@ -85,7 +85,7 @@ def _while_tracing(fn: Callable[..., T]) -> Callable[..., T]:
 
     It is `torch.compiler.assume_constant_result`, which would import the compiler; what that sets is a private name.
     """
-    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined] # tests/job/test_proof.py fails where torch has another name
     return fn
 
 
@@ -164,7 +164,7 @@ class Functional:
     def _hooked(self, param: Tensor, hooks: tuple[Callable[[Tensor], Tensor | None], ...]) -> Tensor:
         # A parameter that has the hooks itself needs no others.
         own = param.requires_grad and not torch.compiler.is_compiling() and gradient_hooks(param) == hooks
-        return param if own or not param.requires_grad else _GradientHooks.apply(param, hooks)  # type: ignore[return-value]
+        return param if own or not param.requires_grad else _GradientHooks.apply(param, hooks)  # type: ignore[return-value] # apply is untyped
 
     @_while_tracing
     def _set_mode(self) -> bool:
@@ -254,9 +254,16 @@ def unless_empty(loss: Loss) -> Loss:
         logs = {n: Mean(m.total * 0, m.weight * 0) for n, m in aux.logs.items()}
         return total * 0, replace(aux, weight=aux.weight * 0, logs=logs)
 
-    counted.model = getattr(loss, "model", None)  # type: ignore[attr-defined]
-    counted.kind = getattr(loss, "kind", None)  # type: ignore[attr-defined]
-    return counted
+    return _described(counted, getattr(loss, "model", None), getattr(loss, "kind", None))
+
+
+def _described(loss: Loss, model: nn.Module | None, kind: Callable[..., str] | None) -> Loss:
+    """`loss`, which says what it was made of: for `remodelled` and `kind_of`.
+
+    In attributes of the function: what is compiled has to be a plain function, with a code object of its own.
+    """
+    loss.model, loss.kind = model, kind  # type: ignore[attr-defined] # a Callable declares none
+    return loss
 
 
 def pure_loss(
@@ -297,9 +304,7 @@ def pure_loss(
         detached = {n: v.detach() if type(v) is Tensor else tree.map(lambda t: t.detach(), v) for n, v in outputs.items()}
         return found.loss.total, Aux(after, logs["loss"].weight, logs, detached)
 
-    loss.model = model.module  # type: ignore[attr-defined]
-    loss.kind = lambda *args: evaluated(*args)[0].kind  # type: ignore[attr-defined]
-    return loss
+    return _described(loss, model.module, lambda *args: evaluated(*args)[0].kind)
 
 
 def kind_of(loss: Loss, params: Params, buffers: Buffers, batch: Batch) -> str:

@@ -74,13 +74,7 @@ def assemble(
     parts = _alike(_built(cfg, device))
     if parts.narrowed:
         say(f"data: {', '.join(parts.narrowed)}: float64 in the data set, read as float32, for no parameter is float64.")
-    rank, world = dist.rank(), dist.world_size()
-    together = Together()
-    made = {
-        p["phase"]: together(lambda p=p: build_stream(cfg, p, parts, device, rank, world, report=say)) for p in cfg["workflow"]
-    }
-    together.raise_errors()
-    streams = {phase: stream for phase, stream in made.items() if stream is not None}
+    streams = _streams(cfg, parts, device, say)
     views: list[Callable[[TrainState], TrainState]] = []
     keepers: list[Hook] = []  # hooks that keep memory
 
@@ -120,6 +114,16 @@ def assemble(
     steps = {phase: _step(phase, parts, hooks[phase], state, plan, info) for phase in streams}
     run = _run(info, hooks, streams, steps, interrupted, lean=not plan.enabled)
     return Job(info, parts, state, run, hooks, streams, steps, plan)
+
+
+def _streams(cfg: Mapping[str, Any], parts: Parts, device: torch.device, say: Callable[[str], None]) -> dict[str, Stream]:
+    """The batches of each phase on this rank; the mistakes of all phases at once."""
+    rank, world, together = dist.rank(), dist.world_size(), Together()
+    made = {
+        p["phase"]: together(lambda p=p: build_stream(cfg, p, parts, device, rank, world, report=say)) for p in cfg["workflow"]
+    }
+    together.raise_errors()
+    return {phase: stream for phase, stream in made.items() if stream is not None}
 
 
 def _built(cfg: Mapping[str, Any], device: torch.device) -> Parts:
