@@ -28,7 +28,9 @@ def use_own_cache() -> None:
     `$XDG_CACHE_HOME/ailab/inductor`, or `~/.cache/ailab/inductor`, mode 0700; where there is no such folder, a new one for this
     process alone.
     """
-    if not os.environ.get(_CACHE):
+    # torch puts its own choice into the environment as soon as the compiler is imported, by torchvision say: no user's choice.
+    chosen = os.environ.get(_CACHE)
+    if not chosen or chosen.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_")):
         os.environ[_CACHE] = str(_users_folder() or _folder_of_process())
 
 

@@ -52,6 +52,18 @@ def test_the_cache_is_in_a_folder_of_the_users_own(tmp_path: Path, monkeypatch: 
     assert os.environ[CACHE] == "/somewhere"
 
 
+def test_torchs_own_choice_is_no_choice_of_the_users(tmp_path: Path) -> None:
+    """torchvision imports the compiler, and torch then names a folder that anybody can guess: the cache is not there."""
+    code = "import os, torchvision; from ailab.compiler import use_own_cache\n"
+    code += f"before = os.environ[{CACHE!r}]; use_own_cache(); print(before != os.environ[{CACHE!r}], os.environ[{CACHE!r}])"
+    env = {k: v for k, v in os.environ.items() if k != CACHE} | {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", str(tmp_path / "ailab" / "inductor")], done.stderr
+
+
 @pytest.mark.parametrize("how", ["a file in the way", "a link"])
 def test_a_folder_that_is_not_ones_own_is_not_used(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the folder cannot be made, or leads elsewhere, the cache is a new folder of this process alone, mode 0700."""
