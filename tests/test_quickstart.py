@@ -132,13 +132,7 @@ def _written(folder: Path) -> Path:
 
 def _started(folder: Path, *command: str) -> subprocess.Popen[str]:
     kept = {f"WANDB_{kind}_DIR": str(folder / "wandb_home") for kind in ("CACHE", "CONFIG", "DATA", "ARTIFACT")}
-    environment = {
-        **{k: v for k, v in os.environ.items() if not k.startswith("WANDB_")},
-        **kept,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    environment = {**os.environ, **kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [sys.executable, *command], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
