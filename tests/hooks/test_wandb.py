@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 import threading
@@ -21,6 +22,15 @@ from ailab.errors import ConfigError
 from ailab.fit import fit
 
 BLOCK = 32768
+
+
+@pytest.fixture(autouse=True)
+def environment_kept() -> Iterator[None]:
+    """wandb leaves the address of its service in the environment; a process that a later test starts would look for it there."""
+    before = dict(os.environ)
+    yield
+    for name in [n for n in os.environ if n.startswith("WANDB_") and n not in before]:
+        del os.environ[name]
 
 
 def records(file: Path) -> Iterator[bytes]:
