@@ -254,7 +254,12 @@ def unless_empty(loss: Loss) -> Loss:
         logs = {n: Mean(m.total * 0, m.weight * 0) for n, m in aux.logs.items()}
         return total * 0, replace(aux, weight=aux.weight * 0, logs=logs)
 
-    return _described(counted, getattr(loss, "model", None), getattr(loss, "kind", None))
+    return described_as(loss, counted)
+
+
+def described_as(loss: Loss, wrapper: Loss) -> Loss:
+    """`wrapper`, which says that it was made of what `loss` was made of."""
+    return _described(wrapper, getattr(loss, "model", None), getattr(loss, "kind", None))
 
 
 def _described(loss: Loss, model: nn.Module | None, kind: Callable[..., str] | None) -> Loss:

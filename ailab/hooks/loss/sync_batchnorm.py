@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm  # base of BatchNorm1d, 2d and 3d, and of SyncBatchNorm
 
 from ailab import dist
-from ailab.core.loss import remodelled
+from ailab.core.loss import described_as, remodelled
 from ailab.registry import HOOKS
 from ailab.stack import Middleware, unchanged
 from ailab.types import WEIGHT, Aux, Batch, Buffers, Loss, Params, widened
@@ -51,9 +51,7 @@ def _with_stand_ins(loss: Loss) -> Loss:
         finally:
             _counts = None
 
-    counted.model = getattr(loss, "model", None)  # type: ignore[attr-defined]
-    counted.kind = getattr(loss, "kind", None)  # type: ignore[attr-defined]
-    return counted
+    return described_as(loss, counted)
 
 
 @cache
