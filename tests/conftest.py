@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ from hypothesis import settings
 
 settings.register_profile("ailab", deadline=None, derandomize=True, database=None)
 settings.load_profile("ailab")
+
+# For the whole session, before any test starts the server: it imports once what its processes would each import for a second.
+multiprocessing.set_forkserver_preload(["ailab.fit", "ailab.hooks", "ailab.datasets", "ailab.models", "torch.nn.parallel"])
 
 
 @pytest.fixture

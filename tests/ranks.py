@@ -62,7 +62,6 @@ class Ranks:
 
     def __init__(self, world: int, folder: Path):
         forker = multiprocessing.get_context("forkserver")
-        forker.set_forkserver_preload(["ailab.fit", "torch.nn.parallel", "ranks"])
         pipes = [forker.Pipe() for _ in range(world)]
         self.pipes = [ours for ours, _ in pipes]
         self.processes = [
@@ -378,7 +377,6 @@ class Crew:
 
     def __init__(self, folder: Path, argv: Callable[[int], list[str]], environ: Callable[[int], dict[str, str]], world: int):
         forker = multiprocessing.get_context("forkserver")
-        forker.set_forkserver_preload(["ailab.fit", "torch.nn.parallel", "ranks"])
         self.logs = [folder / f"rank{rank}.log" for rank in range(world)]
         self.processes = [
             forker.Process(target=_command, args=(argv(rank), environ(rank), str(self.logs[rank]))) for rank in range(world)

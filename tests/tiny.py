@@ -151,7 +151,6 @@ def _run(argv: Sequence[str], log: str) -> None:
 def launch(argv: Sequence[str], log: Path) -> multiprocessing.process.BaseProcess:
     """The command line in a process of its own, forked from one that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ailab.fit", "ailab.hooks", "ailab.datasets", "ailab.models"])
     process = context.Process(target=_run, args=(list(argv), str(log)))
     process.start()
     return process
