@@ -79,7 +79,12 @@ def _plan(name: str, group: Group, params: Params) -> _Plan:
     on_cpu = tensors[0].device.type == "cpu"
     call = _undamped_first_step(fn) if damped else fn
     divides = name in ("Adam", "AdamW") and not traced["foreach"]
-    traced_call = adafactor if name == "Adafactor" else _unchanged_at_zero_lr(call) if divides else call
+    if name == "Adafactor":
+        traced_call = adafactor
+    elif name == "Muon":
+        traced_call = _with_lr_unrounded(call)
+    else:
+        traced_call = _unchanged_at_zero_lr(call) if divides else call
     kernel = cpu_kernel(name, group.hyper) if eager.get("fused") and len({p.dtype for p in tensors}) == 1 else None
     wide = on_cpu or tensors[0].dtype == torch.float64
     return _Plan(
@@ -133,6 +138,20 @@ def _unchanged_at_zero_lr(adam: Callable[..., None]) -> Callable[..., None]:
         still, before = lr == 0, [p.clone() for p in params]
         adam(params, *lists, lr=torch.where(still, 1.0, lr), **kwargs)
         params[:] = [torch.where(still, b, p) for b, p in zip(before, params, strict=True)]
+
+    return stepped
+
+
+def _with_lr_unrounded(muon: Callable[..., None]) -> Callable[..., None]:
+    """Muon whose bfloat16 direction is multiplied by a learning rate at the precision of the parameters.
+
+    torch's form multiplies it by a tensor lr in bfloat16, which is 0.1 % off. By a number, as in eager code, it does not.
+    """
+
+    def stepped(params: list[Tensor], *lists: list[Tensor], lr: Tensor, weight_decay: float, **kwargs: Any) -> None:
+        steps = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
+        muon(steps, *lists, lr=1.0, weight_decay=0.0, **kwargs)
+        params[:] = [(p * (1 - lr * weight_decay) + lr * s).to(p.dtype) for p, s in zip(params, steps, strict=True)]
 
     return stepped
 

@@ -41,13 +41,7 @@ def alike(a: Outcome, b: Outcome, tolerance: float, what: str) -> Found:
 
 
 def compiled_equals_eager(drawn: Draw, work_dir: Path, cut: str | None = None) -> Found:
-    """The compiled run is the eager run: its state, its record, and what it refuses. By default the seed says what is compiled.
-
-    Without Muon: where it is traced, its update is rounded to bfloat16 once more (tests/optim holds one step to 1e-3), and its
-    iteration amplifies that.
-    """
-    if drawn.cfg["optimizer"]["type"] == "Muon":
-        drawn = drawn.with_hooks(drawn.hooks, optimizer={**drawn.cfg["optimizer"], "type": "SGD"})
+    """The compiled run is the eager run: its state, its record, and what it refuses. By default the seed says what is compiled."""
     eager = outcome(drawn.cfg, work_dir / "eager")
     if isinstance(eager.error, ConfigError):
         return []
