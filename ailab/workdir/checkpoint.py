@@ -73,8 +73,8 @@ def save(
         metrics: results, for the manifest. `retain` reads them.
 
     Raises:
-        NonFiniteError: a parameter or a tensor of the optimizer has a NaN or an infinity, or a buffer has a NaN. (A mask may
-            hold -inf.) The first such tensor is named.
+        NonFiniteError: a parameter, an average of it, a running statistic or a tensor of the optimizer has a NaN or an infinity,
+            or another buffer has a NaN. (A mask may hold -inf.) The first such tensor is named.
         CheckpointError: the content has a leaf that cannot be saved, or the files cannot be written. Older checkpoints are
             untouched.
     """
@@ -264,19 +264,44 @@ def _spec(leaves: Mapping[str, Any], path: str) -> str:
     return f"has {kind} {tuple(shape)}" if isinstance(leaves[path], Tensor) else f"has a plain {kind}"
 
 
+_STATISTICS = ("running_mean", "running_var")  # torch's names; an infinity there stays for ever
+
+
 def _refuse_non_finite(state: Mapping[str, Any]) -> None:
     """Sum every leaf, with one device read in all. Check each element only where a sum is not finite: it may have overflowed."""
-    entries = {name: state[name] for name in ("params", "opt_state", "buffers")}
     leaves = [
-        (p, t.detach()) for p, t in tree.items(entries) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
+        (p, t.detach())
+        for p, t in tree.items({name: state[name] for name in ("params", "opt_state", "buffers", "slots")})
+        if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
     ]
     sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).abs().to(torch.float64) for _, t in leaves]
     totals = cast("list[float]", torch.stack([s.to(sums[0].device) for s in sums]).tolist() if sums else [])
     for (path, tensor), total in zip(leaves, totals, strict=True):
-        if math.isfinite(total):
+        if math.isfinite(total) or (bad := _never_right(path, state)) is None:
             continue
-        if (tensor.isnan() if path.startswith("buffers.") else ~tensor.isfinite()).any():
+        if bad(tensor).any():
             raise NonFiniteError(f"{path} has a NaN or infinite value. Nothing was saved. Older checkpoints are untouched.")
+
+
+def _never_right(path: str, state: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
+    """Which elements a leaf may not have. A mask may hold -inf, and the memory of a hook anything, but a copy of the model not."""
+    room, _, name = path.partition(".")
+    if room == "slots":
+        ends = [name[i + 1 :] for i, c in enumerate(name) if c == "."]  # an average of `l.weight` is at "ema.l.weight"
+        room = (
+            "params"
+            if any(e in state["params"] for e in ends)
+            else "buffers"
+            if any(e in state["buffers"] for e in ends)
+            else ""
+        )
+    if not room:
+        return None
+    return torch.isnan if room == "buffers" and not path.endswith(_STATISTICS) else _not_finite
+
+
+def _not_finite(tensor: Tensor) -> Tensor:
+    return ~tensor.isfinite()
 
 
 def _check_archive(data: bytes) -> None:

@@ -324,19 +324,25 @@ def test_first_five_differences_are_named() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("path", ["params.0.bias", "opt_state.moments.0", "buffers.1.running_var"])
+@pytest.mark.parametrize("path", ["params.0.bias", "opt_state.moments.0", "buffers.1.running_var", "slots.ema.0.weight"])
 def test_non_finite_states_are_refused(tmp_path: Path, path: str, bad: float) -> None:
-    """A NaN in params, optimizer or buffers, or an infinity in the first two, is refused by name and leaves no trace."""
+    """A NaN or an infinity in params, optimizer, running statistics or an average is refused by name and leaves no trace."""
     saved(tmp_path, 1)
     before = sorted(os.listdir(tmp_path))
     state = state_at(2)
     dict(tree.items(state))[path].view(-1)[1] = bad
-    if path.startswith("buffers.") and bad == bad:
-        assert load(save(tmp_path, content_of(state), step=2, epoch=0))
-        return
     with pytest.raises(NonFiniteError, match=f"^{path} "):
         save(tmp_path, content_of(state), step=2, epoch=0)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(("path", "bad"), [("buffers.mask", -torch.inf), ("slots.hook.best", torch.nan)])
+def test_a_mask_and_the_memory_of_a_hook_may_be_infinite(tmp_path: Path, path: str, bad: float) -> None:
+    """A buffer that is no running statistic may hold an infinity, and a slot that is no average of the model anything."""
+    state = state_at(1)
+    state = state.replace(buffers={**state.buffers, "mask": torch.zeros(3)}).with_slot("hook", {"best": torch.zeros(3)})
+    dict(tree.items(state))[path][1] = bad
+    assert load(save(tmp_path, content_of(state), step=1, epoch=0))
 
 
 def test_large_finite_values_are_no_infinity(tmp_path: Path) -> None:

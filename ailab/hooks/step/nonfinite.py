@@ -14,14 +14,16 @@ from ailab.errors import ConfigError, NonFiniteError
 from ailab.hooks.step.rollback import checked_on_host, rolled_back
 from ailab.registry import HOOKS
 from ailab.stack import Middleware
-from ailab.types import Aux, Batch, Grad, Mean, Params, Step, TrainState
+from ailab.types import Aux, Batch, Buffers, Grad, Mean, Params, Step, TrainState
 
 
 @HOOKS.register_module()
 def SkipNonFiniteHook(
     policy: Literal["raise", "skip"] = "raise", max_in_a_row: int = 10, every: int = 10, name: str = "skip_nonfinite"
 ) -> list[Middleware[Any]]:
-    """Skip a step whose gradient or new parameters are not finite. A `where` inside the graph, no device read per step.
+    """Skip a step whose gradient, new parameters or new buffers are not finite.
+
+    It is a `where` inside the graph, without a device read per step. A buffer counts that the step has changed, and that was finite before: a mask may hold -inf.
 
     A skipped step counts in `state.step`. Parameters, buffers, optimizer state and the other slots do not change. The log
     "skipped" is the fraction of such steps. The hook checks the gradient of the hooks listed before it, over all ranks.
@@ -53,7 +55,7 @@ def SkipNonFiniteHook(
         def skipping(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
             after, logs = step(state, batch)
             memory = state.slots[name]
-            bad = ~(after.slots[name]["finite"] & tree.finite(after.params))
+            bad = ~(after.slots[name]["finite"] & tree.finite(after.params) & _still_finite(state.buffers, after.buffers))
             kept, means = rolled_back(bad, state, after, logs)
             row = torch.where(bad, memory["row"] + 1, 0)
             first = torch.where(bad & (memory["first"] == 0), after.step, memory["first"])
@@ -69,7 +71,7 @@ def SkipNonFiniteHook(
             raise NonFiniteError(f"{max_in_a_row} steps in a row were not finite; the run was at step {state.at}.")
         if policy == "raise" and (first := int(memory["first"])):
             raise NonFiniteError(
-                f"the gradient of step {first} is not finite. The step was skipped: no parameter has changed.\n"
+                f"step {first} is not finite, in its gradient, parameters or buffers. It was skipped: nothing has changed.\n"
                 f"  Lower optimizer.lr, add hooks.clip = dict(type='GradClipHook', max_norm=1.0), or skip such\n"
                 f"  steps: hooks.{name}.policy='skip'."
             )
@@ -79,6 +81,12 @@ def SkipNonFiniteHook(
         Middleware(name, wrap, "step", _memory),
         *checked_on_host(check, every, name),
     ]
+
+
+def _still_finite(before: Buffers, after: Buffers) -> Tensor | bool:
+    """Whether each buffer that the step has changed is finite, or was not finite before, () bool."""
+    changed = [n for n, b in after.items() if b is not before[n] and b.is_floating_point()]
+    return torch.stack([tree.finite(after[n]) | ~tree.finite(before[n]) for n in changed]).all() if changed else True
 
 
 def _memory(state: TrainState) -> dict[str, Tensor]:
