@@ -288,13 +288,7 @@ def _never_right(path: str, state: Mapping[str, Any]) -> Callable[[Tensor], Tens
     room, _, name = path.partition(".")
     if room == "slots":
         ends = [name[i + 1 :] for i, c in enumerate(name) if c == "."]  # an average of `l.weight` is at "ema.l.weight"
-        room = (
-            "params"
-            if any(e in state["params"] for e in ends)
-            else "buffers"
-            if any(e in state["buffers"] for e in ends)
-            else ""
-        )
+        room = next((r for r in ("params", "buffers") if any(e in state[r] for e in ends)), "")
     if not room:
         return None
     return torch.isnan if room == "buffers" and not path.endswith(_STATISTICS) else _not_finite

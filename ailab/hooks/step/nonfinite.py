@@ -23,7 +23,8 @@ def SkipNonFiniteHook(
 ) -> list[Middleware[Any]]:
     """Skip a step whose gradient, new parameters or new buffers are not finite.
 
-    It is a `where` inside the graph, without a device read per step. A buffer counts that the step has changed, and that was finite before: a mask may hold -inf.
+    It is a `where` inside the graph, without a device read per step. The buffers are those that the step has changed and that
+    were finite before: a mask may hold -inf.
 
     A skipped step counts in `state.step`. Parameters, buffers, optimizer state and the other slots do not change. The log
     "skipped" is the fraction of such steps. The hook checks the gradient of the hooks listed before it, over all ranks.
