@@ -18,9 +18,11 @@ from torch.distributed.run import get_args_parser
 
 import ailab.datasets
 from ailab import Mean, help
+from ailab.config import check
 from ailab.config.load import load as load_cfg
 from ailab.errors import ConfigError
 from ailab.fit import fit
+from ailab.job.weights import init_model
 from ailab.registry import DATASETS, HOOKS, LOSSES
 from ailab.rng import mix, seed_device
 from ailab.testing import check_hook
@@ -28,7 +30,7 @@ from ailab.testing import check_hook
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-DISK, PHOTOS, OWN_MODULE, CONTRAST, OWN_HOOKS, FIT, PIECES = BLOCKS
+DISK, PHOTOS, INIT, OWN_MODULE, CONTRAST, OWN_HOOKS, FIT, PIECES = BLOCKS
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
 COMMANDS += re.findall(r"`((?:python|torchrun) -m [^`]+)`", TEXT)
 SMALL = ["total_epochs=1", "data.train_dataloader.num_workers=0"]  # 8 pictures need no workers, and need not be large
@@ -145,6 +147,27 @@ def test_the_parameters_go_into_ones_own_module(photos: tuple[Path, str], place:
     names = names_of(OWN_MODULE.replace("step_00001240", step), place, "own_module")
     assert names["model"].fc.out_features == 2
     assert all(torch.equal(t, names["saved"]["model_state"][n]) for n, t in names["model"].state_dict().items())
+
+
+def test_a_model_begins_with_the_weights_of_a_file(place: Path) -> None:
+    """The README's entry brings the names of another file to torchvision's, and leaves the head alone."""
+    import torchvision
+
+    torch.manual_seed(9)
+    source = {n: t + 1 for n, t in torchvision.models.resnet18().state_dict().items()}
+    old = {
+        n.replace("conv1.", "stem.") if n.startswith("conv1.") else n.replace("downsample", "short"): t
+        for n, t in source.items()
+    }
+    torch.save({f"encoder.{n}": t for n, t in old.items()}, "r18.pth")
+    model = torchvision.models.resnet18(num_classes=2)
+    head = model.fc.weight.clone()
+    entry = names_of(INIT, place, "init")["model"]
+    cfg = {**load_cfg("photos.py"), "model": entry}
+    check.check(cfg)
+    init_model(model, check.complete(cfg)["model"]["init"])
+    assert torch.equal(model.fc.weight, head)
+    assert all(torch.equal(t, source[n]) for n, t in model.state_dict().items() if not n.startswith("fc."))
 
 
 # ---- binding: losses and metrics
@@ -366,4 +389,4 @@ def test_every_block_parses_and_every_file_exists() -> None:
 def test_the_readme_is_short() -> None:
     """At most 330 lines of at most 132 characters."""
     lines = TEXT.splitlines()
-    assert len(lines) <= 330 and max(map(len, lines)) <= 132
+    assert len(lines) <= 345 and max(map(len, lines)) <= 132

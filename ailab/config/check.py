@@ -8,7 +8,21 @@ from typing import Any, cast
 
 from ailab.binding import bind, has_forward
 from ailab.config.load import copy_containers
-from ailab.config.schema import PHASES, Cfg, Compile, Criterion, Data, Dist, Loader, Model, Optimizer, Phase, Switch, is_several
+from ailab.config.schema import (
+    PHASES,
+    Cfg,
+    Compile,
+    Criterion,
+    Data,
+    Dist,
+    Init,
+    Loader,
+    Model,
+    Optimizer,
+    Phase,
+    Switch,
+    is_several,
+)
 from ailab.errors import ConfigError
 from ailab.registry import COLLATES, DATASETS, HOOKS, LOSSES, MODELS, OPTIMIZERS, SAMPLERS, Registry
 from ailab.signature import Parameters, check_arguments, parameters, short_name
@@ -32,6 +46,8 @@ def complete(cfg: Mapping[str, Any]) -> dict[str, Any]:
     for key, section in (("model", Model), ("loss", Criterion), ("optimizer", Optimizer), ("compile", Compile)):
         if isinstance(full[key], dict):
             full[key] = _filled(section, full[key])
+    if full["model"]["init"] is not None:
+        full["model"]["init"] = _filled(Init, full["model"]["init"])
     full["hooks"] = {name: _filled(Switch, entry) for name, _, entry in _hooks(full["hooks"])}
     return full
 
@@ -60,6 +76,7 @@ def check(cfg: Any) -> None:
     problems += _check_data(known.get("data"))
     problems += _component(MODELS, Model, known, "model") + _component(LOSSES, Criterion, known, "loss")
     problems += _component(OPTIMIZERS, Optimizer, known, "optimizer")
+    problems += _section(Init, _dict(known.get("model")).get("init"), "cfg.model.init")
     problems += _check_hooks(known.get("hooks")) + _check_workflow(known)
     if problems:
         raise ConfigError("\n".join(problems))

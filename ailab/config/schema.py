@@ -132,10 +132,35 @@ class Model:
     Args:
         mapping: `{parameter of forward: batch field}`.
         output_keys: names of what `forward` returns, for the loss and the metrics. A dict keeps its own names.
+        init: the first weights, from a file or another run: `dict(from_="work_dir/other", skip=["head.*"])`. None: its own.
     """
 
     mapping: dict[str, str] = field(default_factory=dict[str, str])
     output_keys: list[str] = field(default_factory=lambda: list(OUTPUT_KEYS))
+    init: dict[str, Any] | None = None
+
+
+@dataclass
+class Init:
+    """The first weights of the model. They are copied before a ResumeHook looks; a run that goes on does not read them again.
+
+    Names are those of `state_dict()`; the prefixes "module." and "_orig_mod." of wrappers are removed. A pattern has `*` for any
+    text. What matched and what did not is printed once.
+
+    Args:
+        from_: a checkpoint, or a folder that has some (the newest is taken); a torch file of a state_dict, alone or in a dict; or a
+            file of safetensors.
+        part: one sub-module of the file, by its dotted name: "encoder" makes "encoder.0.bias" to "0.bias".
+        rename: `{pattern: new name}`; the text of each `*` goes where the new name has its own. The first match counts.
+        skip: patterns of names, after `rename`: these tensors of the model stay as they are.
+        strict: what is missing, left over or of another shape is an error. False: it is only printed.
+    """
+
+    from_: str | Path
+    part: str | None = None
+    rename: dict[str, str] = field(default_factory=dict[str, str])
+    skip: list[str] = field(default_factory=list[str])
+    strict: bool = True
 
 
 @dataclass
@@ -237,6 +262,7 @@ class Cfg:
 SECTIONS: dict[str, type] = {
     "cfg": Cfg,
     "cfg.model": Model,
+    "cfg.model.init": Init,
     "cfg.loss": Criterion,
     "cfg.optimizer": Optimizer,
     "cfg.data": Data,

@@ -20,6 +20,7 @@ from ailab.core.step import eval_step, given, split_step, tensor_outputs, train_
 from ailab.datasets import Stream
 from ailab.dist import fingerprint
 from ailab.errors import ConfigError, Together
+from ailab.hooks.run.resume import will_resume
 from ailab.job.build import Parts, build_parts, build_stream, explained
 from ailab.job.guard import guarded
 from ailab.job.peers import Blame, compared
@@ -71,7 +72,9 @@ def assemble(
         ConfigError: for whatever does not fit; nothing has been written by then.
         DataError: for an empty dataset, or samples that cannot be read.
     """
-    parts = _alike(_built(cfg, device))
+    parts = _alike(_built(cfg, device, fresh=not will_resume(cfg, device)))
+    for line in parts.loaded.splitlines():
+        say(line)
     if parts.narrowed:
         say(f"data: {', '.join(parts.narrowed)}: float64 in the data set, read as float32, for no parameter is float64.")
     streams = _streams(cfg, parts, device, say)
@@ -126,13 +129,13 @@ def _streams(cfg: Mapping[str, Any], parts: Parts, device: torch.device, say: Ca
     return {phase: stream for phase, stream in made.items() if stream is not None}
 
 
-def _built(cfg: Mapping[str, Any], device: torch.device) -> Parts:
+def _built(cfg: Mapping[str, Any], device: torch.device, *, fresh: bool) -> Parts:
     """The parts, if every rank could build them of the same code and data."""
     if dist.world_size() == 1:
-        return build_parts(cfg, device)
+        return build_parts(cfg, device, fresh=fresh)
     parts, problem = None, None
     try:
-        parts = build_parts(cfg, device)
+        parts = build_parts(cfg, device, fresh=fresh)
     except Exception as e:  # the others must hear of it before it ends this rank
         problem = e
     found: dict[str, str] = {}

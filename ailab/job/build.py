@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ailab import tree
 from ailab.binding import Binding, bind, check_outputs, name_outputs
 from ailab.build import bound_criterion, loss_of
+from ailab.config.schema import Model
 from ailab.core.loss import Functional, kind_of, module_state
 from ailab.datasets import Stream
 from ailab.datasets.files.cache import run_cache
@@ -24,9 +25,11 @@ from ailab.datasets.stream.collate import build_collate
 from ailab.datasets.stream.loading import narrow
 from ailab.errors import AilabError, ConfigError, DataError, Together, nearest
 from ailab.job.proof import Itself, prove_pure, row_wise
+from ailab.job.weights import init_model
 from ailab.optim import Optimizer, build_optimizer
 from ailab.registry import DATASETS, LOSSES, MODELS, OPTIMIZERS, SAMPLERS
 from ailab.rng import mix
+from ailab.signature import parameters
 from ailab.types import Aux, Batch, Buffers, Loss, Params, TrainState, batch_size
 
 T = TypeVar("T")
@@ -52,10 +55,16 @@ class Parts:
     kind: str = "mean"  # what the criterion returns: "mean", "sum", or "scalar"
     double: bool = False  # whether data of float64 stay float64: a parameter has so many digits
     narrowed: tuple[str, ...] = ()  # fields that are float64 in the data set and float32 in a batch
+    loaded: str = ""  # what `cfg.model.init` did, as a table
 
 
-def build_parts(cfg: Mapping[str, Any], device: torch.device) -> Parts:
+def build_parts(cfg: Mapping[str, Any], device: torch.device, *, fresh: bool = True) -> Parts:
     """Build dataset, model, loss and optimizer of a completed cfg.
+
+    Args:
+        cfg: as `check.complete` returns it.
+        device: where the state lives.
+        fresh: False where a checkpoint will replace the first values of the model: `cfg.model.init` is not read then.
 
     Raises:
         ConfigError: when a component refuses its arguments, a mapping does not fit, or there is nothing to train.
@@ -71,6 +80,7 @@ def build_parts(cfg: Mapping[str, Any], device: torch.device) -> Parts:
         together(lambda: _try_optimizer(cfg, model))
     together.raise_errors()
     assert model is not None
+    loaded = init_model(model, cfg["model"]["init"]) if fresh and cfg["model"]["init"] else ""
     state = module_state(model, criterion if isinstance(criterion, nn.Module) else None)
     state = state.replace(step=state.step.to(device))
     optimizer, trainable = _trained(cfg, state) if "train" in phases else (None, _trainable(state, cfg["optimizer"]))
@@ -80,7 +90,7 @@ def build_parts(cfg: Mapping[str, Any], device: torch.device) -> Parts:
     narrowed = () if double else tuple(n for n, t in tree.items(sample) if isinstance(t, Tensor) and t.dtype == torch.float64)
     sample = sample if double else tree.map(narrow, sample)
     fields, losses, pad, kind = _losses(cfg, model, criterion, state, sample, phases)
-    return Parts(model, optimizer, trainable, state, losses, datasets, sample, fields, pad, kind, double, narrowed)
+    return Parts(model, optimizer, trainable, state, losses, datasets, sample, fields, pad, kind, double, narrowed, loaded)
 
 
 def build_dataset(entry: Mapping[str, Any], path: str) -> Any:
@@ -94,7 +104,7 @@ def build_dataset(entry: Mapping[str, Any], path: str) -> Any:
 
 
 def _model(cfg: Mapping[str, Any], device: torch.device) -> nn.Module:
-    entry = {k: v for k, v in cfg["model"].items() if k not in ("mapping", "output_keys")}
+    entry = {k: v for k, v in cfg["model"].items() if k not in parameters(Model).types}
     model = explained(lambda: MODELS.build(entry, "cfg.model"), "cfg.model: could not be built")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"cfg.model.type: expected a torch.nn.Module, got {type(model).__name__}.")

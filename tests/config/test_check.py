@@ -280,7 +280,7 @@ def test_complete_fills_every_default_and_changes_nothing():
     assert full["dist"] == {"backend": None, "init_method": "env://", "sync": "ddp", "shard": None, "timeout_s": 600}
     assert full["data"]["train_dataloader"]["batch_size"] == 8
     assert full["data"]["val_dataloader"]["batch_size"] == 1
-    assert full["model"] == {"type": nn.Linear, "mapping": {}, "output_keys": ["output"]}
+    assert full["model"] == {"type": nn.Linear, "mapping": {}, "output_keys": ["output"], "init": None}
     assert (full["seed"], full["compile"], full["resume_lr"], full["loss"]) == (0, "auto", "keep", None)
     assert complete(full) == full
     assert complete(cfg)["dist"] is not full["dist"]

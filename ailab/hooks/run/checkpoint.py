@@ -70,7 +70,7 @@ def CheckpointHook(
 
     def wrap_run(run_all: Run) -> Run:
         def preemptible(state: TrainState) -> TrainState:
-            if run.rank == 0 and resume_entry(run) is None:
+            if run.rank == 0 and resume_entry(run.cfg) is None:
                 _refuse_earlier_run(directory)
             if run.rank == 0:
                 run.fingerprint()  # now and not at the first save: it reads some samples
@@ -182,9 +182,9 @@ def directory_of(save_dir: str | None, run: RunInfo) -> Path:
     return Path(save_dir) if save_dir else run.work_dir / "checkpoints"
 
 
-def resume_entry(run: RunInfo) -> Mapping[str, Any] | None:
-    """The cfg entry of the enabled ResumeHook of this run."""
-    entries = [e for e in run.cfg["hooks"].values() if short_name(e["type"]) == "ResumeHook" and e["enable"]]
+def resume_entry(cfg: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The entry of the enabled ResumeHook of a completed cfg."""
+    entries = [e for e in cfg["hooks"].values() if short_name(e["type"]) == "ResumeHook" and e["enable"]]
     return entries[0] if entries else None
 
 
@@ -195,6 +195,6 @@ def source_of(resume_from: str | Path | None, run: RunInfo) -> str | None:
 
 
 def _fingerprint(run: RunInfo) -> dict[str, Any]:
-    entry = resume_entry(run)
+    entry = resume_entry(run.cfg)
     source = None if entry is None else source_of(entry.get("resume_from"), run)
     return {**run.fingerprint(), "resume_from": source}

@@ -14,7 +14,7 @@ import torch
 from ailab import dist
 from ailab.core.epoch import PROGRESS, TOTALS, ask_to_stop, began, begun_anew, epochs_done
 from ailab.errors import AilabError, CheckpointError, ConfigError
-from ailab.hooks.run.checkpoint import directory_of, source_of
+from ailab.hooks.run.checkpoint import directory_of, resume_entry, source_of
 from ailab.hooks.step.lr import SLOT as SCHEDULE
 from ailab.hooks.step.lr import restart_lr
 from ailab.registry import HOOKS
@@ -101,6 +101,19 @@ def ResumeHook(
 
     holds = {"holds": directory} if run.steps_per_epoch else {}
     return Middleware(name, wrap, "run", core=holds)
+
+
+def will_resume(cfg: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether the ResumeHook of a completed cfg will find a checkpoint, so that the model's first values are replaced.
+
+    What rank 0 finds holds for all ranks.
+    """
+    entry = resume_entry(cfg)
+    if entry is None:
+        return False
+    directory = Path(entry.get("save_dir") or Path(cfg["work_dir"]) / "checkpoints")
+    found = bool(entry.get("resume_from") or cfg.get("resume_from")) or any(directory.glob("step_*"))
+    return found if dist.world_size() == 1 else bool(dist.broadcast_bytes(b"1" if found else b"", device))
 
 
 @dataclass(frozen=True)
@@ -277,7 +290,7 @@ def _refuse_file(file: Path, path: str) -> None:
     what = f"a state dict of {len(named)} tensors" if plain else "a file"
     raise ConfigError(
         f"{path}: {file} is {what}, and no folder of checkpoints: a run continues from its whole state.\n"
-        "  Load weights into the model: in its __init__, self.load_state_dict(torch.load(file, weights_only=True))."
+        f"  Weights alone are where a model begins: cfg.model.init=dict(from_={str(file)!r})."
     )
 
 
