@@ -277,7 +277,7 @@ def test_a_file_to_resume_from_is_called_what_it_is(tmp_path: Path, capsys: Cap)
     for file, pattern in (
         (
             tmp_path / "weights.pth",
-            r"weights\.pth is a state dict of 2 tensors, and no folder of checkpoints.*\n.*load_state_dict",
+            r"weights\.pth is a state dict of 2 tensors, and no folder of checkpoints.*\n.*cfg\.model\.init=dict\(from_=",
         ),
         (tmp_path / "text.pth", r"text\.pth is a file, and no folder of checkpoints"),
         (own, r"state\.pt is a file of a checkpoint; give its folder, .*step_00000015\.\n"),

@@ -77,7 +77,7 @@ def check(cfg: Any) -> None:
     problems += _component(MODELS, Model, known, "model") + _component(LOSSES, Criterion, known, "loss")
     problems += _component(OPTIMIZERS, Optimizer, known, "optimizer")
     problems += _section(Init, _dict(known.get("model")).get("init"), "cfg.model.init")
-    problems += _check_hooks(known.get("hooks")) + _check_workflow(known)
+    problems += _check_hooks(known.get("hooks")) + _check_resume(known) + _check_workflow(known)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -165,6 +165,14 @@ def _check_hooks(hooks: Any) -> list[str]:
             problems.append(f"{path}: the hook at {seen[name]} is called '{name}' too.\n  Give one of them another `name`.")
         seen[name] = path
     return problems
+
+
+def _check_resume(cfg: Mapping[str, Any]) -> list[str]:
+    """A checkpoint to start from is given where there is a hook that reads it, on or off."""
+    kinds = [short_name(_dict(entry).get("type", "")) for _, _, entry in _hooks(cfg.get("hooks"))]
+    if cfg.get("resume_from") is None or "ResumeHook" in kinds:
+        return []
+    return ["cfg.resume_from: no hook reads it. Add hooks.resume=dict(type='ResumeHook')."]
 
 
 def _workflow(cfg: Mapping[str, Any]) -> list[Any]:

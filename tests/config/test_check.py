@@ -230,6 +230,7 @@ def test_all_problems_are_reported_at_once():
             {"dist": {"backend": "ncll"}},
             "cfg.dist.backend: expected 'nccl' | 'gloo' | None, got str 'ncll'.\n  Did you mean 'nccl'?",
         ),
+        ({"resume_from": "work_dir/a"}, "cfg.resume_from: no hook reads it. Add hooks.resume=dict(type='ResumeHook')."),
         ({"resume_lr": -1.0}, "cfg.resume_lr: expected 'keep' | 'initial' | float >= 0, got float -1.0."),
     ],
 )
