@@ -24,6 +24,8 @@ def _children(tree: Any) -> list[tuple[str, Any]] | None:
         return [(str(k), v) for k, v in tree.items()]
     if isinstance(tree, (list, tuple)):
         return [(str(i), v) for i, v in enumerate(tree)]
+    if tree is None:  # torch 2.11 cannot trace the question whether it is a dataclass
+        return None
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return [(f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree)]
     return None

@@ -24,6 +24,7 @@ _foreach_clone: Callable[[list[Tensor]], Sequence[Tensor]] = getattr(
 _foreach_copy_: Callable[[list[Tensor], list[Tensor]], None] = getattr(torch, "_foreach_copy_")  # noqa: B009
 _STRIDE = Tensor.stride
 _TAKE_SPARSE = ("SGD", "Adagrad")
+_UNADJUSTED = "none"  # of torch's Muon: any word that is no adjustment leaves the learning rate as it is
 
 
 @dataclass(frozen=True)
@@ -145,15 +146,27 @@ def _unchanged_at_zero_lr(adam: Callable[..., None]) -> Callable[..., None]:
 def _with_lr_unrounded(muon: Callable[..., None]) -> Callable[..., None]:
     """Muon whose bfloat16 direction is multiplied by a learning rate at the precision of the parameters.
 
-    torch's form multiplies it by a tensor lr in bfloat16, which is 0.1 % off. By a number, as in eager code, it does not.
+    torch's form multiplies it by a tensor lr in bfloat16, which is 0.1 % off; torch 2.11 does so with a number, too. So it is
+    given 1, and the learning rate comes after it.
     """
 
-    def stepped(params: list[Tensor], *lists: list[Tensor], lr: Tensor, weight_decay: float, **kwargs: Any) -> None:
+    def stepped(
+        params: list[Tensor], *lists: list[Tensor], lr: Tensor, weight_decay: float, adjust_lr_fn: Any, **kwargs: Any
+    ) -> None:
         steps = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
-        muon(steps, *lists, lr=1.0, weight_decay=0.0, **kwargs)
-        params[:] = [(p * (1 - lr * weight_decay) + lr * s).to(p.dtype) for p, s in zip(params, steps, strict=True)]
+        muon(steps, *lists, lr=-1.0, weight_decay=0.0, adjust_lr_fn=_UNADJUSTED, **kwargs)
+        rates = [lr * muon_ratio(adjust_lr_fn, p.shape) for p in params]
+        moved = zip(params, rates, steps, strict=True)
+        params[:] = [(p * (1 - lr * weight_decay) - rate * s).to(p.dtype) for p, rate, s in moved]
 
     return stepped
+
+
+def muon_ratio(adjust: str | None, shape: torch.Size) -> float:
+    """What torch's Muon multiplies the learning rate of a parameter by; a private name of torch."""
+    from torch.optim import _muon
+
+    return _muon._adjust_lr(1.0, adjust, shape)
 
 
 def _for_sparse(plan: _Plan, grads: Params) -> _Plan:
