@@ -99,7 +99,7 @@ class _Window:
 
         cuda = [ProfilerActivity.CUDA] if self.run.device.type == "cuda" else []
         plan = schedule(wait=0, warmup=self.warmup, active=self.active, repeat=1)
-        profiler = profile(activities=[ProfilerActivity.CPU, *cuda], schedule=plan, **self.settings)
+        profiler = profile(activities=[ProfilerActivity.CPU, *cuda], schedule=plan, acc_events=True, **self.settings)
         profiler.start()
         self.profiler = profiler
 
