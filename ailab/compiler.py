@@ -25,8 +25,8 @@ def use_own_cache() -> None:
     """Let the compiler keep its files in a folder of the user's own: it runs what it finds there.
 
     torch's own choice is a name in the folder for temporary files that anybody can guess, and make first. Ours is
-    `$XDG_CACHE_HOME/ailab/inductor`, or `~/.cache/ailab/inductor`, mode 0700; where there is no such folder, a new one for this
-    process alone.
+    `$XDG_CACHE_HOME/ailab/inductor-avx2`, or `~/.cache/ailab/inductor-avx2`, mode 0700, by the vector instructions in use: torch
+    would take code that was made for others. Where there is no such folder, a new one for this process alone.
     """
     # torch puts its own choice into the environment as soon as the compiler is imported, by torchvision say: no user's choice.
     chosen = os.environ.get(_CACHE)
@@ -37,7 +37,7 @@ def use_own_cache() -> None:
 def _users_folder() -> Path | None:
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(base, "ailab", "inductor")
+        folder = Path(base, "ailab", f"inductor-{torch.backends.cpu.get_cpu_capability().lower()}")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():

@@ -13,6 +13,7 @@ import torch
 from ailab.compiler import refusal, tracing_errors, use_own_cache
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+FOLDER = f"inductor-{torch.backends.cpu.get_cpu_capability().lower()}"
 
 STEP = """
 import torch
@@ -44,7 +45,7 @@ def test_the_cache_is_in_a_folder_of_the_users_own(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv(CACHE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     use_own_cache()
-    folder = tmp_path / "ailab" / "inductor"
+    folder = tmp_path / "ailab" / FOLDER
     assert os.environ[CACHE] == str(folder)
     assert folder.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv(CACHE, "/somewhere")
@@ -61,7 +62,15 @@ def test_torchs_own_choice_is_no_choice_of_the_users(tmp_path: Path) -> None:
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["True", str(tmp_path / "ailab" / "inductor")], done.stderr
+    assert done.stdout.split() == ["True", str(tmp_path / "ailab" / FOLDER)], done.stderr
+
+
+def test_code_for_other_vector_instructions_is_not_taken(tmp_path: Path) -> None:
+    """A cache that a machine with other instructions has filled, of a home that both see: torch would take its code and fail."""
+    for capability in ("avx2", "default"):
+        env = {"XDG_CACHE_HOME": str(tmp_path), CACHE: "", "ATEN_CPU_CAPABILITY": capability}
+        assert ran(tmp_path, **env) == "ran 1\n"
+        assert any((tmp_path / "ailab" / f"inductor-{capability}").iterdir())
 
 
 @pytest.mark.parametrize("how", ["a file in the way", "a link"])
@@ -71,7 +80,7 @@ def test_a_folder_that_is_not_ones_own_is_not_used(how: str, tmp_path: Path, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if how == "a link":
         (tmp_path / "ailab").mkdir()
-        (tmp_path / "ailab" / "inductor").symlink_to(tmp_path)
+        (tmp_path / "ailab" / FOLDER).symlink_to(tmp_path)
     else:
         (tmp_path / "ailab").touch()
     use_own_cache()
