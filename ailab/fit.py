@@ -33,7 +33,7 @@ from ailab.process.signals import Signals
 from ailab.signature import short_name
 from ailab.types import RunInfo, TrainState
 from ailab.workdir.bad_samples import BAD_SAMPLES, BadSampleLog
-from ailab.workdir.folder import is_run, lock
+from ailab.workdir.folder import CHECKPOINTS, is_run, lock
 
 _HEAR_RANK_0_S = 1.0  # how long the other ranks leave it to rank 0 to tell of a peer that is gone
 _KEPT = 1 << 30  # bytes of freed memory that the process holds on to
@@ -86,7 +86,7 @@ def _held(job: Job) -> Generator[None]:
     mine = job.info.work_dir
     folders = {mine.resolve(): mine}
     for folder in dict.fromkeys(h.core["holds"] for hooks in job.hooks.values() for h in hooks if "holds" in h.core):
-        if folder.resolve() != mine.resolve() / "checkpoints":
+        if folder.resolve() != mine.resolve() / CHECKPOINTS:
             folders |= {folder.resolve(): folder} | ({folder.resolve().parent: folder.parent} if is_run(folder.parent) else {})
     with ExitStack() as stack:
         for folder in folders.values():

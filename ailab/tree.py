@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
 T = TypeVar("T")
+_foreach_norm: Callable[..., Sequence[Tensor]] = getattr(torch, "_foreach_norm")  # noqa: B009 - one call for all; no public name
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -150,6 +151,11 @@ def _values(tensor: Tensor) -> Tensor:
 def finite(tree: Any) -> Tensor:
     """Whether all elements of all tensors are finite, () bool. The device is not read."""
     return torch.isfinite(norm(tree, float("inf")))  # the largest absolute value cannot overflow, and NaN stays NaN
+
+
+def finite_each(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether all elements are finite, for each dense tensor, (n,) bool. The device is not read."""
+    return torch.stack([n.isfinite() for n in _foreach_norm(list(tensors), float("inf"))])
 
 
 def nbytes(tree: Any) -> int:

@@ -30,7 +30,7 @@ from ailab.testing import check_hook
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-DISK, PHOTOS, INIT, OWN_MODULE, CONTRAST, OWN_HOOKS, FIT, PIECES = BLOCKS
+DISK, PHOTOS, OWN_MODULE, CONTRAST, OWN_HOOKS, FIT, PIECES = BLOCKS
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
 COMMANDS += re.findall(r"`((?:python|torchrun) -m [^`]+)`", TEXT)
 SMALL = ["total_epochs=1", "data.train_dataloader.num_workers=0"]  # 8 pictures need no workers, and need not be large
@@ -159,11 +159,12 @@ def test_a_model_begins_with_the_weights_of_a_file(place: Path) -> None:
         n.replace("conv1.", "stem.") if n.startswith("conv1.") else n.replace("downsample", "short"): t
         for n, t in source.items()
     }
-    torch.save({f"encoder.{n}": t for n, t in old.items()}, "r18.pth")
+    torch.save({f"net.{n}": t for n, t in old.items()}, "r18.pth")
     model = torchvision.models.resnet18(num_classes=2)
     head = model.fc.weight.clone()
-    entry = names_of(INIT, place, "init")["model"]
-    cfg = {**load_cfg("photos.py"), "model": entry}
+    [entry] = re.findall(r"`(init=dict\(.*?\))`", TEXT)
+    cfg = load_cfg("photos.py")
+    cfg["model"].update(names_of(entry, place, "init"))
     check.check(cfg)
     init_model(model, check.complete(cfg)["model"]["init"])
     assert torch.equal(model.fc.weight, head)
@@ -389,4 +390,4 @@ def test_every_block_parses_and_every_file_exists() -> None:
 def test_the_readme_is_short() -> None:
     """At most 330 lines of at most 132 characters."""
     lines = TEXT.splitlines()
-    assert len(lines) <= 345 and max(map(len, lines)) <= 132
+    assert len(lines) <= 330 and max(map(len, lines)) <= 132

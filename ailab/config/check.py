@@ -168,11 +168,16 @@ def _check_hooks(hooks: Any) -> list[str]:
 
 
 def _check_resume(cfg: Mapping[str, Any]) -> list[str]:
-    """A checkpoint to start from is given where there is a hook that reads it, on or off."""
-    kinds = [short_name(_dict(entry).get("type", "")) for _, _, entry in _hooks(cfg.get("hooks"))]
-    if cfg.get("resume_from") is None or "ResumeHook" in kinds:
-        return []
-    return ["cfg.resume_from: no hook reads it. Add hooks.resume=dict(type='ResumeHook')."]
+    """A checkpoint to start from is given where a hook reads it, and is the only thing to start from."""
+    entries = [
+        _dict(entry) for _, _, entry in _hooks(cfg.get("hooks")) if short_name(_dict(entry).get("type", "")) == "ResumeHook"
+    ]
+    problems: list[str] = []
+    if cfg.get("resume_from") is not None and not entries:
+        problems.append("cfg.resume_from: no hook reads it. Add hooks.resume=dict(type='ResumeHook').")
+    if _dict(cfg.get("model")).get("init") and any(e.get("resume_from") or cfg.get("resume_from") for e in entries):
+        problems.append("cfg.model.init: resume_from starts from a whole checkpoint, with its weights. Leave one of them out.")
+    return problems
 
 
 def _workflow(cfg: Mapping[str, Any]) -> list[Any]:

@@ -73,10 +73,8 @@ def assemble(
         DataError: for an empty dataset, or samples that cannot be read.
     """
     parts = _alike(_built(cfg, device, fresh=not will_resume(cfg, device)))
-    for line in parts.loaded.splitlines():
+    for line in parts.lines:
         say(line)
-    if parts.narrowed:
-        say(f"data: {', '.join(parts.narrowed)}: float64 in the data set, read as float32, for no parameter is float64.")
     streams = _streams(cfg, parts, device, say)
     views: list[Callable[[TrainState], TrainState]] = []
     keepers: list[Hook] = []  # hooks that keep memory

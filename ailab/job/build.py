@@ -54,8 +54,7 @@ class Parts:
     pad: Mapping[str, bool]  # by phase: whether the loss can mask padding
     kind: str = "mean"  # what the criterion returns: "mean", "sum", or "scalar"
     double: bool = False  # whether data of float64 stay float64: a parameter has so many digits
-    narrowed: tuple[str, ...] = ()  # fields that are float64 in the data set and float32 in a batch
-    loaded: str = ""  # what `cfg.model.init` did, as a table
+    lines: tuple[str, ...] = ()  # to say once: what the first weights are, and what became of float64 data
 
 
 def build_parts(cfg: Mapping[str, Any], device: torch.device, *, fresh: bool = True) -> Parts:
@@ -80,17 +79,20 @@ def build_parts(cfg: Mapping[str, Any], device: torch.device, *, fresh: bool = T
         together(lambda: _try_optimizer(cfg, model))
     together.raise_errors()
     assert model is not None
-    loaded = init_model(model, cfg["model"]["init"]) if fresh and cfg["model"]["init"] else ""
+    lines = init_model(model, cfg["model"]["init"]) if fresh and cfg["model"]["init"] else []
     state = module_state(model, criterion if isinstance(criterion, nn.Module) else None)
     state = state.replace(step=state.step.to(device))
     optimizer, trainable = _trained(cfg, state) if "train" in phases else (None, _trainable(state, cfg["optimizer"]))
     if optimizer is not None:
         state = state.replace(opt_state=optimizer.init(state.params))
     sample, double = _sample(cfg, datasets, device), any(p.dtype in _DOUBLES for p in state.params.values())
-    narrowed = () if double else tuple(n for n, t in tree.items(sample) if isinstance(t, Tensor) and t.dtype == torch.float64)
+    narrowed = [n for n, t in tree.items(sample) if isinstance(t, Tensor) and t.dtype == torch.float64]
+    if narrowed and not double:
+        names = ", ".join(narrowed)
+        lines.append(f"data: {names}: float64 in the data set, read as float32, for no parameter is float64.")
     sample = sample if double else tree.map(narrow, sample)
     fields, losses, pad, kind = _losses(cfg, model, criterion, state, sample, phases)
-    return Parts(model, optimizer, trainable, state, losses, datasets, sample, fields, pad, kind, double, narrowed, loaded)
+    return Parts(model, optimizer, trainable, state, losses, datasets, sample, fields, pad, kind, double, tuple(lines))
 
 
 def build_dataset(entry: Mapping[str, Any], path: str) -> Any:

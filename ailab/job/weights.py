@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ailab.errors import AilabError, ConfigError, nearest
+from ailab.errors import ConfigError, nearest
 from ailab.workdir import checkpoint
-from ailab.workdir.manifest import MANIFEST
 
 PATH = "cfg.model.init"
 _NESTS = ("model_state", "state_dict", "model", "model_state_dict", "module")  # where trainers put a state_dict in their files
 _SHOWN = 6  # names that a row of the table lists
 
 
-def init_model(model: nn.Module, init: Mapping[str, Any]) -> str:
-    """Copy the weights that a completed `cfg.model.init` names into a model, and return what was done, as a table.
+def init_model(model: nn.Module, init: Mapping[str, Any]) -> list[str]:
+    """Copy the weights that a completed `cfg.model.init` names into a model, and return what was done, as the lines of a table.
 
     Values take the dtype and the device of the model's own. A tensor that has two names needs one of them.
 
@@ -28,7 +27,7 @@ def init_model(model: nn.Module, init: Mapping[str, Any]) -> str:
         ConfigError: when the file cannot be read, a pattern matches nothing, or nothing fits; and under `strict`, when a tensor of
             the model is missing in the file, one of the file is not in the model, or the shapes of two differ.
     """
-    found, where = read_weights(Path(init["from_"]))
+    found, where = _read(Path(init["from_"]))
     try:
         found = checkpoint.remove_module_prefix(found)
         found = checkpoint.get_target_module_state(found, init["part"]) if init["part"] else found
@@ -38,7 +37,7 @@ def init_model(model: nn.Module, init: Mapping[str, Any]) -> str:
     own = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     skipped = _skipped([*own, *found], init["skip"])
     wanted = {n: t for n, t in found.items() if n not in skipped}
-    other = {n: f"{n} {_kind(t)} for {_kind(own[n])}" for n, t in wanted.items() if n in own and not _alike(own[n], t)}
+    other = {n: f"{n} {_kind(t)} for {_kind(own[n])}" for n, t in wanted.items() if n in own and not _fits(own[n], t)}
     fits = {n: t for n, t in wanted.items() if n not in other}
     result = model.load_state_dict(fits, strict=False)
     loaded = {id(t) for n, t in own.items() if n in fits}
@@ -49,18 +48,20 @@ def init_model(model: nn.Module, init: Mapping[str, Any]) -> str:
         "left over": result.unexpected_keys,
         "other shape": list(other.values()),
     }
-    table = "\n".join([f"weights   {where}", *(_row(name, names) for name, names in rows.items() if names)])
+    table = [f"weights   {where}", *(_row(name, names) for name, names in rows.items() if names)]
     if not rows["matched"] or (init["strict"] and any(rows[name] for name in ("missing", "left over", "other shape"))):
         what = "not every tensor fits" if rows["matched"] else "nothing fits"
         raise ConfigError(
-            f"{PATH}: {what}. Missing is what the file has not, left over is what the model has not.\n{table}\n"
+            f"{PATH}: {what}. Missing is what the file has not, left over is what the model has not.\n"
+            + "\n".join(table)
+            + "\n"
             "  part= and rename={'old.*': 'new.*'} bring names together. skip=['head.*'] leaves tensors as they are,\n"
             "  and strict=False all that do not fit."
         )
     return table
 
 
-def _alike(own: Tensor, found: Tensor) -> bool:
+def _fits(own: Tensor, found: Tensor) -> bool:
     """Whether a value can be copied: floats of any width to floats, but no integers (a quantized file) to floats."""
     kinds = [(t.is_floating_point(), t.is_complex()) for t in (own, found)]
     return own.shape == found.shape and kinds[0] == kinds[1]
@@ -75,7 +76,7 @@ def _row(name: str, names: Sequence[str]) -> str:
     return f"  {name:<12}{len(names):>5}  {', '.join(names[:_SHOWN])}{more}"
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     """The state_dict at a path, on the CPU, and what was read, in words. Nothing in a file is executed.
 
     Args:
@@ -86,17 +87,14 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         ConfigError: when there is no such thing, or it is something else.
         CheckpointError: when a checkpoint is damaged.
     """
+    if path.is_dir():
+        return _of_checkpoint(path)
+    load_file = _safetensors(path) if path.suffix == ".safetensors" else None
     try:
-        if path.is_dir():
-            return _of_checkpoint(path)
-        if path.suffix == ".safetensors":
-            return _of_safetensors(path), str(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except AilabError:
-        raise
-    except FileNotFoundError as e:
-        raise ConfigError(f"{PATH}.from_: there is no file or folder {path}.") from e
-    except Exception as e:  # whatever bytes that are no state_dict may raise
+        content = load_file(path) if load_file else torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise ConfigError(f"{PATH}.from_: {path} cannot be read: {e.strerror or e}.") from e
+    except Exception as e:  # bytes that are no such file raise errors of many classes; there is no second, less safe attempt
         what = str(e).partition("\n")[0][:200]
         raise ConfigError(
             f"{PATH}.from_: {path} is no file of tensors alone: {type(e).__name__}: {what}\n"
@@ -106,29 +104,25 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _of_checkpoint(path: Path) -> tuple[dict[str, Tensor], str]:
-    if not (path / MANIFEST).exists():
-        folders = [folder for folder in (path, path / "checkpoints") if folder.is_dir()]
-        newest = next(filter(None, (checkpoint.newest(folder, sweep=False) for folder in folders)), None)
-        if newest is None:
-            raise ConfigError(f"{PATH}.from_: {path} is no checkpoint, and there is none in it.")
-        path = newest.path
-    content, saved = checkpoint.load(path)
-    return content["model_state"], f"{path} (step {saved.step})"
+    if (found := checkpoint.find(path)) is None:
+        raise ConfigError(f"{PATH}.from_: {path} is no checkpoint, and there is none in it.")
+    content, saved = checkpoint.load(found)
+    return content["model_state"], f"{found} (step {saved.step})"
 
 
-def _of_safetensors(path: Path) -> dict[str, Tensor]:
+def _safetensors(path: Path) -> Callable[[Path], dict[str, Tensor]]:
     try:
         from safetensors.torch import load_file
     except ImportError as e:
         raise ConfigError(f"{PATH}.from_: {path} needs the package safetensors: pip install 'ailab[weights]'.") from e
-    return load_file(path)
+    return load_file
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     """The tensors of a state_dict, or of the one that a trainer's file holds."""
     if isinstance(content, Mapping):
         named = cast("Mapping[Any, Any]", content)
-        for nest in (named, *(named.get(key) for key in _NESTS)):
+        for nest in (*(named.get(key) for key in _NESTS), named):  # a trainer's file may have a tensor or two at its top
             if isinstance(nest, Mapping) and (tensors := _tensors(cast("Mapping[Any, Any]", nest))):
                 return tensors
         what = f"a dict with {', '.join(map(str, list(named)[:8]))}"

@@ -155,14 +155,14 @@ def _with_lr_unrounded(muon: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         steps = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
         muon(steps, *lists, lr=-1.0, weight_decay=0.0, adjust_lr_fn=_UNADJUSTED, **kwargs)
-        rates = [lr * muon_ratio(adjust_lr_fn, p.shape) for p in params]
+        rates = [lr * _muon_ratio(adjust_lr_fn, p.shape) for p in params]
         moved = zip(params, rates, steps, strict=True)
         params[:] = [(p * (1 - lr * weight_decay) - rate * s).to(p.dtype) for p, rate, s in moved]
 
     return stepped
 
 
-def muon_ratio(adjust: str | None, shape: torch.Size) -> float:
+def _muon_ratio(adjust: str | None, shape: torch.Size) -> float:
     """What torch's Muon multiplies the learning rate of a parameter by; a private name of torch."""
     from torch.optim import _muon
 

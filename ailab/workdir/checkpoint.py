@@ -21,13 +21,15 @@ from ailab import tree
 from ailab.errors import AilabError, CheckpointError, ConfigError, NonFiniteError, nearest
 from ailab.types import TrainState
 from ailab.workdir import commit
-from ailab.workdir.commit import Keep, newest, retain
+from ailab.workdir.commit import Keep, find, has_any, newest, retain
 from ailab.workdir.manifest import Checkpoint, read_checkpoint
 
 __all__ = [
     "Checkpoint",
     "Keep",
+    "find",
     "get_target_module_state",
+    "has_any",
     "load",
     "newest",
     "remove_module_prefix",
@@ -289,8 +291,8 @@ def _never_right(path: str, state: Mapping[str, Any]) -> Callable[[Tensor], Tens
     if room == "slots":
         ends = [name[i + 1 :] for i, c in enumerate(name) if c == "."]  # an average of `l.weight` is at "ema.l.weight"
         room = next((r for r in ("params", "buffers") if any(e in state[r] for e in ends)), "")
-    if not room:
-        return None
+        if not room:
+            return None
     return torch.isnan if room == "buffers" and not path.endswith(_STATISTICS) else _not_finite
 
 

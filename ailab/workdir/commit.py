@@ -22,6 +22,7 @@ from ailab.metrics.direction import known
 from ailab.signature import check_arguments, mismatch, parameters
 from ailab.types import Direction
 from ailab.workdir import durable
+from ailab.workdir.folder import CHECKPOINTS
 from ailab.workdir.manifest import (
     MANIFEST,
     STATE,
@@ -170,6 +171,19 @@ def newest(directory: Path, *, sweep: bool = True, say: Callable[[str], None] = 
         if steps or any(name.startswith(".bad-") for name in _names(directory)):
             raise CheckpointError(f"{directory}: none of the checkpoints is valid. To start from zero, use another work_dir.")
     return None
+
+
+def find(path: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint that a user names: its own folder, or the newest in a folder of them or in a work_dir. None: none there."""
+    if (path / MANIFEST).exists():
+        return path
+    folders = [folder for folder in (path, path / CHECKPOINTS) if folder.is_dir()]
+    return next((found.path for folder in folders if (found := newest(folder, sweep=False, say=say))), None)
+
+
+def has_any(directory: Path) -> bool:
+    """Whether a checkpoint was ever committed here, valid or not."""
+    return bool(_steps(directory))
 
 
 def retain(directory: Path, keep: Keep, protect: Iterable[Path] = ()) -> list[Path]:

@@ -17,6 +17,7 @@ from typing import Any, Self, cast
 from ailab.errors import CheckpointError, WorkDirError
 from ailab.workdir import durable
 
+CHECKPOINTS = "checkpoints"  # the folder of them in a work_dir
 _OWNER = re.compile(rb"([0-9]{1,10}) ([A-Za-z0-9._-]{1,255})\n")
 
 

@@ -43,7 +43,10 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 FILES: dict[str, tuple[str, Callable[[Any, Path], object]]] = {
     "a state_dict": ("w.pt", torch.save),
     "of DDP and torch.compile": ("w.pth", lambda s, f: torch.save({f"module._orig_mod.{n}": t for n, t in s.items()}, f)),
-    "in a trainer's file": ("w.ckpt", lambda s, f: torch.save({"epoch": 3, "state_dict": s, "optimizer": {"lr": 1.0}}, f)),
+    "in a trainer's file": (
+        "w.ckpt",
+        lambda s, f: torch.save({"loss": torch.ones(()), "state_dict": s, "optimizer": {"lr": 1.0}}, f),
+    ),
     "safetensors": ("w.safetensors", save_file),
 }
 
@@ -100,7 +103,6 @@ def test_a_part_of_a_file_becomes_a_part_of_a_model(tmp_path: Path) -> None:
 
 def test_the_first_pattern_renames_and_each_star_keeps_its_text(tmp_path: Path) -> None:
     """`*` stands for any text, as in torchvision's and timm's names; a name that no pattern matches stays."""
-    found = {"layer1.first.w": torch.ones(4, 8), "layer1.first.b": torch.zeros(8), "x": torch.ones(1)}
     model = nn.ModuleDict({"blocks": nn.ModuleDict({"first": nn.Linear(8, 4)})})
     torch.save({"layer1.first.w": torch.ones(4, 8), "layer1.first.b": torch.full((4,), 2.0)}, tmp_path / "w.pt")
     rename = {"layer*.*.w": "blocks.*.weight", "*.b": "*.bias"}
@@ -110,7 +112,7 @@ def test_the_first_pattern_renames_and_each_star_keeps_its_text(tmp_path: Path) 
         init_model(model, dict(from_=tmp_path / "w.pt", part=None, rename=rename, skip=[], strict=True))
     rename = {"layer1.*.w": "blocks.*.weight", "layer1.*.b": "blocks.*.bias", "*": "y.*"}
     init_model(model, dict(from_=tmp_path / "w.pt", part=None, rename={**rename, "layer1.*": "never.*"}, skip=[], strict=True))
-    assert torch.equal(model["blocks"]["first"].weight, found["layer1.first.w"])
+    assert torch.equal(model["blocks"]["first"].weight, torch.ones(4, 8))
     assert torch.equal(model["blocks"]["first"].bias, torch.full((4,), 2.0))
 
 
@@ -173,7 +175,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         r"'first\.weight' and 'last\.weight' would both be 'last\.weight'",
     ),
     "skips nothing": (dict(skip=["haed.*"]), r"cfg\.model\.init\.skip\[0\]: no tensor of the model or the file matches"),
-    "no file": (dict(from_="nowhere.pt"), r"cfg\.model\.init\.from_: there is no file or folder nowhere\.pt"),
+    "no file": (dict(from_="nowhere.pt"), r"cfg\.model\.init\.from_: nowhere\.pt cannot be read: No such file"),
     "an empty folder": (dict(from_="."), r"is no checkpoint, and there is none in it"),
     "code": (dict(from_="code.pt"), r"code\.pt is no file of tensors alone"),
     "no archive": (dict(from_="text.pt"), r"text\.pt is no file of tensors alone"),
@@ -207,6 +209,15 @@ def test_a_run_that_goes_on_does_not_read_the_file_again(tmp_path: Path) -> None
     assert all(torch.equal(resumed.state.params[n], whole.state.params[n]) for n in whole.state.params)
     with pytest.raises(ConfigError, match=r"cfg\.model\.init\.from_: .* -> 'other\.pt'"):
         fit({**cfg, "model": dict(type=Net, init=dict(from_="other.pt"))})
+
+
+def test_there_is_one_place_to_start_from(tmp_path: Path) -> None:
+    """A whole checkpoint has weights too: with both, one of them would not be read."""
+    hooks = dict(resume=dict(type="ResumeHook", resume_from="work_dir/a"))
+    with pytest.raises(
+        ConfigError, match=r"cfg\.model\.init: resume_from starts from a whole checkpoint.*Leave one of them out"
+    ):
+        begun(tmp_path, dict(from_="w.pt"), **hooks)
 
 
 @pytest.mark.parametrize("sync", ["ddp", "graph"])

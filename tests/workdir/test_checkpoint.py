@@ -343,6 +343,9 @@ def test_a_mask_and_the_memory_of_a_hook_may_be_infinite(tmp_path: Path, path: s
     state = state.replace(buffers={**state.buffers, "mask": torch.zeros(3)}).with_slot("hook", {"best": torch.zeros(3)})
     dict(tree.items(state))[path][1] = bad
     assert load(save(tmp_path, content_of(state), step=1, epoch=0))
+    state.buffers["mask"][1] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"^buffers\.mask "):
+        save(tmp_path, content_of(state), step=2, epoch=0)
 
 
 def test_large_finite_values_are_no_infinity(tmp_path: Path) -> None:

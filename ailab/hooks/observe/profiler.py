@@ -99,6 +99,7 @@ class _Window:
 
         cuda = [ProfilerActivity.CUDA] if self.run.device.type == "cuda" else []
         plan = schedule(wait=0, warmup=self.warmup, active=self.active, repeat=1)
+        # acc_events: there is one cycle, and torch 2.11 warns without it.
         profiler = profile(activities=[ProfilerActivity.CPU, *cuda], schedule=plan, acc_events=True, **self.settings)
         profiler.start()
         self.profiler = profiler

@@ -19,6 +19,7 @@ from ailab.types import Batch, Epoch, Logs, Mean, Run, RunInfo, Step, TrainState
 from ailab.workdir import checkpoint
 from ailab.workdir.checkpoint import Keep
 from ailab.workdir.commit import check_keep, record_best
+from ailab.workdir.folder import CHECKPOINTS
 
 Save = Callable[[TrainState, Mapping[str, float]], None]
 
@@ -55,7 +56,7 @@ def CheckpointHook(
         raise ConfigError(f"cfg.hooks.{name}: interval={interval}, every_steps={every_steps}; both are at least 1.")
     if not run.steps_per_epoch:
         return []  # nothing new comes out of an evaluation
-    directory, kept = directory_of(save_dir, run), Keep(**dict(keep or {}))
+    directory, kept = directory_of(save_dir, run.work_dir), Keep(**dict(keep or {}))
     files = _Files(directory, kept, run, f"cfg.hooks.{name}.keep.mode")
     pending = _PendingSave(files.save, interval, every_steps)
 
@@ -177,9 +178,9 @@ def _refuse_earlier_run(directory: Path) -> None:
         )
 
 
-def directory_of(save_dir: str | None, run: RunInfo) -> Path:
+def directory_of(save_dir: str | None, work_dir: Path) -> Path:
     """The folder of the checkpoints of a run."""
-    return Path(save_dir) if save_dir else run.work_dir / "checkpoints"
+    return Path(save_dir) if save_dir else work_dir / CHECKPOINTS
 
 
 def resume_entry(cfg: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -188,13 +189,13 @@ def resume_entry(cfg: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return entries[0] if entries else None
 
 
-def source_of(resume_from: str | Path | None, run: RunInfo) -> str | None:
+def source_of(resume_from: str | Path | None, cfg: Mapping[str, Any]) -> str | None:
     """The absolute path of `resume_from`."""
-    source = resume_from or run.cfg.get("resume_from")
+    source = resume_from or cfg.get("resume_from")
     return os.path.abspath(source) if source else None
 
 
 def _fingerprint(run: RunInfo) -> dict[str, Any]:
     entry = resume_entry(run.cfg)
-    source = None if entry is None else source_of(entry.get("resume_from"), run)
+    source = None if entry is None else source_of(entry.get("resume_from"), run.cfg)
     return {**run.fingerprint(), "resume_from": source}

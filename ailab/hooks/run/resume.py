@@ -69,14 +69,14 @@ def ResumeHook(
         raise ConfigError(f"{path}.resume_lr is {resume_lr!r}; it is 'keep', 'initial' or a learning rate.")
     if changed not in ("refuse", "accept"):
         raise ConfigError(f"{path}.changed is {changed!r}; it is 'refuse' or 'accept'.")
-    source, directory = source_of(resume_from, run), directory_of(save_dir, run)
+    source, directory = source_of(resume_from, run.cfg), directory_of(save_dir, run.work_dir)
     if source is not None and Path(source).is_file():
         _refuse_file(Path(source), f"{path}.resume_from" if resume_from else "cfg.resume_from")
     rate = resume_lr if resume_lr != "keep" else run.cfg.get("resume_lr", "keep")
 
     def wrap(run_all: Run) -> Run:
         def resumed(state: TrainState) -> TrainState:
-            found = _from_first(run, lambda: str(_find(source, directory, run) or ""))
+            found = _from_first(run.device, lambda: str(_find(source, directory, run) or ""))
             if not found:
                 if not run.steps_per_epoch:
                     run.say(f"warning: there is no checkpoint in {directory}: the first weights are evaluated")
@@ -111,9 +111,8 @@ def will_resume(cfg: Mapping[str, Any], device: torch.device) -> bool:
     entry = resume_entry(cfg)
     if entry is None:
         return False
-    directory = Path(entry.get("save_dir") or Path(cfg["work_dir"]) / "checkpoints")
-    found = bool(entry.get("resume_from") or cfg.get("resume_from")) or any(directory.glob("step_*"))
-    return found if dist.world_size() == 1 else bool(dist.broadcast_bytes(b"1" if found else b"", device))
+    source, directory = source_of(entry.get("resume_from"), cfg), directory_of(entry.get("save_dir"), Path(cfg["work_dir"]))
+    return bool(_from_first(device, lambda: "yes" if source or checkpoint.has_any(directory) else ""))
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def _compared(saved: Checkpoint, run: RunInfo, *, accept: bool, other: bool, new
         new = run.fingerprint()
         return json.dumps([record.changes(old.get(s, {}), new.get(s, {})) for s in ("results", "end", "code", "bits")])
 
-    results, end, code, bits = json.loads(_from_first(run, compare))
+    results, end, code, bits = json.loads(_from_first(run.device, compare))
     results = [line for line in results if not (new_lr and _LR.match(line))]
     slots = {n: (p, r) for n, (p, r) in old.get("slots", {}).items()}
     return _Change(saved.path, accept, other, results, end, code, bits, slots)
@@ -263,18 +262,18 @@ def _words(run: RunInfo, before: Mapping[str, tuple[str, str]]) -> Callable[[str
     return words
 
 
-def _from_first(run: RunInfo, make: Callable[[], str]) -> str:
+def _from_first(device: torch.device, make: Callable[[], str]) -> str:
     """What rank 0 makes, on every rank; what it raises, too."""
-    if run.world_size == 1:
+    if dist.world_size() == 1:
         return make()
     text, problem = "", None
-    if run.rank == 0:
+    if dist.rank() == 0:
         try:
             text = make()
         except AilabError as e:
             problem = e
     dist.compare({}, problem)
-    return dist.broadcast_bytes(text.encode(), run.device).decode()
+    return dist.broadcast_bytes(text.encode(), device).decode()
 
 
 def _refuse_file(file: Path, path: str) -> None:
@@ -315,13 +314,10 @@ def _find(source: str | None, directory: Path, run: RunInfo) -> Path | None:
 
 
 def _named(source: str, run: RunInfo) -> Path:
-    path = Path(source)
-    if (path / MANIFEST).exists():
-        return path
-    found = checkpoint.newest(path, sweep=False, say=run.say) if path.is_dir() else None
+    found = checkpoint.find(Path(source), run.say)
     if found is None:
         raise CheckpointError(f"resume_from={source!r}: there is no checkpoint there.")
-    return found.path
+    return found
 
 
 def _to_evaluate(saved: Mapping[str, Any], like: TrainState) -> Mapping[str, Any]:

@@ -23,8 +23,8 @@ def SkipNonFiniteHook(
 ) -> list[Middleware[Any]]:
     """Skip a step whose gradient, new parameters or new buffers are not finite.
 
-    It is a `where` inside the graph, without a device read per step. The buffers are those that the step has changed and that
-    were finite before: a mask may hold -inf.
+    It is a `where` inside the graph, without a device read per step. A buffer that was not finite before does not count: a mask
+    may hold -inf.
 
     A skipped step counts in `state.step`. Parameters, buffers, optimizer state and the other slots do not change. The log
     "skipped" is the fraction of such steps. The hook checks the gradient of the hooks listed before it, over all ranks.
@@ -85,9 +85,12 @@ def SkipNonFiniteHook(
 
 
 def _still_finite(before: Buffers, after: Buffers) -> Tensor | bool:
-    """Whether each buffer that the step has changed is finite, or was not finite before, () bool."""
-    changed = [n for n, b in after.items() if b is not before[n] and b.is_floating_point()]
-    return torch.stack([tree.finite(after[n]) | ~tree.finite(before[n]) for n in changed]).all() if changed else True
+    """Whether each floating-point buffer is finite, or was not finite before, () bool. Two calls for all of them."""
+    names = [n for n, b in after.items() if b.is_floating_point()]
+    if not names:
+        return True
+    now, then = (tree.finite_each([buffers[n] for n in names]) for buffers in (after, before))
+    return (now | ~then).all()
 
 
 def _memory(state: TrainState) -> dict[str, Tensor]:
