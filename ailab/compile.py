@@ -97,7 +97,7 @@ class Compiled:
         at, clock = state.at, state.step
         with torch.no_grad():
             after, logs = self.step(state, batch)
-            out = seal(logs)
+            out = seal(logs, clock.device)
         if after is not state:
             after.known_at(at + (after.step is not clock))  # an evaluation step does not advance it
             if self.donate:
@@ -316,7 +316,7 @@ def _flat(step: Step, like: TrainState, donate: bool, name: str) -> Callable[...
         rest = iter(leaves)
         state = tree.unflatten(template, [next(rest) if leaf is None else leaf for leaf in tree.leaves(template)])
         after, logs = step(state, batch)
-        out = seal(logs)
+        out = seal(logs, state.step.device)
         new = [leaf for leaf in tree.leaves(after) if isinstance(leaf, Tensor)]
         ticks = int(after.step is not state.step)  # an evaluation step does not advance the clock
         same = [(a.shape, a.dtype) for a in leaves] == [(b.shape, b.dtype) for b in new]

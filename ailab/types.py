@@ -235,12 +235,12 @@ class Logs(Mapping[str, Mean]):
         return Logs(tuple(n for p in parts for n in p.names), torch.cat([p.packed for p in parts]), None, wall)
 
 
-def pack(logs: Mapping[str, Mean]) -> Tensor:
-    """Logs as one (len(logs), 2) float64 tensor of totals and weights; detached."""
+def pack(logs: Mapping[str, Mean], device: torch.device | None = None) -> Tensor:
+    """Logs as one (len(logs), 2) float64 tensor of totals and weights, detached; on `device` where there are none."""
     if isinstance(logs, Logs):
         return logs.packed
     if not logs:
-        return torch.zeros(0, 2, dtype=torch.float64)
+        return torch.zeros(0, 2, dtype=torch.float64, device=device)
     flat = [t.detach() for m in logs.values() for t in (m.total, m.weight)]
     if any(t.dim() for t in flat):
         strange = {n: m for n, m in logs.items() if m.total.dim() or m.weight.dim()}
@@ -251,12 +251,14 @@ def pack(logs: Mapping[str, Mean]) -> Tensor:
     return torch.stack(flat).to(torch.float64).view(-1, 2)
 
 
-def seal(logs: Mapping[str, Any]) -> Logs:
-    """What a step reported as one packed tensor, and the model outputs that came with it; sealed logs as they are."""
+def seal(logs: Mapping[str, Any], device: torch.device | None = None) -> Logs:
+    """What a step on `device` reported as one packed tensor, and the model outputs with it; sealed logs as they are."""
     if isinstance(logs, Logs):
         return logs
     means = {n: m for n, m in logs.items() if isinstance(m, Mean)}
-    return Logs(tuple(means), pack(means), {n.removeprefix(OUTPUT): v for n, v in logs.items() if not isinstance(v, Mean)})
+    return Logs(
+        tuple(means), pack(means, device), {n.removeprefix(OUTPUT): v for n, v in logs.items() if not isinstance(v, Mean)}
+    )
 
 
 Loss: TypeAlias = Callable[[Params, Buffers, Batch], tuple[Tensor, Aux]]  # the total, to be divided by aux.weight

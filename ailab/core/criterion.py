@@ -150,8 +150,10 @@ def _combined(parts: dict[str, Mean], factors: Mapping[str, Any], returned: dict
         return Result(parts[""], {}, returned)
     if _TOTAL in parts:
         return Result(parts[_TOTAL], {n: p for n, p in parts.items() if n != _TOTAL}, returned)
-    weight = batch[WEIGHT].sum() if WEIGHT in batch else float(batch_size(batch))
+    weight = batch[WEIGHT].sum() if WEIGHT in batch else None
     scaled = {n: Mean(p.total * factors[n], p.weight) if n in factors else p for n, p in parts.items()}
-    total = torch.stack([p.value * weight for p in scaled.values()]).sum()
+    values = [p.value for p in scaled.values()]
+    weight = torch.full_like(values[0], float(batch_size(batch))).detach() if weight is None else weight.to(values[0].dtype)
+    total = torch.stack([v * weight for v in values]).sum()
     logs = {**parts, **{f"{n}_weighted": scaled[n] for n in factors}}
-    return Result(Mean(total, torch.as_tensor(weight, dtype=total.dtype, device=total.device)), logs, returned)
+    return Result(Mean(total, weight.to(total.dtype)), logs, returned)

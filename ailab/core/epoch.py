@@ -39,7 +39,7 @@ def tally(names: Sequence[str]) -> Middleware[Step]:
     def wrap(step: Step) -> Step:
         def tallied(state: TrainState, batch: Batch) -> tuple[TrainState, Mapping[str, Mean]]:
             state, logs = step(state, batch)
-            sealed = seal(logs)
+            sealed = seal(logs, state.step.device)
             return state.with_slot(TOTALS, state.slots[TOTALS] + sealed.packed), sealed
 
         return tallied

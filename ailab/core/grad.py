@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ailab import dist, tree
-from ailab.core.loss import tensors_held
+from ailab.core.loss import tensors_held, while_tracing
 from ailab.core.reduce import control_message, reduced
 from ailab.errors import ConfigError
 from ailab.optim.derivative import refuse_derivative
@@ -22,7 +22,13 @@ from ailab.types import LOSS_SCALE, Aux, Batch, Buffers, Grad, Loss, Params, Tra
 # torch.func.grad inside torch.compile is not on 2.11 and 2.13 (it can skip a custom backward). See tests/core/test_grad.py.
 _REQUIRES_GRAD_TRACES = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 14)
 _ROOM = 16  # numbers: gradients that lie behind the message in a bucket keep their alignment, which is worth 2 % of a step
-_ANCHOR = torch.zeros((), requires_grad=True)
+_ANCHORS: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+@while_tracing
+def _anchor(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A zero that requires grad, a constant of the graph: made on the device, so that no step copies it there."""
+    return _ANCHORS.setdefault((device, dtype), torch.zeros((), dtype=dtype, device=device, requires_grad=True))
 
 
 def _leaf(param: Tensor) -> Tensor:
@@ -30,7 +36,7 @@ def _leaf(param: Tensor) -> Tensor:
     if param.requires_grad:
         return param
     if torch.compiler.is_compiling() and not _REQUIRES_GRAD_TRACES:
-        return param.detach() + _ANCHOR.to(param.device, param.dtype)  # adds 0; fuses with what made `param`
+        return param.detach() + _anchor(param.device, param.dtype)  # adds 0; fuses with what made `param`
     return param.detach().requires_grad_()
 
 
@@ -334,17 +340,3 @@ def _bucketed(grads: Params, cap_mb: float) -> list[list[str]]:
             buckets[-1].append(n)
             size += nbytes
     return buckets
-
-
-def has_custom_backward(total: Tensor) -> bool:
-    """Whether a custom `autograd.Function` (or a custom operator's `register_autograd`) took part in `total`."""
-    todo, seen = [total.grad_fn], set[Any]()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            return True
-        seen.add(node)
-        todo.extend(n for n, _ in node.next_functions)
-    return False

@@ -80,7 +80,7 @@ class _Held(AbstractContextManager[None]):
             functional.put_back(kept)
 
 
-def _while_tracing(fn: Callable[..., T]) -> Callable[..., T]:
+def while_tracing(fn: Callable[..., T]) -> Callable[..., T]:
     """Run a function while a graph is traced, and its result is a constant of the graph.
 
     It is `torch.compiler.assume_constant_result`, which would import the compiler; what that sets is a private name.
@@ -166,7 +166,7 @@ class Functional:
         own = param.requires_grad and not torch.compiler.is_compiling() and gradient_hooks(param) == hooks
         return param if own or not param.requires_grad else _GradientHooks.apply(param, hooks)  # type: ignore[return-value] # apply is untyped
 
-    @_while_tracing
+    @while_tracing
     def _set_mode(self) -> bool:
         """Runs while a graph is traced, and not in it: the mode is fixed in the graph."""
         self.module.train(self.training)

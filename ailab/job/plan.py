@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ailab.compile import Compiled, lift
-from ailab.core.grad import has_custom_backward, local_grad
+from ailab.core.grad import local_grad
 from ailab.errors import ConfigError
 from ailab.job.build import Parts
 from ailab.job.draws import Draws
@@ -97,3 +98,17 @@ def verify_gradient(parts: Parts, state: TrainState) -> None:
             f"cfg.compile: the compiled gradient of {worst[1]!r} is wrong by {worst[0]:.1%}: a custom autograd.Function\n"
             "  is not honoured by this version of torch. Use compile=dict(cut='loss') or compile=False."
         )
+
+
+def has_custom_backward(total: Tensor) -> bool:
+    """Whether a custom `autograd.Function` (or a custom operator's `register_autograd`) took part in `total`."""
+    todo, seen = [total.grad_fn], set[Any]()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(node)
+        todo.extend(n for n, _ in node.next_functions)
+    return False

@@ -108,14 +108,14 @@ def _classification(criterion: Any, input: Tensor, target: Tensor, *, weight: Te
     if target.is_floating_point():
         return _mean_per_sample(criterion, input, target)
     counted = target != criterion.ignore_index  # an ignored target has the value 0
+    weights = counted
+    if criterion.weight is not None:  # by `where`: how many are counted is not read from the device
+        weights = counted * criterion.weight[torch.where(counted, target, 0)]
     if weight is None and input.dtype not in (torch.float16, torch.bfloat16):
         total = criterion.summed.forward(input, target)
-        weights = counted if criterion.weight is None else criterion.weight[target[counted]]
         return Mean(total, weights.sum().to(total.dtype))
     values = widened(criterion.forward(input, target))  # a half cannot hold a sum over many targets, nor their number
-    weights = counted.to(values.dtype)
-    if criterion.weight is not None:
-        weights = weights * criterion.weight[torch.where(counted, target, 0)].to(values.dtype)
+    weights = weights.to(values.dtype)
     weight = torch.ones(len(target), dtype=values.dtype, device=values.device) if weight is None else weight.to(values.dtype)
     if values.dim() > 1:
         weight = weight.view(-1, *[1] * (values.dim() - 1)).expand_as(values).reshape(-1)

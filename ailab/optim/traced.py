@@ -234,7 +234,8 @@ def _call(
     if plan.takes_lr:
         kwargs["lr"] = lr.item() if plan.lr_as_float and not traced else lr.to(plan.lr_dtype)
     if plan.step_as == "state_steps" and (traced or not plan.kernel):
-        kwargs["state_steps"] = _steps(plan, step, len(values), traced)
+        # By position, behind the lists: given by name on a GPU, torch 2.11 refuses to trace it.
+        columns = [*columns, _steps(plan, step, len(values), traced)]
     elif plan.step_as is not None:
         kwargs["step"] = step
     call(values, grads, *columns, **kwargs)

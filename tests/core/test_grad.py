@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ailab import tree
 from ailab.build import loss_of
 from ailab.compile import compile
-from ailab.core.grad import _gradients, has_custom_backward, local_grad, reciprocal
+from ailab.core.grad import _gradients, local_grad, reciprocal
 from ailab.core.loss import module_state
 from ailab.core.step import train_step
+from ailab.job.plan import has_custom_backward
 from ailab.optim import build_optimizer
 from ailab.stack import Middleware, stack
 from ailab.types import LOSS_SCALE, WEIGHT, Aux, Batch, Grad, Params, TrainState

@@ -142,12 +142,13 @@ def _plateau(scheduler: Mapping[str, Any], metric: str, run: RunInfo, path: str,
             before = {**before, "best": rule.init()["best"]} if bool(before["best"].isnan()) else before
             memory, new = rule.update(before, float(logs[metric].value), rates)
             rates_ = [torch.full_like(old, r) for old, r in zip(lrs(state.opt_state), new, strict=True)]
+            memory = {k: v.to(state.step.device) for k, v in memory.items()}
             return state.replace(opt_state=with_lrs(state.opt_state, rates_)).with_slot(SLOT, memory), logs
 
         return watched
 
     def init(state: TrainState) -> dict[str, Tensor]:  # before it is known which results are better
-        memory = next(iter(rules.values())).init()
+        memory = {k: v.to(state.step.device) for k, v in next(iter(rules.values())).init().items()}
         return {**memory, "best": torch.full_like(memory["best"], float("nan"))}
 
     reads, ranks = {asked: metric}, {} if mode else {ranked: metric}
