@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from ailab.compiler import (
     tracing_errors,
     use_own_cache,
 )
+from ailab.cuda_graph import Captured, Replay
 from ailab.errors import ConfigError
 from ailab.rng import begin_step, drawn_by_rank, end_step, mix
 from ailab.types import DRAW, Batch, Logs, Step, TrainState, seal
@@ -32,36 +34,51 @@ class Compiled:
     Seeds the generators from `(seed, state.step)` before each step, so that any step can be replayed and no generator state is
     stored. With `donate` the state passed in is consumed: its memory holds the new state, and touching the old one raises
     `DonatedError`.
+
+    Args:
+        step: `(TrainState, Batch) -> (TrainState, Logs)`, pure; traced as one graph (`fullgraph=True`), one per batch shape.
+        enabled: False runs the step eagerly, with everything else the same.
+        donate: reuse the memory of the state that is passed in; it may not be read afterwards.
+        mode: of `torch.compile`.
+        seed: of the model's randomness; the generators are seeded from `(seed, state.step)` before each step. None: they are
+            not, for a step inside another one.
+        rank: of this process, for a step of which all that is drawn shall differ between ranks (evaluation). None: only what a
+            core over several ranks draws below its reduction does. A graph of a whole step has one generator: it is all or none.
+        name: of the step, in reports and tracebacks.
+        report: called with one line when a further graph is compiled: what differs from the first.
+        overlap: the step sums over ranks: let the compiler hide that behind what it computes.
+        replay: record the compiled step, and launch the recording in its place; it needs `donate`.
     """
 
     def __init__(
         self,
         step: Step,
         *,
-        enabled: bool,
-        donate: bool,
-        mode: str | None,
-        seed: int | None,
-        rank: int | None,
-        name: str,
-        report: Callable[[str], None] | None,
+        enabled: bool = True,
+        donate: bool = True,
+        mode: str | None = None,
+        seed: int | None = 0,
+        rank: int | None = None,
+        name: str = "train",
+        report: Callable[[str], None] | None = None,
         overlap: bool = False,
+        replay: Replay | None = None,
     ):
-        self.overlap = overlap
+        self.overlap, self.replay = overlap, replay if enabled and donate else None
         self.step, self.enabled, self.donate, self.mode, self.name = step, enabled, donate, mode, name
         self.seed, self.rank, self.report = seed, rank, report
         self.graphs: dict[Any, Callable[..., Any]] = {}  # by the layout of everything that goes in
         self._layouts: dict[Any, int] = {}  # of states that were seen, numbered
         self._layout = 0  # number of this one's
         self._settings = Settings()
-        self._state: TrainState | None = None  # the state whose leaves are below
+        self._state: weakref.ref[TrainState] | None = None  # to the state whose leaves are below, as long as anybody has it
         self._leaves: list[Tensor] = []
         self._tracked: dict[Any, list[bool]] = {}  # by structure: which leaves require grad
         self._device: torch.device = torch.device("cpu")
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Logs]:
         """One step; the state that was passed in is consumed unless `donate` is off."""
-        if state is not self._state:
+        if self._state is None or state is not self._state():
             self._enter(state)
         run = self._graph if self.enabled else self._eager
         if self.seed is None:
@@ -75,8 +92,13 @@ class Compiled:
                 after, logs = (run if self.rank is None else drawn_by_rank(run, self.rank))(state, batch)
             finally:
                 end_step()
-        self._state = after
+        self._state = weakref.ref(after, self._forget)
         return after, logs
+
+    def _forget(self, state: weakref.ref[TrainState]) -> None:
+        """Nobody has the last state any more: nor shall this step hold its tensors."""
+        if state is self._state:
+            self._state, self._leaves = None, []
 
     def _enter(self, state: TrainState) -> None:
         """Flatten a state that did not come out of the previous call."""
@@ -89,7 +111,11 @@ class Compiled:
         structure = tuple([(path, None if isinstance(leaf, Tensor) else leaf) for path, leaf in everything])
         leaves = [leaf for _, leaf in everything if isinstance(leaf, Tensor)]
         tracked = self._tracked.setdefault(structure, [leaf.requires_grad for leaf in leaves])
-        self._leaves = [_alike(leaf, grad) for leaf, grad in zip(leaves, tracked, strict=True)]
+        leaves = [_alike(leaf, grad) for leaf, grad in zip(leaves, tracked, strict=True)]
+        last = self._state() if self._state is not None and self.donate else None
+        if last is not None and _share_memory(self._leaves, leaves):
+            last.consume(state.at + 1)  # `state` was made of it, and this step writes to what they share
+        self._leaves = leaves
         layout = (structure, *[_layout(leaf) for leaf in self._leaves])
         self._layout = self._layouts.setdefault(layout, len(self._layouts))
 
@@ -110,15 +136,29 @@ class Compiled:
             # All that a graph depends on is in this key, so that the graph itself checks nothing: guards cost 15 % of a small step.
             settings = self._settings(self._device)
             key = (self._layout, settings, _shared(fields), *[(k, _layout(v)) for k, v in fields.items()])
-            run = self.graphs.get(key)
+            run, given = self.graphs.get(key), state
+            if isinstance(run, Captured) and run.homes is not self._leaves:
+                state = self._at_home(run, state, fields)
             names, packed, outputs, leaves, ticks = run(self._leaves, fields) if run else self._first(key, state, fields)
         at = state.at + ticks
         if self.donate:
+            if given is not state:
+                given.consume(at)
             return state.consume(at), Logs(names, packed, outputs)
         after = tree.unflatten(state, _merge(state, leaves))
         after.known_at(at)
         self._enter(after)
         return after, Logs(names, packed, outputs)
+
+    def _at_home(self, run: Captured, state: TrainState, fields: Batch) -> TrainState:
+        """The state with its values where the recorded step reads and writes them; as it is while there is no recording."""
+        homes = run.adopt(self._leaves, fields)
+        if homes is None:
+            return state
+        self._leaves = homes
+        moved = tree.unflatten(state, _merge(state, homes))
+        moved.known_at(state.at)
+        return moved
 
     def _first(self, key: Any, state: TrainState, fields: Batch) -> Any:
         """Compile a graph for this layout, run it, and keep it."""
@@ -147,40 +187,11 @@ class Compiled:
             self.report(
                 f"{self.name} step: compiled graph {len(self.graphs) + 1}, for {_difference(next(iter(self.graphs)), key)}"
             )
-        self.graphs[key] = run
+        self.graphs[key] = run if self.replay is None else self.replay.of(run, self.name)
         return result
 
 
-def compile(
-    step: Step,
-    *,
-    enabled: bool = True,
-    donate: bool = True,
-    mode: str | None = None,
-    seed: int | None = 0,
-    rank: int | None = None,
-    name: str = "train",
-    report: Callable[[str], None] | None = None,
-    overlap: bool = False,
-) -> Compiled:
-    """Lift a pure step over the compile line.
-
-    Args:
-        step: `(TrainState, Batch) -> (TrainState, Logs)`, pure; traced as one graph (`fullgraph=True`), one per batch shape.
-        enabled: False runs the step eagerly, with everything else the same.
-        donate: reuse the memory of the state that is passed in; it may not be read afterwards.
-        mode: of `torch.compile`.
-        seed: of the model's randomness; the generators are seeded from `(seed, state.step)` before each step. None: they are
-            not, for a step inside another one.
-        rank: of this process, for a step of which all that is drawn shall differ between ranks (evaluation). None: only what a
-            core over several ranks draws below its reduction does. A graph of a whole step has one generator: it is all or none.
-        name: of the step, in reports and tracebacks.
-        report: called with one line when a further graph is compiled: what differs from the first.
-        overlap: the step sums over ranks: let the compiler hide that behind what it computes.
-    """
-    return Compiled(
-        step, enabled=enabled, donate=donate, mode=mode, seed=seed, rank=rank, name=name, report=report, overlap=overlap
-    )
+compile = Compiled
 
 
 def lift(
@@ -279,6 +290,10 @@ def _refuse_shared(state: TrainState) -> None:
                 f"state.{path} and state.{places[leaf.data_ptr()]} are the same memory, and a compiled step would write to both.\n"
                 "  Begin with `state.clone()`, which takes them apart."
             )
+
+
+def _share_memory(some: list[Tensor], others: list[Tensor]) -> bool:
+    return any(a.data_ptr() == b.data_ptr() and a.numel() for a, b in zip(some, others, strict=False))
 
 
 def _difference(first: tuple[Any, ...], key: tuple[Any, ...]) -> str:

@@ -74,8 +74,12 @@ def lifted_settings(split: bool) -> Any:
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:
-    """The options that a `mode` of `torch.compile` stands for, which does not take both; a private table."""
-    return importlib.import_module("torch._inductor").list_mode_options(mode) if mode else {}
+    """The options that a `mode` of `torch.compile` stands for, which does not take both; a private table.
+
+    Without torch's own CUDA graphs: they refuse a step that writes to its inputs. `cuda_graph` records the whole step.
+    """
+    options = importlib.import_module("torch._inductor").list_mode_options(mode) if mode else {}
+    return {name: value for name, value in options.items() if name != "triton.cudagraphs"}
 
 
 def overlap_options() -> dict[str, Any]:

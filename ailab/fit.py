@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import closing as closing_of
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def _fit(load: Callable[[], Mapping[str, Any]]) -> Result:
         job = assemble(full, device, say=say, log_to=say.log_to, interrupted=signals, extra=_always(full, say.bar))
         work_dir = job.info.work_dir
         say.bar.reset(total=job.info.total_steps)
-        with _held(job) if dist.rank() == 0 else nullcontext():
+        with closing_of(job), _held(job) if dist.rank() == 0 else nullcontext():
             say(opening(job))
             for stream in job.streams.values():
                 stream.record_bad(BadSampleLog(work_dir / BAD_SAMPLES))

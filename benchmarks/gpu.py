@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -98,7 +99,15 @@ def pictures(n: int = 200) -> TensorDataset:
     return TensorDataset(torch.randn(n, 1, 8, 8, generator=g), torch.randint(CLASSES, (n,), generator=g))
 
 
-def cfg_of(folder: Path, *hooks: dict[str, Any], model: type = ConvNet, epochs: int = 1, **more: Any) -> dict[str, Any]:
+def cfg_of(
+    folder: Path,
+    *hooks: dict[str, Any],
+    model: type = ConvNet,
+    epochs: int = 1,
+    dropout: float = 0.0,
+    optimizer: Any = None,
+    **more: Any,
+) -> dict[str, Any]:
     cfg: dict[str, Any] = dict(
         work_dir=str(folder),
         total_epochs=epochs,
@@ -108,20 +117,20 @@ def cfg_of(folder: Path, *hooks: dict[str, Any], model: type = ConvNet, epochs: 
             train_dataloader=dict(batch_size=32),
             val_dataloader=dict(batch_size=32),
         ),
-        model=dict(type=model),
+        model=dict(type=model, dropout=dropout),
         loss=dict(type="CrossEntropyLoss"),
-        optimizer=dict(type="SGD", lr=0.05, momentum=0.9),
+        optimizer=optimizer or dict(type="SGD", lr=0.05, momentum=0.9),
         hooks=[*hooks],
         compile=False,
     )
     return {**cfg, **more}
 
 
-def assembled(folder: Path, *hooks: dict[str, Any], device: torch.device = CUDA, **more: Any) -> Job:
+def assembled(folder: Path, *hooks: dict[str, Any], device: torch.device = CUDA, say: Any = None, **more: Any) -> Job:
     cfg = cfg_of(folder, *hooks, **more)
     check.check(cfg)
     torch.manual_seed(0)
-    return assemble(check.complete(cfg), device, say=lambda line: None)
+    return assemble(check.complete(cfg), device, say=say or (lambda line: None))
 
 
 @contextmanager
@@ -305,6 +314,119 @@ def resume() -> dict[str, Any]:
         same = all(torch.equal(x, y) for (_, x), (_, y) in zip(*map(tree.items, ends), strict=True) if isinstance(x, Tensor))
         assert same, f"{where} differs by {worst:.1e}"
     return {"bytes": "equal"}
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Kernels whose sums have one order."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@law
+def replay() -> dict[str, Any]:
+    """A run that is replayed as CUDA graphs has the bits of one that is not, with training and validation in turns."""
+    found: dict[str, Any] = {}
+    many = [HOOKS[n][0] for n in ("GradClipHook", "LrSchedulerHook by step", "EMAHook", "SWAHook", "MetricHook")]
+    cases: dict[str, tuple[type, list[dict[str, Any]]]] = {
+        "convolutions, hooks": (ConvNet, [*many, dict(type="SkipNonFiniteHook", policy="skip")]),
+        "attention, bf16": (Transformer, [*HOOKS["AMPHook bf16"], *many]),
+        "fp16": (ConvNet, HOOKS["AMPHook fp16"]),
+        "plateau": (ConvNet, HOOKS["LrSchedulerHook plateau"]),
+    }
+    with tempfile.TemporaryDirectory() as folder, deterministic():
+        for name, (model, entries) in cases.items():
+            ends: list[Any] = []
+            for graph in (True, False):
+                said: list[str] = []
+                more: dict[str, Any] = dict(model=model, dropout=0.1, epochs=6, compile=dict(cudagraph=graph))
+                job = assembled(Path(folder), *entries, say=said.append, **more)
+                state = job.run(job.state)
+                recorded = [c for c in job.plan.replay.captured if c.homes] if job.plan.replay else []
+                assert bool(recorded) == graph, said
+                found[name] = len(recorded) or found.get(name, 0)
+                ends.append(tree.clone(state))
+                job.close()
+                assert not any("no CUDA graph" in line for line in said), said
+            error, path = difference(*ends)
+            pairs = list(zip(*map(tree.items, ends), strict=True))
+            assert all(torch.equal(x, y) for (_, x), (_, y) in pairs if isinstance(x, Tensor)), f"{name}: {path} by {error:.1e}"
+    return found
+
+
+class DrawsOnCPU(ConvNet):
+    """Its noise is drawn on the CPU, which a recording would freeze."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * torch.rand(()).to(input.device, non_blocking=True)
+
+
+@law
+def refusal() -> dict[str, Any]:
+    """A step that cannot be recorded says why in one line, and trains."""
+    said: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        job = assembled(Path(folder), model=DrawsOnCPU, epochs=2, compile=True, say=said.append)
+        state = job.run(job.state)
+        job.close()
+    told = [line for line in said if "no CUDA graph" in line]
+    assert state.at == 14, state.at
+    assert told, said
+    return {"told": told}
+
+
+@law
+def speed() -> dict[str, Any]:
+    """Microseconds of a step on the small nets, medians of interleaved rounds: replayed, compiled, eager, and a bare eager loop."""
+    found: dict[str, Any] = {}
+    for model in (ConvNet, Transformer):
+        with tempfile.TemporaryDirectory() as folder:
+            ways: dict[str, Callable[[], None]] = {"bare": bare_loop(model)}
+            for name, how in (("eager", False), ("compiled", dict(cudagraph=False)), ("replayed", dict(cudagraph=True))):
+                ways[name] = our_loop(assembled(Path(folder), model=model, compile=how, optimizer=dict(type="AdamW", lr=1e-3)))
+            times: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(15):
+                for name, steps in ways.items():
+                    torch.cuda.synchronize()
+                    began = time.perf_counter()
+                    steps()
+                    launched = time.perf_counter() - began
+                    torch.cuda.synchronize()
+                    times[name].append((time.perf_counter() - began) / 20 * 1e6)
+                    times.setdefault(f"{name}, host", []).append(launched / 20 * 1e6)
+            found[model.__name__] = {name: round(statistics.median(t), 1) for name, t in times.items()}
+    return found
+
+
+def bare_loop(model: type) -> Callable[[], None]:
+    torch.manual_seed(0)
+    net, loss = model().to(CUDA), nn.CrossEntropyLoss()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+    x, y = (t[:32].to(CUDA) for t in pictures().tensors)
+
+    def steps() -> None:
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss(net(x), y).backward()
+            optimizer.step()
+
+    steps()
+    return steps
+
+
+def our_loop(job: Job) -> Callable[[], None]:
+    step, batch, state = job.steps["train"], next(iter(job.streams["train"].epoch(0))), job.state
+
+    def steps() -> None:
+        nonlocal state
+        for _ in range(20):
+            state, _ = step(state, batch)
+
+    steps()
+    return steps
 
 
 @law

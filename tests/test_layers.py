@@ -19,7 +19,8 @@ MODULES = sorted((ROOT / "ailab").rglob("*.py"))
 FLOORS = """
 errors | tree | rng | heap
 types | signature | dist | pictures | compiler
-registry | binding | stack | compile | losses | process
+registry | binding | stack | cuda_graph | losses | process
+compile
 config | optim | models | metrics | datasets
 core | workdir
 build | hooks

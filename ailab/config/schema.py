@@ -42,11 +42,13 @@ class Compile:
             that can be.
         mode: of `torch.compile`, such as "max-autotune". None: its default.
         donate: let the new state take the memory of the old one. None: yes.
+        cudagraph: on CUDA, record the whole compiled step and launch the recording. None: where one process trains.
     """
 
     cut: Literal["step", "grad", "loss"] | None = None
     mode: str | None = None
     donate: bool | None = None
+    cudagraph: bool | None = None
 
 
 @dataclass

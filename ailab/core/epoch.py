@@ -143,7 +143,8 @@ def eval_epoch(step: Step, names: Sequence[str], interrupted: Callable[[], bool]
                     raise Interrupted(state)
         except StopNow as signal:
             raise Interrupted(state) if signal.waits else signal from None
-        return state, Logs(tuple(names), dist.all_reduce(working.slots[TOTALS]))
+        # A clone: the next epoch may count in the same memory.
+        return state, Logs(tuple(names), dist.all_reduce(working.slots[TOTALS].clone()))
 
     return epoch
 

@@ -48,6 +48,11 @@ class Job:
     steps: Mapping[str, Step]  # by phase, above the compile line, without host hooks
     plan: Plan
 
+    def close(self) -> None:
+        """Free what the run holds on the device. It is called before the process group ends."""
+        if self.plan.replay is not None:
+            self.plan.replay.close()
+
 
 def assemble(
     cfg: Mapping[str, Any],
@@ -252,6 +257,7 @@ def _step(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
             name=phase,
             report=info.say,
             overlap=plan.sync == "graph" and phase == "train",
+            replay=plan.replay,
         )
         plan.compiled.append(over)
         return over

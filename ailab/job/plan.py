@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ailab.compile import Compiled, lift
 from ailab.core.grad import local_grad
+from ailab.cuda_graph import CudaRecorder, Replay
 from ailab.errors import ConfigError
 from ailab.job.build import Parts
 from ailab.job.draws import Draws
@@ -32,6 +33,7 @@ class Plan:
     donate: bool = True
     rank: int | None = None  # whose own numbers a training step draws throughout; None: its core alone does
     compiled: list[Compiled] = field(default_factory=list)
+    replay: Replay | None = None  # of the compiled steps, as CUDA graphs
 
 
 def planned(cfg: Mapping[str, Any], info: RunInfo, parts: Parts, needed: Mapping[str, Any], draws: Draws | None = None) -> Plan:
@@ -67,7 +69,25 @@ def planned(cfg: Mapping[str, Any], info: RunInfo, parts: Parts, needed: Mapping
                 )
             cut, why = "grad", f"{why}; hooks around the gradient draw random numbers, and so does the loss"
         rank = None if draws.above else info.rank
-    return Plan(enabled, why, cut, sync, options.get("mode"), options.get("donate", True), rank)
+    donate = options.get("donate", True)
+    no_replay = _no_replay(options.get("cudagraph"), info, enabled, cut, donate)
+    replay = None if no_replay else Replay(CudaRecorder(info.device), info.say)
+    if options.get("cudagraph") and no_replay:
+        info.say(f"cfg.compile.cudagraph: there is no CUDA graph: {no_replay}")
+    return Plan(enabled, why, cut, sync, options.get("mode"), donate, rank, replay=replay)
+
+
+def _no_replay(asked: bool | None, info: RunInfo, enabled: bool, cut: str, donate: bool) -> str:
+    """Why steps are not recorded; "" where they are."""
+    reasons = {
+        "compile.cudagraph=False": asked is False,
+        "it needs a CUDA device": info.device.type != "cuda",
+        "nothing is compiled": not enabled,
+        f"the cut is at the {cut}": cut != "step",
+        "compile.donate=False": not donate,
+        "several processes train together": info.world_size > 1,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _enabled(asked: Any, info: RunInfo) -> tuple[bool, str]:

@@ -36,13 +36,14 @@ def opening(job: Job) -> str:
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in job.state.params.values()})
     amp = any(h.name == "amp" and h.depth == "loss" for hooks in job.hooks.values() for h in hooks)
     precision = "/".join(dtypes) + (" with autocast" if amp else "")
+    graph = ", replayed as a CUDA graph" if job.plan.replay is not None else ""
     processes = f", {info.world_size} processes ({job.plan.sync})" if info.world_size > 1 else ""
     return "\n".join(
         [
             f"model     {type(parts.model).__name__}: {total:,} parameters, {trained:,} trained",
             f"data      {data}",
             f"device    {_device_name(info.device)}{processes}, torch {torch.__version__}, {precision}",
-            f"compile   {'the ' + job.plan.cut if job.plan.enabled else 'no'} ({job.plan.why})",
+            f"compile   {'the ' + job.plan.cut if job.plan.enabled else 'no'} ({job.plan.why}){graph}",
             f"work_dir  {info.work_dir}",
         ]
     )
