@@ -57,6 +57,7 @@ def assemble(
     log_to: Callable[[Path, Callable[[str], None]], bool] = lambda file, write: False,
     interrupted: Callable[[], bool] = lambda: False,
     extra: Callable[[RunInfo], list[Hook]] = lambda run: [],
+    serves: Callable[[Hook], bool] = lambda hook: True,
 ) -> Job:
     """Build the run of a completed cfg on this rank, up to its first step.
 
@@ -67,6 +68,7 @@ def assemble(
         log_to: see `RunInfo`.
         interrupted: asked after each step; True ends the run there.
         extra: hooks that every run has, put inside those of the cfg.
+        serves: which of the cfg's hooks take part.
 
     Raises:
         ConfigError: for whatever does not fit; nothing has been written by then.
@@ -91,7 +93,7 @@ def assemble(
         fingerprint=made_of,
         fresh_slots=lambda state: _memory_at(state, keepers),
     )
-    built = [("", h) for h in extra(info)] + _build_hooks(cfg, info)
+    built = [("", h) for h in extra(info)] + [(n, h) for n, h in _build_hooks(cfg, info) if serves(h)]
     views += [h.core["eval_state"] for _, h in built if "eval_state" in h.core]
     hooks = {p["phase"]: _served(p, cfg["workflow"], built) for p in cfg["workflow"]}
     check_fields(hooks, parts)

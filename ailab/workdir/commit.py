@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -179,6 +180,45 @@ def find(path: Path, say: Callable[[str], None] = print) -> Path | None:
         return path
     folders = [folder for folder in (path, path / CHECKPOINTS) if folder.is_dir()]
     return next((found.path for folder in folders if (found := newest(folder, sweep=False, say=say))), None)
+
+
+def named(which: str, directory: Path, say: Callable[[str], None] = print) -> Path:
+    """The checkpoint that a command line names.
+
+    Args:
+        which: "best", as `best.json` names it; "last", the newest valid one; or a path, see `find`.
+        directory: the folder of all checkpoints of the run.
+        say: called with one line for each damaged checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: there is none; the message says what would be there.
+    """
+    if which == "best":
+        return _best(directory)
+    found = find(directory if which == "last" else Path(which), say)
+    if found is None:
+        where = directory if which == "last" else which
+        raise CheckpointError(
+            f"there is no checkpoint in {where}. A CheckpointHook writes them; --checkpoint also takes a path."
+        )
+    return found
+
+
+def _best(directory: Path) -> Path:
+    """The folder that `best.json` names. A name that is no step's is not followed."""
+    try:
+        entry: Any = json.loads((directory / BEST).read_bytes())
+        name = entry["path"]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} has no {BEST}. hooks.checkpoint.keep=dict(best=1, metric='val_loss') keeps the best one; "
+            "without it: --checkpoint last."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory / BEST} cannot be read ({type(error).__name__}). Use --checkpoint last.") from error
+    if not isinstance(name, str) or not _STEP.fullmatch(name) or not (directory / name / MANIFEST).exists():
+        raise CheckpointError(f"{directory / BEST} names {name!r:.60}, and no such checkpoint is there. Use --checkpoint last.")
+    return directory / name
 
 
 def has_any(directory: Path) -> bool:

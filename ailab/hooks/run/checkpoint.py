@@ -183,6 +183,13 @@ def directory_of(save_dir: str | None, work_dir: Path) -> Path:
     return Path(save_dir) if save_dir else work_dir / CHECKPOINTS
 
 
+def directory_in(cfg: Mapping[str, Any]) -> Path:
+    """The folder of the checkpoints of the run that a completed cfg describes."""
+    kinds = {short_name(e["type"]): e for e in cfg["hooks"].values()}
+    entry = kinds.get("CheckpointHook", kinds.get("ResumeHook", {}))
+    return directory_of(entry.get("save_dir"), Path(cfg["work_dir"]))
+
+
 def resume_entry(cfg: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The entry of the enabled ResumeHook of a completed cfg."""
     entries = [e for e in cfg["hooks"].values() if short_name(e["type"]) == "ResumeHook" and e["enable"]]
