@@ -304,6 +304,8 @@ class RunInfo:
     log_to: Callable[[Path, Callable[[str], None]], bool] = lambda file, write: False
     # What a resumed run has to have alike, by section; on rank 0. One dict for the whole run.
     fingerprint: Callable[[], dict[str, Any]] = dict
+    # What the model is, as the bytes of model.json in each checkpoint; on rank 0. None: none is written.
+    model_json: Callable[[], bytes | None] = lambda: None
     # What the hooks remember at a state at which none of them was there before, by slot; and where each is in the cfg.
     fresh_slots: Callable[[TrainState], dict[str, PyTree]] = lambda state: {}
     slots: dict[str, tuple[str, str]] = field(default_factory=dict)  # slot: (path in the cfg, role of the hook)

@@ -26,6 +26,7 @@ from ailab.job.guard import guarded
 from ailab.job.peers import Blame, compared
 from ailab.job.plan import Plan, planned, verify_gradient
 from ailab.job.probe import asked_outputs, batch_weight, check_fields, check_reads, check_tails, notices, probe
+from ailab.job.recipe import recipe_of
 from ailab.optim.state_dict import torch_state_dict
 from ailab.registry import HOOKS
 from ailab.stack import ROLES, Middleware, as_hooks, at, core_settings, role_of, stack, with_slots
@@ -91,6 +92,7 @@ def assemble(
         log_to=log_to,
         model_state=_model_state(parts, views),
         fingerprint=made_of,
+        model_json=functools.cache(lambda: recipe_of(cfg, parts).to_json()),
         fresh_slots=lambda state: _memory_at(state, keepers),
     )
     built = [("", h) for h in extra(info)] + [(n, h) for n, h in _build_hooks(cfg, info) if serves(h)]

@@ -26,6 +26,7 @@ from ailab.workdir import durable
 from ailab.workdir.folder import CHECKPOINTS
 from ailab.workdir.manifest import (
     MANIFEST,
+    MODEL,
     STATE,
     Checkpoint,
     DamagedError,
@@ -105,7 +106,7 @@ def find_committed(directory: Path, step: int, epoch: int) -> Path | None:
         return None
 
 
-def commit(directory: Path, head: Mapping[str, Any], payload: memoryview) -> Path:
+def commit(directory: Path, head: Mapping[str, Any], payload: memoryview, model: bytes | None = None) -> Path:
     """Write one checkpoint in one atomic step, and return its folder. Older checkpoints are not touched.
 
     The order matters: the files are synced, then their folder; then the folder is renamed, and the parent is synced. Last, the
@@ -115,6 +116,7 @@ def commit(directory: Path, head: Mapping[str, Any], payload: memoryview) -> Pat
         directory: the folder of all checkpoints.
         head: the manifest, without format and files.
         payload: the bytes of the state file.
+        model: the bytes of model.json, if there is one.
 
     Raises:
         OSError: a file cannot be written, synced or renamed.
@@ -131,7 +133,9 @@ def commit(directory: Path, head: Mapping[str, Any], payload: memoryview) -> Pat
         with ThreadPoolExecutor(1) as hashing:  # sha256 releases the GIL: it runs while the disk is busy
             digest = hashing.submit(sha256, payload)
             durable.write(partial / STATE, payload)
-        manifest = encode_manifest(head, len(payload), digest.result())
+        if model is not None:
+            durable.write(partial / MODEL, model)
+        manifest = encode_manifest(head, len(payload), digest.result(), model)
         durable.write(partial / MANIFEST, manifest)
         durable.sync_directory(partial)
         if os.path.lexists(final):  # a checkpoint of the same step and an earlier epoch
@@ -141,7 +145,8 @@ def commit(directory: Path, head: Mapping[str, Any], payload: memoryview) -> Pat
         with contextlib.suppress(OSError, RuntimeError):
             _remove(partial)
     durable.sync_directory(directory)
-    if not (durable.has_content(final / STATE, payload) and durable.has_content(final / MANIFEST, manifest)):
+    written = {STATE: payload, MANIFEST: manifest} | ({} if model is None else {MODEL: model})
+    if not all(durable.has_content(final / name, data) for name, data in written.items()):
         raise DamagedError(f"{quarantine(final)} did not read back as it was written. Check the disk.")
     _remove(trash)
     return final

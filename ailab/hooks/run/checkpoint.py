@@ -139,7 +139,8 @@ class _Files:
         if run.rank == 0:
             try:
                 made_of, content = _fingerprint(run), contents(state, run)
-                checkpoint.save(self.directory, content, step=state.at, epoch=epoch, fingerprint=made_of, metrics=metrics)
+                heads: dict[str, Any] = {"step": state.at, "epoch": epoch, "fingerprint": made_of, "metrics": metrics}
+                checkpoint.save(self.directory, content, **heads, model=run.model_json())
                 checkpoint.retain(self.directory, self._known())
                 record_best(self.directory, self._known())
             except Exception as e:  # the other ranks must know it before it is raised here
