@@ -37,6 +37,7 @@ _NEEDED: dict[str, type | tuple[type, ...]] = {
     "outputs": list,
     "reading": dict,
     "classes": (list, type(None)),
+    "task": str,
     "missing": list,
 }
 
@@ -49,9 +50,10 @@ class Recipe:
     mapping: dict[str, str]  # {parameter of forward: field}
     output_keys: list[str]
     fields: dict[str, dict[str, Any]]  # what the model reads: {field: {"shape": of one sample, "dtype": name}}
-    outputs: list[str]  # names of the model's outputs
+    outputs: list[str]  # names of the model's outputs; the one that the loss compares with the target is the first
     reading: dict[str, Any]  # arguments of `InputDataset`, without its items
     classes: list[str] | None = None
+    task: str = "values"  # what the outputs are: "classes", "class map", "boxes" or "values"
     missing: list[str] = field(default_factory=list[str])  # places of the cfg that are no plain data: they come from the cfg
     phase: str = "val"  # whose dataset `reading` is of
     format: int = FORMAT
@@ -86,7 +88,8 @@ def recipe_of(cfg: Mapping[str, Any], parts: Parts) -> Recipe:
     bound = bind(parts.model, cfg["model"]["mapping"], "cfg.model")
     fields = _fields(bound, parts.sample)
     reading = _reading(cfg["data"][phase], parts.datasets[phase], f"cfg.data.{phase}", fields, missing)
-    outputs = [n for n in parts.fields if n not in parts.sample]
+    compared = cfg["loss"]["mapping"].get("input") if cfg["loss"] else None
+    outputs = sorted((n for n in parts.fields if n not in parts.sample), key=lambda n: n != compared)
     names = getattr(parts.datasets[phase], "classes", None)
     return Recipe(
         model,
@@ -96,9 +99,21 @@ def recipe_of(cfg: Mapping[str, Any], parts: Parts) -> Recipe:
         outputs,
         reading,
         [str(n) for n in names] if names else None,
+        _task(cfg, parts.sample),
         missing,
         phase,
     )
+
+
+def _task(cfg: Mapping[str, Any], sample: Mapping[str, Any]) -> str:
+    """What the outputs of the model are, by what the loss compares them with."""
+    named = cfg["loss"]["mapping"].get("target") if cfg["loss"] else None
+    label = next((sample[n] for n in (named, "target", "label", "mask") if n and isinstance(sample.get(n), Tensor)), None)
+    if "boxes" in sample:
+        return "boxes"
+    if label is None or label.is_floating_point() or label.dtype == torch.bool:
+        return "values"
+    return {1: "classes", 3: "class map"}.get(label.dim(), "values")
 
 
 def _fields(bound: Binding, sample: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
