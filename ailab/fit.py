@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,15 +16,12 @@ from typing import Any
 import torch
 
 from ailab import __version__, dist, tree
-from ailab.config import check
 from ailab.config.load import load as load_cfg
 from ailab.core.epoch import Interrupted
-from ailab.datasets.files.cache import little_memory, memory_held
-from ailab.dist import fingerprint, launcher
-from ailab.errors import AilabError, ConfigError, PeerError, Preempted, StopNow
-from ailab.heap import keep_freed
+from ailab.errors import AilabError, Preempted
 from ailab.hooks.observe.log import RESTART, LoggerHook, ProgressHook, RecordHook
 from ailab.job.assemble import Job, assemble
+from ailab.job.session import report_error, started
 from ailab.job.show import picture
 from ailab.job.summary import closing, opening, results
 from ailab.process.console import Console
@@ -36,9 +31,6 @@ from ailab.types import RunInfo, TrainState
 from ailab.workdir.bad_samples import BAD_SAMPLES, BadSampleLog
 from ailab.workdir.folder import CHECKPOINTS, is_run, lock
 
-_HEAR_RANK_0_S = 1.0  # how long the other ranks leave it to rank 0 to tell of a peer that is gone
-_KEPT = 1 << 30  # bytes of freed memory that the process holds on to
-_QUIT = 130  # the exit code of a process that Ctrl-C ended
 _RECORD_EVERY = 50  # steps between two lines of metrics.jsonl
 
 
@@ -61,9 +53,10 @@ def fit(cfg: Mapping[str, Any]) -> Result:
 
 
 def _fit(load: Callable[[], Mapping[str, Any]]) -> Result:
-    with _started(load) as (full, device, warnings), Console() as say, Signals() as signals:
+    with started(load) as (full, device, warnings), Console() as say, Signals() as signals:
         for line in warnings:
             say(f"warning: {line}")
+        full = _resuming(full)
         # Everything is built before the first byte is written: what does not fit harms no work_dir.
         job = assemble(full, device, say=say, log_to=say.log_to, interrupted=signals, extra=_always(full, say.bar))
         work_dir = job.info.work_dir
@@ -111,55 +104,7 @@ def ailab_train(cfg: Mapping[str, Any]) -> Result:
     try:
         return fit(cfg)
     except (AilabError, KeyboardInterrupt) as e:
-        sys.exit(_report_error(e))
-
-
-@contextmanager
-def _started(load: Callable[[], Mapping[str, Any]]) -> Generator[tuple[dict[str, Any], torch.device, list[str]]]:
-    """The completed cfg, the device and the process group; nothing is built before the cfg is checked, on every rank alike."""
-    keep_freed(_KEPT)
-    launcher.set_torchrun_variables(os.environ)
-    with _ended_by_launcher():
-        full, device, problem = None, torch.device("cpu"), None
-        try:
-            cfg = load()
-            check.check(cfg)
-            full = check.complete(cfg)
-            device = dist.pick_device()
-        except Exception as e:
-            problem = e
-        settings: Mapping[str, Any] = full["dist"] if full else {}
-        dist.connect(settings.get("init_method", "env://"), float(settings.get("timeout_s", 600)))
-        problem = problem or dist.device_problem(device)
-        dist.compare(fingerprint.of_cfg(full) if full and dist.launched() else {}, problem)
-        assert full is not None
-        warnings = [dist.start(full["dist"], device), little_memory(full["data"]["cache"])]
-    try:
-        with memory_held(full["data"]["cache"], Path(full["work_dir"])):
-            yield _resuming(full), device, [w for w in warnings if w]
-    except BaseException as e:
-        if (rendezvous := dist.current_rendezvous()) is not None and not isinstance(e, (PeerError, Preempted)):
-            rendezvous.report_failure(e)
-        raise
-    finally:
-        dist.stop()
-
-
-@contextmanager
-def _ended_by_launcher() -> Generator[None]:
-    """SIGTERM before the group stands as a `PeerError`: the launcher sends it when another rank has ended."""
-
-    def ended(number: int, frame: Any) -> None:
-        raise PeerError("the launcher ended this run before all ranks had met: see what another rank printed, if it printed.")
-
-    if not dist.launched() or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, ended)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        sys.exit(report_error(e))
 
 
 def _resuming(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +132,7 @@ def _always(cfg: Mapping[str, Any], bar: Any) -> Callable[[RunInfo], list[Any]]:
 
 def dry_run(cfg: Mapping[str, Any]) -> str:
     """Build everything, run two steps of each phase on one batch, write nothing; the time and memory they took."""
-    with _started(lambda: cfg) as (full, device, _):
+    with started(lambda: cfg) as (full, device, _):
         job = assemble(full, device, extra=_always(full, None))
         state, lines = job.state, [picture(job)]
         for phase, step in job.steps.items():
@@ -221,31 +166,8 @@ def _memory(device: torch.device, state: TrainState) -> str:
 
 def show(cfg: Mapping[str, Any]) -> str:
     """The picture of the stack of this cfg; nothing is run or written."""
-    with _started(lambda: cfg) as (full, device, _):
+    with started(lambda: cfg) as (full, device, _):
         return picture(assemble(full, device, extra=_always(full, None)))
-
-
-def _report_error(e: AilabError | KeyboardInterrupt) -> int:
-    """Print an error once, however many ranks make it, and return its exit code."""
-    if isinstance(e, KeyboardInterrupt):
-        if os.environ.get("RANK", "0") == "0":
-            print(e if isinstance(e, StopNow) else "stopped at once by SIGINT.", file=sys.stderr, flush=True)
-        return _QUIT
-    rank, rendezvous, text = int(os.environ.get("RANK", "0")), dist.current_rendezvous(), f"{type(e).__name__}: {e}"
-    if isinstance(e, PeerError) and not e.on_all_ranks and rendezvous is not None:
-        if first := rendezvous.first_failure():
-            text = f"{text}\n  {first}"
-        elif rank:
-            time.sleep(_HEAR_RANK_0_S)  # it is its console that people watch
-        mine = rendezvous.is_first_to_report("PeerError", ever=False)
-    elif rendezvous is None:
-        mine = rank == 0 or not isinstance(e, (ConfigError, Preempted))
-    else:
-        # A mistake that a restart makes again is told the first time.
-        mine = (rank == 0 or not e.on_all_ranks) and rendezvous.is_first_to_report(text, ever=isinstance(e, ConfigError))
-    if mine:
-        print(text, file=sys.stderr, flush=True)
-    return e.exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -269,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AilabError, KeyboardInterrupt) as e:
         if args.debug:
             raise
-        return _report_error(e)
+        return report_error(e)
     return 0
 
 

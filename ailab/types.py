@@ -27,7 +27,9 @@ Buffers: TypeAlias = dict[str, Tensor]
 Batch: TypeAlias = dict[str, Any]  # fields by name; tensors have the samples along dimension 0
 LOSS_SCALE = "_loss_scale"  # the reserved batch field: (), the loss is differentiated times this and gradients divided by it
 VIEWS = "_views"  # the reserved batch field: [(share, fields)], how often and with which other fields the criterion is asked
+GIVEN = "_given"  # the reserved batch field: the outputs of the model by name, where they are known; it is not called then
 OUTPUT = "@"  # prefix under which model outputs that a host hook reads travel beside the logs
+ALL_OUTPUTS = "*"  # what a host hook asks for that reads each output of the model, whatever their names
 Direction: TypeAlias = Literal["min", "max"]  # which of two values of a result is better, the lower or the higher
 DRAW = "_draw"  # the reserved batch field: int, the number of an evaluation's batch; its random numbers are a function of it
 STOP = "_stop"  # the reserved batch field: (), 1 where this rank asks to end the run; comes out as how many ranks do
@@ -304,6 +306,8 @@ class RunInfo:
     log_to: Callable[[Path, Callable[[str], None]], bool] = lambda file, write: False
     # What a resumed run has to have alike, by section; on rank 0. One dict for the whole run.
     fingerprint: Callable[[], dict[str, Any]] = dict
+    # What the model is, as the bytes of model.json in each checkpoint; on rank 0. None: none is written.
+    model_json: Callable[[], bytes | None] = lambda: None
     # What the hooks remember at a state at which none of them was there before, by slot; and where each is in the cfg.
     fresh_slots: Callable[[TrainState], dict[str, PyTree]] = lambda state: {}
     slots: dict[str, tuple[str, str]] = field(default_factory=dict)  # slot: (path in the cfg, role of the hook)

@@ -605,7 +605,7 @@ def test_an_observer_can_be_switched_off_for_a_phase(tmp_path: Path) -> None:
 def test_the_log_is_the_console(tmp_path: Path, capsys: Cap, monkeypatch: pytest.MonkeyPatch) -> None:
     """train.log has every line of the console: the report at the start, the warnings before it and after, the results."""
     cfg = tiny_cfg(tmp_path / "run", metric=dict(type="LoggerHook", log_items={"broken": lambda report: 1 / 0}))
-    monkeypatch.setattr("ailab.fit.little_memory", lambda kind: "little memory")
+    monkeypatch.setattr("ailab.job.session.little_memory", lambda kind: "little memory")
     fit(cfg)
     printed, logged = capsys.readouterr().out, (tmp_path / "run" / "train.log").read_text()
     first = logged.splitlines()

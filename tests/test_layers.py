@@ -25,7 +25,7 @@ config | optim | models | metrics | datasets
 core | workdir
 build | hooks
 job | testing
-fit | data | help | __main__
+fit | data | evaluate | predict | help | __main__
 """
 LEVEL = {name.strip(): level for level, row in enumerate(FLOORS.split("\n")) for name in row.split("|") if name.strip()}
 PURE = ("datasets", "models", "losses", "metrics")  # components: see also what little they may know

@@ -173,7 +173,7 @@ def test_it_ends_well_and_leaves_what_it_says(name: str, runs: dict[str, tuple[P
     files = {str(p.relative_to(work_dir)) for p in work_dir.rglob("*") if p.is_file()}
     assert {"metrics.jsonl", "config.json", "logs/train.log"} <= files
     assert {f for f in files if f.startswith("checkpoints/")} == {
-        f"checkpoints/step_000000{step}/{file}" for step in (14, 21) for file in ("manifest.json", "state.pt")
+        f"checkpoints/step_000000{step}/{file}" for step in (14, 21) for file in ("manifest.json", "model.json", "state.pt")
     }
     assert sum(f.startswith("tensorboard/events.out.tfevents") for f in files) == 1
     if importlib.util.find_spec("wandb"):

@@ -14,7 +14,7 @@ from ailab import tree
 from ailab.binding import Binding, name_outputs
 from ailab.core.criterion import Result, result_of
 from ailab.errors import ConfigError
-from ailab.types import VIEWS, WEIGHT, Aux, Batch, Buffers, Loss, Mean, Params, TrainState
+from ailab.types import GIVEN, VIEWS, WEIGHT, Aux, Batch, Buffers, Loss, Mean, Params, TrainState
 
 T = TypeVar("T")
 LOSS_PREFIX = "loss."  # of the criterion's own parameters and buffers
@@ -271,6 +271,15 @@ def _described(loss: Loss, model: nn.Module | None, kind: Callable[..., str] | N
     return loss
 
 
+def outputs_of(
+    model: Functional, binding: Binding, output_keys: Sequence[str], params: Params, buffers: Buffers, batch: Batch
+) -> dict[str, Any]:
+    """The model's outputs by name: those that the batch has in its field GIVEN, else of a forward that may write to `buffers`."""
+    if GIVEN in batch:
+        return batch[GIVEN]
+    return name_outputs(model(params, buffers, binding.kwargs(batch)), output_keys, "cfg.model.output_keys")
+
+
 def pure_loss(
     model: Functional,
     model_binding: Binding,
@@ -288,7 +297,7 @@ def pure_loss(
 
     def evaluated(params: Params, buffers: Buffers, batch: Batch) -> tuple[Result, Buffers, dict[str, Any]]:
         after = {n: b.clone() for n, b in buffers.items()}  # a forward may write to what it is given (BatchNorm)
-        outputs = name_outputs(model(params, after, model_binding.kwargs(batch)), output_keys, "cfg.model.output_keys")
+        outputs = outputs_of(model, model_binding, output_keys, params, after, batch)
         if criterion is None and VIEWS in batch:
             raise ConfigError(
                 "cfg.loss: a hook changes what the criterion sees, and there is none: the model gives its own loss."

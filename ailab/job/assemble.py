@@ -26,6 +26,7 @@ from ailab.job.guard import guarded
 from ailab.job.peers import Blame, compared
 from ailab.job.plan import Plan, planned, verify_gradient
 from ailab.job.probe import asked_outputs, batch_weight, check_fields, check_reads, check_tails, notices, probe
+from ailab.job.recipe import recipe_of
 from ailab.optim.state_dict import torch_state_dict
 from ailab.registry import HOOKS
 from ailab.stack import ROLES, Middleware, as_hooks, at, core_settings, role_of, stack, with_slots
@@ -62,6 +63,7 @@ def assemble(
     log_to: Callable[[Path, Callable[[str], None]], bool] = lambda file, write: False,
     interrupted: Callable[[], bool] = lambda: False,
     extra: Callable[[RunInfo], list[Hook]] = lambda run: [],
+    serves: Callable[[Hook], bool] = lambda hook: True,
 ) -> Job:
     """Build the run of a completed cfg on this rank, up to its first step.
 
@@ -72,6 +74,7 @@ def assemble(
         log_to: see `RunInfo`.
         interrupted: asked after each step; True ends the run there.
         extra: hooks that every run has, put inside those of the cfg.
+        serves: which of the cfg's hooks take part.
 
     Raises:
         ConfigError: for whatever does not fit; nothing has been written by then.
@@ -94,9 +97,10 @@ def assemble(
         log_to=log_to,
         model_state=_model_state(parts, views),
         fingerprint=made_of,
+        model_json=functools.cache(lambda: recipe_of(cfg, parts).to_json()),
         fresh_slots=lambda state: _memory_at(state, keepers),
     )
-    built = [("", h) for h in extra(info)] + _build_hooks(cfg, info)
+    built = [("", h) for h in extra(info)] + [(n, h) for n, h in _build_hooks(cfg, info) if serves(h)]
     views += [h.core["eval_state"] for _, h in built if "eval_state" in h.core]
     hooks = {p["phase"]: _served(p, cfg["workflow"], built) for p in cfg["workflow"]}
     check_fields(hooks, parts)

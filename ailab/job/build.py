@@ -18,7 +18,7 @@ from ailab import tree
 from ailab.binding import Binding, bind, check_outputs, name_outputs
 from ailab.build import bound_criterion, loss_of
 from ailab.config.schema import Model
-from ailab.core.loss import Functional, kind_of, module_state
+from ailab.core.loss import Functional, kind_of, module_state, outputs_of
 from ailab.datasets import Stream
 from ailab.datasets.files.cache import run_cache
 from ailab.datasets.stream.collate import build_collate
@@ -248,7 +248,7 @@ def _unscored(forward: Functional, bound: Binding, keys: Sequence[str]) -> Loss:
 
     def loss(params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Aux]:
         after = {n: b.clone() for n, b in buffers.items()}  # a forward may write to what it is given
-        outputs = name_outputs(forward(params, after, bound.kwargs(batch)), keys, "cfg.model.output_keys")
+        outputs = outputs_of(forward, bound, keys, params, after, batch)
         nothing = torch.zeros((), device=next(t.device for t in tree.leaves(batch) if isinstance(t, Tensor)))
         return nothing, Aux(after, nothing, {}, outputs)
 

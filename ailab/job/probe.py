@@ -19,7 +19,7 @@ from ailab.job.draws import Draws
 from ailab.job.proof import check_tail
 from ailab.metrics.direction import direction_of, known
 from ailab.stack import Middleware, at, stack
-from ailab.types import Aux, Batch, Buffers, Grad, Loss, Params, RunInfo, TrainState, batch_size, seal
+from ailab.types import ALL_OUTPUTS, Aux, Batch, Buffers, Grad, Loss, Params, RunInfo, TrainState, batch_size, seal
 
 Hook = Middleware[Any]
 
@@ -56,10 +56,16 @@ def check_reads(built: Sequence[tuple[str, Hook]], info: RunInfo) -> None:
 
 
 def asked_outputs(hooks: Sequence[Hook], phase: str, parts: Parts) -> tuple[str, ...]:
-    """The model outputs, and what hooks put beside them, that host hooks of a phase read."""
-    asked = [n for h in at(hooks, "host", phase) for n in h.core.get("outputs", ())]
+    """The model outputs, and what hooks put beside them, that host hooks of a phase read; `ALL_OUTPUTS` stands for the model's."""
+    named = [n for h in at(hooks, "host", phase) for n in h.core.get("outputs", ())]
+    asked = [n for name in named for n in (output_names(parts) if name == ALL_OUTPUTS else (name,))]
     offered = {*parts.fields, *(n for h in hooks for n in h.core.get("gives", ()))} - {*parts.sample}
     return tuple(dict.fromkeys(n for n in asked if n in offered))
+
+
+def output_names(parts: Parts) -> tuple[str, ...]:
+    """The names of the model's outputs, in its order."""
+    return tuple(n for n in parts.fields if n not in parts.sample)
 
 
 def probe(phase: str, parts: Parts, hooks: Sequence[Hook], state: TrainState, info: RunInfo) -> Draws:

@@ -59,6 +59,7 @@ def save(
     epoch: int,
     fingerprint: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
+    model: bytes | None = None,
 ) -> Path:
     """Write a checkpoint, and return its folder once it is durable, that is, safe from a power failure.
 
@@ -73,6 +74,7 @@ def save(
         epoch: epochs completed.
         fingerprint: what the run is, for the manifest.
         metrics: results, for the manifest. `retain` reads them.
+        model: the bytes of model.json, which says what the model is. None: the checkpoint is without it.
 
     Raises:
         NonFiniteError: a parameter, an average of it, a running statistic or a tensor of the optimizer has a NaN or an infinity,
@@ -89,7 +91,7 @@ def save(
         torch.save(stored, buffer)
         head = {"step": step, "epoch": epoch, "tree": _described(stored["state"]), "torch": torch.__version__}
         head |= {"fingerprint": fingerprint or {}, "metrics": metrics or {}}
-        return commit.commit(directory, head, buffer.getbuffer())
+        return commit.commit(directory, head, buffer.getbuffer(), model)
     except AilabError:
         raise
     except (OSError, RuntimeError, MemoryError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from ailab.workdir import durable
 from ailab.workdir.folder import CHECKPOINTS
 from ailab.workdir.manifest import (
     MANIFEST,
+    MODEL,
     STATE,
     Checkpoint,
     DamagedError,
@@ -104,7 +106,7 @@ def find_committed(directory: Path, step: int, epoch: int) -> Path | None:
         return None
 
 
-def commit(directory: Path, head: Mapping[str, Any], payload: memoryview) -> Path:
+def commit(directory: Path, head: Mapping[str, Any], payload: memoryview, model: bytes | None = None) -> Path:
     """Write one checkpoint in one atomic step, and return its folder. Older checkpoints are not touched.
 
     The order matters: the files are synced, then their folder; then the folder is renamed, and the parent is synced. Last, the
@@ -114,6 +116,7 @@ def commit(directory: Path, head: Mapping[str, Any], payload: memoryview) -> Pat
         directory: the folder of all checkpoints.
         head: the manifest, without format and files.
         payload: the bytes of the state file.
+        model: the bytes of model.json, if there is one.
 
     Raises:
         OSError: a file cannot be written, synced or renamed.
@@ -130,7 +133,9 @@ def commit(directory: Path, head: Mapping[str, Any], payload: memoryview) -> Pat
         with ThreadPoolExecutor(1) as hashing:  # sha256 releases the GIL: it runs while the disk is busy
             digest = hashing.submit(sha256, payload)
             durable.write(partial / STATE, payload)
-        manifest = encode_manifest(head, len(payload), digest.result())
+        if model is not None:
+            durable.write(partial / MODEL, model)
+        manifest = encode_manifest(head, len(payload), digest.result(), model)
         durable.write(partial / MANIFEST, manifest)
         durable.sync_directory(partial)
         if os.path.lexists(final):  # a checkpoint of the same step and an earlier epoch
@@ -140,7 +145,8 @@ def commit(directory: Path, head: Mapping[str, Any], payload: memoryview) -> Pat
         with contextlib.suppress(OSError, RuntimeError):
             _remove(partial)
     durable.sync_directory(directory)
-    if not (durable.has_content(final / STATE, payload) and durable.has_content(final / MANIFEST, manifest)):
+    written = {STATE: payload, MANIFEST: manifest} | ({} if model is None else {MODEL: model})
+    if not all(durable.has_content(final / name, data) for name, data in written.items()):
         raise DamagedError(f"{quarantine(final)} did not read back as it was written. Check the disk.")
     _remove(trash)
     return final
@@ -179,6 +185,45 @@ def find(path: Path, say: Callable[[str], None] = print) -> Path | None:
         return path
     folders = [folder for folder in (path, path / CHECKPOINTS) if folder.is_dir()]
     return next((found.path for folder in folders if (found := newest(folder, sweep=False, say=say))), None)
+
+
+def named(which: str, directory: Path, say: Callable[[str], None] = print) -> Path:
+    """The checkpoint that a command line names.
+
+    Args:
+        which: "best", as `best.json` names it; "last", the newest valid one; or a path, see `find`.
+        directory: the folder of all checkpoints of the run.
+        say: called with one line for each damaged checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: there is none; the message says what would be there.
+    """
+    if which == "best":
+        return _best(directory)
+    found = find(directory if which == "last" else Path(which), say)
+    if found is None:
+        where = directory if which == "last" else which
+        raise CheckpointError(
+            f"there is no checkpoint in {where}. A CheckpointHook writes them; --checkpoint also takes a path."
+        )
+    return found
+
+
+def _best(directory: Path) -> Path:
+    """The folder that `best.json` names. A name that is no step's is not followed."""
+    try:
+        entry: Any = json.loads((directory / BEST).read_bytes())
+        name = entry["path"]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} has no {BEST}. hooks.checkpoint.keep=dict(best=1, metric='val_loss') keeps the best one; "
+            "without it: --checkpoint last."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory / BEST} cannot be read ({type(error).__name__}). Use --checkpoint last.") from error
+    if not isinstance(name, str) or not _STEP.fullmatch(name) or not (directory / name / MANIFEST).exists():
+        raise CheckpointError(f"{directory / BEST} names {name!r:.60}, and no such checkpoint is there. Use --checkpoint last.")
+    return directory / name
 
 
 def has_any(directory: Path) -> bool:

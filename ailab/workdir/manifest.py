@@ -1,8 +1,9 @@
 """The manifest of a checkpoint, and how a checkpoint is read: each file is used only after its checksum was compared.
 
-    step_00001234/{manifest.json, state.pt}
+    step_00001234/{manifest.json, model.json, state.pt}
 
-The manifest has the size and the SHA-256 of the state, and ends with the SHA-256 of its own text. So a flipped bit is always
+`model.json` says what the model is, see `ailab.job.recipe`; a checkpoint that a script saved may be without it. The manifest has
+the size and the SHA-256 of each of the other files, and ends with the SHA-256 of its own text. So a flipped bit is always
 found. A checksum proves that the bytes are unchanged, not who wrote them.
 """
 
@@ -15,16 +16,17 @@ import json
 import os
 import stat
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from ailab.errors import CheckpointError
 from ailab.workdir.durable import to_json
 
-FORMAT = 2  # a reader refuses a higher one
-MANIFEST, STATE = "manifest.json", "state.pt"
-_LIMIT = 16 << 20  # bytes of a manifest
+FORMAT = 3  # a reader refuses a higher one
+_READ = (2, 3)  # in format 2 there is no model.json
+MANIFEST, STATE, MODEL = "manifest.json", "state.pt", "model.json"
+_LIMIT = 16 << 20  # bytes of a manifest, and of a model.json
 _FIELDS = {
     "format": int,
     "step": int,
@@ -52,6 +54,7 @@ class Checkpoint:
     step: int
     epoch: int
     manifest: dict[str, Any]
+    model: bytes | None = None  # the content of model.json, where it was read
 
 
 def sha256(data: bytes | memoryview) -> str:
@@ -59,18 +62,20 @@ def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def encode_manifest(head: Mapping[str, Any], size: int, digest: str) -> bytes:
+def encode_manifest(head: Mapping[str, Any], size: int, digest: str, model: bytes | None = None) -> bytes:
     """The bytes of manifest.json.
 
     Args:
         head: the manifest without format and files.
         size: bytes of the state.
         digest: SHA-256 of the state, in hexadecimal.
+        model: the bytes of model.json, if there is one.
 
     Raises:
         OSError: the manifest would have more than 16 MiB, which a reader refuses.
     """
-    body = to_json({"format": FORMAT, **head, "files": {STATE: [size, digest]}})[:-1].encode("ascii")
+    files = {STATE: [size, digest]} | ({} if model is None else {MODEL: [len(model), sha256(model)]})
+    body = to_json({"format": FORMAT, **head, "files": files})[:-1].encode("ascii")
     data = body + _CHECKSUM % sha256(body).encode("ascii")
     if len(data) > _LIMIT:
         raise OSError(errno.EFBIG, f"its manifest takes {len(data)} bytes, the limit is {_LIMIT}")
@@ -88,13 +93,25 @@ def read_checkpoint(path: Path) -> tuple[Checkpoint, bytes]:
         checkpoint = read_manifest(path, folder)
         size, digest = checkpoint.manifest["files"][STATE]
         data = _bytes(folder, STATE, size)
+        checkpoint = replace(checkpoint, model=_model_bytes(checkpoint, folder))
     if sha256(data) != digest:
         raise DamagedError(f"{path}: {STATE} does not match its sha256.")
     return checkpoint, data
 
 
+def _model_bytes(checkpoint: Checkpoint, folder: int) -> bytes | None:
+    """The verified bytes of model.json, or None for a checkpoint without it."""
+    if MODEL not in checkpoint.manifest["files"]:
+        return None
+    size, digest = checkpoint.manifest["files"][MODEL]
+    data = _bytes(folder, MODEL, min(size, _LIMIT))
+    if sha256(data) != digest:
+        raise DamagedError(f"{checkpoint.path}: {MODEL} does not match its sha256.")
+    return data
+
+
 def read_manifest(path: Path, folder: int) -> Checkpoint:
-    """Verify the manifest of a checkpoint, the names of its files and the size of its state. The state is not read.
+    """Verify the manifest of a checkpoint, the names and the sizes of its files. These are not read.
 
     Args:
         path: the folder, for messages.
@@ -105,12 +122,17 @@ def read_manifest(path: Path, folder: int) -> Checkpoint:
         CheckpointError: the manifest has a newer format.
     """
     names = sorted(os.listdir(folder))
-    if names != [MANIFEST, STATE]:
-        raise DamagedError(f"{path}: it should have the files {MANIFEST} and {STATE} alone; it has {len(names)} files.")
+    if names not in ([MANIFEST, STATE], [MANIFEST, MODEL, STATE]):
+        raise DamagedError(
+            f"{path}: it should have the files {MANIFEST}, {STATE} and {MODEL} alone; it has {len(names)} files or others."
+        )
     manifest = _decode_manifest(path, _bytes(folder, MANIFEST, _LIMIT))
-    state, size = os.stat(STATE, dir_fd=folder, follow_symlinks=False), manifest["files"][STATE][0]
-    if not stat.S_ISREG(state.st_mode) or state.st_size != size:
-        raise DamagedError(f"{path}: {STATE} has {state.st_size} bytes instead of {size}, or is no regular file.")
+    if names != sorted([MANIFEST, *manifest["files"]]):
+        raise DamagedError(f"{path}: its files are not those of its {MANIFEST}.")
+    for name, (size, _) in manifest["files"].items():
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+            raise DamagedError(f"{path}: {name} has {found.st_size} bytes instead of {size}, or is no regular file.")
     return Checkpoint(path, manifest["step"], manifest["epoch"], manifest)
 
 
@@ -162,12 +184,12 @@ def _decode_manifest(path: Path, data: bytes) -> dict[str, Any]:
     version = manifest.get("format")
     if type(version) is int and version > FORMAT:
         raise CheckpointError(f"{path}: its format {version} is newer than {FORMAT}, the newest known here. Update ailab.")
-    if type(version) is int and 0 < version < FORMAT:
+    if type(version) is int and 0 < version < min(_READ):
         raise CheckpointError(
-            f"{path}: its format is {version}, of an earlier ailab; this one reads format {FORMAT} alone.\n"
+            f"{path}: its format is {version}, of an earlier ailab; this one reads formats {min(_READ)} to {FORMAT}.\n"
             "  It does not say at which step its epoch began. The ailab that wrote it goes on with it; `model_state` can be loaded."
         )
-    if version != FORMAT or not _fits_schema(manifest):
+    if version not in _READ or not _fits_schema(manifest):
         raise DamagedError(f"{path}: {MANIFEST} does not fit the schema of format {FORMAT}.")
     return manifest
 
@@ -190,10 +212,9 @@ def _fits_schema(m: dict[str, Any]) -> bool:
     if (
         {key: type(value) for key, value in m.items()} != _FIELDS
         or min(m["step"], m["epoch"]) < 0
-        or set(m["files"]) != {STATE}
+        or set(m["files"]) not in ({STATE}, {STATE, MODEL})
     ):
         return False
-    entry = m["files"][STATE]
-    sized = _types(entry) == [int, str] and entry[0] >= 0
+    sized = all(_types(entry) == [int, str] and entry[0] >= 0 for entry in m["files"].values())
     rows = all(_types(row) == [str, str, list] for row in m["tree"])
     return sized and rows and all(type(v) in (int, float) or v in ("nan", "inf", "-inf") for v in m["metrics"].values())

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 from ailab.errors import DataError
 
-KINDS = ("missing", "unreadable", "empty", "not_an_image", "truncated", "corrupt", "bomb", "unsupported_mode")  # of a BadFile
+KINDS = (
+    *("missing", "unreadable", "empty", "not_an_image", "not_an_array", "truncated", "corrupt", "bomb", "unsupported_mode"),
+)  # of a BadFile
 
 
 class BadFile(DataError):

@@ -15,6 +15,7 @@ class ClassificationTask(Task):
     A transform treats an input of three dimensions as an image. Define `load_input` and `load_label`.
     """
 
+    input_field: str | None = "input"
     kinds: Mapping[str, str] = {"input": "image"}
     multi_label: bool = False
 
@@ -38,6 +39,7 @@ class RegressionTask(Task):
     A transform treats an input of three dimensions as an image. Define `load_input` and `load_target`.
     """
 
+    input_field: str | None = "input"
     kinds: Mapping[str, str] = {"input": "image"}
 
     def load_input(self, raw: Any) -> Any:

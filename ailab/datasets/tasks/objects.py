@@ -23,6 +23,7 @@ class ObjectsTask(Task):
     dropped. A keypoint outside the image gets visibility 0.
     """
 
+    input_field: str | None = "image"
     kinds: Mapping[str, str] = {"image": "image", "boxes": "boxes", "masks": "mask", "keypoints": "keypoints"}
     rows: ClassVar[tuple[str, ...]] = ("boxes", "labels", "masks", "keypoints", "visible")  # fields with one row per object
     box_format: BoxFormat = "xyxy"

@@ -22,6 +22,7 @@ class SegmentationTask(Task):
     "mask" is the class of each pixel, or `ignore_index` for pixels without a class. Define `load_image` and `load_mask`.
     """
 
+    input_field: str | None = "image"
     kinds: Mapping[str, str] = {"image": "image", "mask": "mask"}
     ignore_index: int = 255
 

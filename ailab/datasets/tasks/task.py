@@ -26,6 +26,7 @@ class Task(LabBaseDataset):
     - classes: The class names. With them a label may be a name; an unknown name is an error.
     """
 
+    input_field: str | None = None  # the field that a model is given, and that is there without a label; for `ailab.predict`
     kinds: Mapping[str, str] = {}  # {field: its kind for a transform}, see `apply_transform`
     renamed: Mapping[str, str] = {}
     transform: Pipeline | None = None

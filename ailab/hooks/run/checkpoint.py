@@ -139,7 +139,8 @@ class _Files:
         if run.rank == 0:
             try:
                 made_of, content = _fingerprint(run), contents(state, run)
-                checkpoint.save(self.directory, content, step=state.at, epoch=epoch, fingerprint=made_of, metrics=metrics)
+                heads: dict[str, Any] = {"step": state.at, "epoch": epoch, "fingerprint": made_of, "metrics": metrics}
+                checkpoint.save(self.directory, content, **heads, model=run.model_json())
                 checkpoint.retain(self.directory, self._known())
                 record_best(self.directory, self._known())
             except Exception as e:  # the other ranks must know it before it is raised here
@@ -181,6 +182,13 @@ def _refuse_earlier_run(directory: Path) -> None:
 def directory_of(save_dir: str | None, work_dir: Path) -> Path:
     """The folder of the checkpoints of a run."""
     return Path(save_dir) if save_dir else work_dir / CHECKPOINTS
+
+
+def directory_in(cfg: Mapping[str, Any]) -> Path:
+    """The folder of the checkpoints of the run that a completed cfg describes."""
+    kinds = {short_name(e["type"]): e for e in cfg["hooks"].values()}
+    entry = kinds.get("CheckpointHook", kinds.get("ResumeHook", {}))
+    return directory_of(entry.get("save_dir"), Path(cfg["work_dir"]))
 
 
 def resume_entry(cfg: Mapping[str, Any]) -> Mapping[str, Any] | None:

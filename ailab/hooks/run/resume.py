@@ -76,7 +76,7 @@ def ResumeHook(
 
     def wrap(run_all: Run) -> Run:
         def resumed(state: TrainState) -> TrainState:
-            found = _from_first(run.device, lambda: str(_find(source, directory, run) or ""))
+            found = from_first(run.device, lambda: str(_find(source, directory, run) or ""))
             if not found:
                 if not run.steps_per_epoch:
                     run.say(f"warning: there is no checkpoint in {directory}: the first weights are evaluated")
@@ -112,7 +112,7 @@ def will_resume(cfg: Mapping[str, Any], device: torch.device) -> bool:
     if entry is None:
         return False
     source, directory = source_of(entry.get("resume_from"), cfg), directory_of(entry.get("save_dir"), Path(cfg["work_dir"]))
-    return bool(_from_first(device, lambda: "yes" if source or checkpoint.has_any(directory) else ""))
+    return bool(from_first(device, lambda: "yes" if source or checkpoint.has_any(directory) else ""))
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _compared(saved: Checkpoint, run: RunInfo, *, accept: bool, other: bool, new
         new = run.fingerprint()
         return json.dumps([record.changes(old.get(s, {}), new.get(s, {})) for s in ("results", "end", "code", "bits")])
 
-    results, end, code, bits = json.loads(_from_first(run.device, compare))
+    results, end, code, bits = json.loads(from_first(run.device, compare))
     results = [line for line in results if not (new_lr and _LR.match(line))]
     slots = {n: (p, r) for n, (p, r) in old.get("slots", {}).items()}
     return _Change(saved.path, accept, other, results, end, code, bits, slots)
@@ -262,7 +262,7 @@ def _words(run: RunInfo, before: Mapping[str, tuple[str, str]]) -> Callable[[str
     return words
 
 
-def _from_first(device: torch.device, make: Callable[[], str]) -> str:
+def from_first(device: torch.device, make: Callable[[], str]) -> str:
     """What rank 0 makes, on every rank; what it raises, too."""
     if dist.world_size() == 1:
         return make()
