@@ -19,6 +19,7 @@ from torch import Tensor
 from ailab import tree
 
 _WARM = 2  # calls that are run as they are, after the one that compiles
+_PATIENCE = 20  # steps in which an earlier state is kept before it is said: a garbage collection may be due
 _MOST = 4  # recordings of one step: a shape of batches each
 _foreach_copy_: Callable[[list[Tensor], list[Tensor]], None] = getattr(torch, "_foreach_copy_")  # noqa: B009 - no public name
 Call = Callable[
@@ -140,6 +141,7 @@ class Captured:
         self._fields: Any = None  # fixed memory of a batch, in its structure
         self._flat: list[Tensor] = []  # its tensors
         self._recording: Recording | None = None
+        self._kept = 0  # calls before which somebody kept a part of an earlier state
         self._why_not = ""
 
     def __call__(self, leaves: list[Tensor], fields: Any) -> Any:
@@ -166,7 +168,9 @@ class Captured:
         assert homes is not None
         moved = [i for i, leaf in enumerate(leaves) if homes[i].data_ptr() != leaf.data_ptr()]
         if not all(self.owner.is_alone(homes, i) for i in moved):  # somebody keeps an old value: a graph would write over it
-            self._refuse("parts of an earlier state are kept, and such steps run without it", once=True)
+            self._kept += 1
+            if self._kept == _PATIENCE:
+                self.owner.say(f"{self.name} step: no CUDA graph in {_PATIENCE} steps: parts of an earlier state are kept")
             return None
         if moved:
             with torch.no_grad():
@@ -210,8 +214,8 @@ class Captured:
             return "a field of the batch is expanded"
         return ""
 
-    def _refuse(self, why: str, *, once: bool = False) -> None:
-        if not self._why_not or (once and self._why_not != why):
+    def _refuse(self, why: str) -> None:
+        if not self._why_not:
             self.owner.say(f"{self.name} step: no CUDA graph: {why}")
         self._why_not = why
 

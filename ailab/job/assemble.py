@@ -13,7 +13,7 @@ import torch
 from ailab import dist
 from ailab.compile import Compiled, compile, lift
 from ailab.core.epoch import PROGRESS, eval_epoch, fresh_progress, tally, train_epoch, workflow
-from ailab.core.grad import core_over_ranks, ddp_grad, graph_grad, local_core, local_grad
+from ailab.core.grad import core_over_ranks, ddp_grad, graph_grad, local_core
 from ailab.core.loss import state_dict_of, unless_empty
 from ailab.core.run import run_epochs, run_once
 from ailab.core.step import eval_step, given, split_step, tensor_outputs, train_step
@@ -24,7 +24,7 @@ from ailab.hooks.run.resume import will_resume
 from ailab.job.build import Parts, build_parts, build_stream, explained
 from ailab.job.guard import guarded
 from ailab.job.peers import Blame, compared
-from ailab.job.plan import Plan, planned, verify_gradient
+from ailab.job.plan import Plan, planned, refuse_unused, verify_gradient
 from ailab.job.probe import asked_outputs, batch_weight, check_fields, check_reads, check_tails, notices, probe
 from ailab.job.recipe import recipe_of
 from ailab.optim.state_dict import torch_state_dict
@@ -294,7 +294,7 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
         if settings.pop("split_compiled", False) and cut:
             settings["through"] = lift(bare, "train loss in parts", split=True, report=info.say)
         if not settings.get("find_unused_parameters"):
-            _refuse_unused(bare, state, parts)
+            refuse_unused(bare, state, parts)
             settings["sample"] = (bare, dict(parts.sample))
         holds = parts.optimizer is None or parts.optimizer.closure_update is not None or any(h.holds_grad for h in around)
         settings = {"gradient_as_bucket_view": not holds, **settings}
@@ -306,19 +306,6 @@ def _grad(loss: Loss, parts: Parts, hooks: Sequence[Hook], state: TrainState, pl
     if plan.enabled and plan.cut == "grad":
         core = core_over_ranks(lift(core.many, "train gradient", report=info.say))
     return stack(core, around)
-
-
-def _refuse_unused(loss: Loss, state: TrainState, parts: Parts) -> None:
-    """DDP waits for every parameter's gradient; for one that has none it would leave a whole bucket without a reduction."""
-    with torch.no_grad():
-        used, _ = local_grad(loss, parts.trainable)(state, dict(parts.sample))
-    if unused := [n for n in state.params if n in parts.trainable and n not in used]:
-        raise ConfigError(
-            f"cfg.model: the loss does not use {len(unused)} of {len(parts.trainable)} trainable parameters: "
-            f"{', '.join(unused[:8])}{', ...' if len(unused) > 8 else ''}.\n"
-            f"  Freeze them, optimizer.freeze={unused[:8]}, or let DDP look for them in every step:\n"
-            "  hooks.ddp=dict(type='DDPHook', find_unused_parameters=True). dist.sync='graph' needs neither."
-        )
 
 
 def _run(

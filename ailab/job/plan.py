@@ -16,7 +16,7 @@ from ailab.cuda_graph import CudaRecorder, Replay
 from ailab.errors import ConfigError
 from ailab.job.build import Parts
 from ailab.job.draws import Draws
-from ailab.types import RunInfo, TrainState
+from ailab.types import Loss, RunInfo, TrainState
 
 _PAYS_FROM = 30_000  # training steps from which compiling for a CPU pays: it costs some 25 s and saves up to 1 ms a step
 
@@ -132,3 +132,16 @@ def has_custom_backward(total: Tensor) -> bool:
         seen.add(node)
         todo.extend(n for n, _ in node.next_functions)
     return False
+
+
+def refuse_unused(loss: Loss, state: TrainState, parts: Parts) -> None:
+    """DDP waits for every parameter's gradient; for one that has none it would leave a whole bucket without a reduction."""
+    with torch.no_grad():
+        used, _ = local_grad(loss, parts.trainable)(state, dict(parts.sample))
+    if unused := [n for n in state.params if n in parts.trainable and n not in used]:
+        raise ConfigError(
+            f"cfg.model: the loss does not use {len(unused)} of {len(parts.trainable)} trainable parameters: "
+            f"{', '.join(unused[:8])}{', ...' if len(unused) > 8 else ''}.\n"
+            f"  Freeze them, optimizer.freeze={unused[:8]}, or let DDP look for them in every step:\n"
+            "  hooks.ddp=dict(type='DDPHook', find_unused_parameters=True). dist.sync='graph' needs neither."
+        )
