@@ -2,5 +2,6 @@
 
 from ailab.models.convnet import ConvNet
 from ailab.models.mlp import MLP
+from ailab.models.resnet import ResNet
 
-__all__ = ["MLP", "ConvNet"]
+__all__ = ["MLP", "ConvNet", "ResNet"]
