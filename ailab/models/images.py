@@ -21,7 +21,7 @@ class Images(nn.Module):
         mean: subtracted from the input. One value per channel or one for all, in the units of the input (0..255 for uint8).
         std: divides the input after `mean` is subtracted. One value per channel or one for all, in the same units.
         least: the smallest height and width that the model takes, in pixels.
-        multiple: height and width must be multiples of this, in pixels.
+        exact: the height and width that images must have, in pixels; None for any.
         hint: what would do, where an image is too small; the end of the message.
 
     Raises:
@@ -39,11 +39,11 @@ class Images(nn.Module):
         std: Pixels = 1.0,
         *,
         least: int = 1,
-        multiple: int = 1,
+        exact: tuple[int, int] | None = None,
         hint: str = "Resize the images",
     ):
         super().__init__()
-        self.owner, self.channels, self.least, self.multiple, self.hint = owner, channels, least, multiple, hint
+        self.owner, self.channels, self.least, self.exact, self.hint = owner, channels, least, exact, hint
         for name, given in (("mean", mean), ("std", std)):
             values = [float(v) for v in ([given] if isinstance(given, (int, float)) else given)]
             if len(values) not in (1, channels):
@@ -76,8 +76,6 @@ class Images(nn.Module):
         height, width = shape[2:]
         if min(height, width) < self.least:
             raise ConfigError(f"{what}: {height}x{width} is smaller than {self.least}x{self.least}. {self.hint}.")
-        if height % self.multiple or width % self.multiple:
-            near = [max(1, round(n / self.multiple)) * self.multiple for n in (height, width)]
-            raise ConfigError(
-                f"{what}: {height}x{width} is no multiple of {self.multiple}. Resize or pad the images, to {near[0]}x{near[1]}."
-            )
+        if self.exact is not None and (height, width) != self.exact:
+            wanted = "x".join(map(str, self.exact))
+            raise ConfigError(f"{what}: {height}x{width} is not {wanted}. Set image_size, or resize the images.")

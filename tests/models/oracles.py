@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ailab.models import ResNet
+from ailab.models import ResNet, ViT
 
 STORED = Path(__file__).with_name("logits.json")
 Tensors = dict[str, Tensor]
@@ -48,10 +48,52 @@ def images(size: int) -> Callable[[], Tensor]:
     return lambda: waves(2 * 3 * size * size, 1).reshape(2, 3, size, size)
 
 
+def of_vit(state: Tensors) -> Tensors:
+    return {n.replace("patch_embed.", "patch_embed.proj."): t for n, t in state.items()}
+
+
+def of_mean_vit(state: Tensors) -> Tensors:
+    return {f"fc_{n}" if n.startswith("norm.") else n: t for n, t in of_vit(state).items()}
+
+
+def of_dinov3(state: Tensors) -> Tensors:
+    return {n.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): t for n, t in of_vit(state).items()}
+
+
+SMALL = dict(image_size=48, width=64, depth=3, heads=4, num_classes=10)
+small = dict(img_size=48, embed_dim=64, depth=3, num_heads=4, num_classes=10)
 PAIRS = {
     "resnet18d": Pair(lambda: ResNet(18, stem="deep", shortcut="avg"), "timm", timm("resnet18d"), images(33)),
     "resnet50d": Pair(lambda: ResNet(50, stem="deep", shortcut="avg"), "timm", timm("resnet50d"), images(32)),
     "resnet50c": Pair(lambda: ResNet(50, stem="deep"), "timm", timm("resnet50c"), images(32)),
+    "ViT": Pair(lambda: ViT("Ti", image_size=32), "timm", timm("vit_tiny_patch16_224", img_size=32), images(32), of_vit),
+    "ViT DINOv2": Pair(
+        lambda: ViT(**{**SMALL, "image_size": 42}, patch=14, layer_scale=1e-5, registers=4),
+        "timm",
+        timm("vit_small_patch14_reg4_dinov2", **{**small, "img_size": 42}),
+        images(42),
+        of_vit,
+    ),
+    "ViT mean": Pair(
+        lambda: ViT(**SMALL, mlp_ratio=5, layer_scale=1e-5, registers=1, pool="mean"),
+        "timm",
+        timm("vit_wee_patch16_reg1_gap_256", **small),
+        images(48),
+        of_mean_vit,
+    ),
+    "ViT attention pooling": Pair(
+        lambda: ViT(**SMALL, pool="map"), "timm", timm("vit_base_patch16_siglip_224", **small), images(48), of_vit
+    ),
+    "ViT DINOv3": Pair(
+        lambda: ViT(**SMALL, pos="rope", layer_scale=1e-5, registers=4, qkv_bias=False, eps=1e-5),
+        "timm",
+        timm("vit_small_patch16_dinov3", global_pool="token", **small),
+        images(48),
+        of_dinov3,
+    ),
+    "ViT qk-norm": Pair(
+        lambda: ViT(**SMALL, qk_norm=True), "timm", timm("vit_tiny_patch16_224", qk_norm=True, **small), images(48), of_vit
+    ),
 }
 
 

@@ -14,7 +14,9 @@ from torch.utils.data import Dataset
 from ailab.binding import bind
 from ailab.errors import ConfigError
 from ailab.fit import fit
-from ailab.models import ResNet
+from ailab.models import ResNet, ViT
+from ailab.models.attention import DropPath
+from ailab.models.positions import rotated
 from ailab.registry import MODELS
 
 
@@ -30,6 +32,17 @@ COUNTS: dict[str, tuple[Any, int]] = {
     "ResNet-152": (lambda: ResNet(152), 60_192_808),
     "ResNet-18-D": (lambda: ResNet(18, stem="deep", shortcut="avg"), 11_708_744),
     "ResNet-50-D": (lambda: ResNet(50, stem="deep", shortcut="avg"), 25_576_264),
+    "ViT-Ti/16": (lambda: ViT("Ti"), 5_717_416),
+    "ViT-S/16": (lambda: ViT("S"), 22_050_664),
+    "ViT-B/16": (lambda: ViT("B"), 86_567_656),
+    "ViT-L/16": (lambda: ViT("L"), 304_326_632),
+    # Without a head in the paper: 384 weights and a bias of one class are more here.
+    "DINOv2 ViT-S/14": (lambda: ViT("S", 518, 14, 1, layer_scale=1e-5), 22_056_192 + 385),
+    "DINOv2 ViT-S/14, 4 registers": (lambda: ViT("S", 518, 14, 1, layer_scale=1e-5, registers=4), 22_057_344 + 385),
+    "DINOv3 ViT-S/16": (
+        lambda: ViT("S", num_classes=1, layer_scale=1e-5, registers=4, pos="rope", qkv_bias=False),
+        21_586_944 + 385,
+    ),
 }
 
 
@@ -148,3 +161,67 @@ def test_a_run_in_bf16_with_accumulation_and_ema(case: Case, tmp_path: Path) -> 
     halves = fit(run_cfg(case, tmp_path / "halves", 1, 1, **hooks)).metrics
     assert halves["train_loss"] == pytest.approx(plain["train_loss"], rel=0.2)
     assert torch.isfinite(torch.tensor(halves["val_loss"]))
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: ResNet(19), "ResNet.depth: 19 is none of 18, 34, 50, 101, 152."),
+        (lambda: ResNet(18, stem="5x5"), "ResNet.stem: '5x5' is none of '7x7', '3x3', 'deep'."),
+        (lambda: ResNet(18, std=0), "ResNet.std: 0 is not above 0."),
+        (lambda: ResNet(18, mean=(1, 2)), "ResNet.mean: 2 values for 3 channels. Give one, or one for each."),
+        (lambda: ViT(image_size=8), "ViT.image_size: 8x8 is no multiple of the patch of 16x16 pixels."),
+        (lambda: ViT(image_size=(32, 40)), "ViT.image_size: 32x40 is no multiple of the patch of 16x16 pixels."),
+        (lambda: ViT(width=100, heads=3), "ViT.width: 100 is not a multiple of heads=3."),
+        (lambda: ViT(width=36, heads=6, pos="rope"), "ViT.width: 36 is not a multiple of heads=6 times 4, for rotary"),
+        (lambda: ViT(pool="max"), "ViT.pool: 'max' is none of 'token', 'mean', 'map'."),
+        (lambda: ViT(patch_dropout=1.0), "ViT.patch_dropout: 1.0 is not in [0, 1)."),
+        (lambda: ViT(drop_path=1.5), "ViT.drop_path: 1.5 is not in [0, 1)."),
+    ],
+)
+def test_a_setting_that_cannot_be_is_told_at_build(make: Any, sentence: str) -> None:
+    """One sentence: the argument, what came, what would do."""
+    with pytest.raises(ConfigError) as told:
+        make()
+    assert str(told.value).startswith(sentence) and "\n" not in str(told.value)
+
+
+def test_names_of_torchvision_stay_theirs() -> None:
+    """`type="resnet18"` is torchvision's function, `type="ResNet"` is ours."""
+    import torchvision
+
+    assert MODELS.get("resnet18") is torchvision.models.resnet18 and MODELS.get("ResNet") is ResNet
+
+
+def test_drop_path_keeps_whole_samples_and_their_mean() -> None:
+    """Each sample is 0 or divided by the share that stays; in evaluation nothing changes."""
+    torch.manual_seed(0)
+    drop, x = DropPath(0.25), torch.ones(4000, 3)
+    y = drop(x)
+    assert y.unique().tolist() == pytest.approx([0.0, 4 / 3]) and torch.equal(y[:, 0], y[:, 2])
+    assert float((y[:, 0] == 0).float().mean()) == pytest.approx(0.25, abs=0.03)  # 4 standard errors
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_patch_dropout_leaves_an_exact_number_of_patches_with_their_positions() -> None:
+    """Of 16 patches 12 stay, others for each sample, in order; class token and registers always; angles go with them."""
+    torch.manual_seed(0)
+    model = ViT(image_size=16, patch=4, width=32, depth=1, heads=2, pos="rope", registers=1, patch_dropout=0.25)
+    number = torch.arange(18.0)[None, :, None].expand(8, 18, 32)  # each token is its place
+    x, angles = model._thinned(number)
+    places = x[..., 0].long()
+    assert x.shape == (8, 2 + 12, 32) and torch.equal(places[:, :2], torch.tensor([[0, 1]]).expand(8, 2))
+    assert (places.diff(dim=1) > 0).all() and len({tuple(row) for row in places.tolist()}) > 1
+    assert model.angles is not None and angles is not None
+    assert torch.equal(angles[:, 0], model.angles[0, 0][places])
+
+
+def test_rotation_keeps_lengths_and_sees_only_distances() -> None:
+    """A product of a query and a key depends on how far apart they stand, and on nothing else."""
+    torch.manual_seed(0)
+    q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    rates = torch.tensor([1.0, 0.5, 0.1, 0.01], dtype=torch.float64)
+    turned = [rotated(q, p * rates) @ rotated(k, (p + 3) * rates) for p in (0, 1, 7)]
+    torch.testing.assert_close(torch.stack(turned), turned[0].expand(3))
+    assert abs(float(turned[0] - q @ k)) > 0.1
+    torch.testing.assert_close(rotated(q, 5 * rates).norm(), q.norm())

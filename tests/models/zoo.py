@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ailab.models import MLP, ConvNet, ResNet
+from ailab.models import MLP, ConvNet, ResNet, ViT
 
 CrossEntropy = dict(type="CrossEntropyLoss")
 
@@ -46,6 +46,7 @@ def picture(*shape: int) -> dict[str, Tensor]:
 
 
 TINY = dict(num_classes=4, width=8)
+VIT = dict(image_size=16, patch=4, width=32, depth=2, heads=2, num_classes=4)
 CASES = {
     "MLP": Case(
         dict(type=MLP, sizes=(12, 32, 4)),
@@ -62,6 +63,8 @@ CASES = {
             (picture(2, 32, 32, 3), "The channels seem to be last: move them to dimension 1."),
             (picture(3, 32, 32), "images are (batch, 3, height, width)."),
         ),
+        steps=24,
+        below=0.2,
     ),
     "ResNet-D": Case(
         dict(type=ResNet, depth=50, stem="deep", shortcut="avg", zero_init_residual=True, mean=0.1, std=(1, 2, 1), **TINY),
@@ -73,5 +76,21 @@ CASES = {
         dict(type=ResNet, depth=18, stem="3x3", dropout=0.1, channels_last=True, **TINY),
         pictures(16),
         ((picture(2, 3, 7, 7), "7x7 is smaller than 8x8. Resize the images."),),
+        nightly=True,
     ),
+    "ViT": Case(
+        dict(type=ViT, **VIT, drop_path=0.1, layer_scale=0.5, dropout=0.05),
+        pictures(16),
+        (
+            (picture(2, 3, 28, 28), "ViT: the input is (2, 3, 28, 28): 28x28 is not 16x16. Set image_size, or resize"),
+            (picture(2, 4, 16, 16), "4 channels for 3."),
+        ),
+        lr=3e-3,
+        below=0.5,
+    ),
+    "ViT RoPE": Case(
+        dict(type=ViT, **VIT, pos="rope", registers=2, qk_norm=True, patch_dropout=0.25), pictures(16), (), lr=3e-3, below=0.5
+    ),
+    "ViT mean": Case(dict(type=ViT, **VIT, pos="sincos", pool="mean"), pictures(16), (), lr=3e-3, below=0.5),
+    "ViT attention pooling": Case(dict(type=ViT, **VIT, pool="map"), pictures(16), (), lr=3e-3, below=0.5),
 }
