@@ -97,6 +97,6 @@ def split_step(grad: Grad, finish: Step, outputs: Collection[str] = ()) -> Step:
         asked = {n: v for n, v in aux.outputs.items() if n in outputs}
         inside = {n: v for n, v in asked.items() if crosses(v)}
         after, logs = finish(state, {**batch, _GRADS: grads, _AUX: replace(aux, outputs=inside)})
-        return after, logs if len(inside) == len(asked) else seal(logs, state.step.device).with_outputs(asked)
+        return after, logs if len(inside) == len(asked) else seal(logs, after.step.device).with_outputs(asked)
 
     return step
