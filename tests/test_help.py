@@ -119,7 +119,8 @@ def test_names_of_torchvision_have_a_page() -> None:
         ("cfg.dta", "cfg.dta: cfg takes no 'dta'.\n  Did you mean 'data'?"),
         (
             "cfg.compile.cutt",
-            "cfg.compile.cutt: cfg.compile takes no 'cutt'.\n  Did you mean 'cut'? cfg.compile takes: cut, mode, donate, cudagraph.",
+            "cfg.compile.cutt: cfg.compile takes no 'cutt'.\n  Did you mean 'cut'? "
+            "cfg.compile takes: cut, mode, donate, cudagraph.",
         ),
         ("cfg.model.width", "cfg.model.width is a matter of the `type` there"),
         ("torch.optim.Adamm", "torch.optim.Adamm: 'torch.optim' has no 'Adamm'.\n  Did you mean 'Adam'?"),
