@@ -93,10 +93,6 @@ def _trained(job: Job) -> TrainState:
         return job.run(job.state)
     except Interrupted as stop:  # a CheckpointHook would have caught it
         raise Preempted(f"stopped by a signal at step {stop.state.at}; there is no CheckpointHook, nothing is saved.") from None
-    except KeyboardInterrupt:
-        for stream in job.streams.values():
-            stream.close()
-        raise
 
 
 def ailab_train(cfg: Mapping[str, Any]) -> Result:

@@ -50,7 +50,9 @@ class Job:
     plan: Plan
 
     def close(self) -> None:
-        """Free what the run holds on the device. It is called before the process group ends."""
+        """End the data workers, and free what the run holds on the device. It is called before the process group ends."""
+        for stream in self.streams.values():
+            stream.close()
         if self.plan.replay is not None:
             self.plan.replay.close()
 

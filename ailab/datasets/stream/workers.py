@@ -103,6 +103,10 @@ class Workers:
             except KeyboardInterrupt:  # the run ends: its workers need not finish a sample that may take minutes
                 self.close()
                 raise
+            except GeneratorExit:  # the epoch is broken off, at a step boundary say: nor need those that are not kept
+                if not self._loader.persistent_workers:
+                    kill_workers(getattr(source, "_workers", ()))
+                raise
             lost.append(loaded)
             self._discard(source)
             del source, receiver
